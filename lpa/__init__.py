@@ -1,0 +1,1 @@
+"""Latent Personality Alignment: data, trainer, evaluation and command line."""

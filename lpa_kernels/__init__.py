@@ -1,0 +1,1 @@
+"""A fast, exact inner loop for latent adversarial training."""

@@ -1,0 +1,1 @@
+"""The attack: pairs, sites, the inner loop and what it returns."""

@@ -1,0 +1,106 @@
+"""A batch of pairs: one prompt each, a rejected and a chosen completion, and where the prompt may be attacked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs, right padded. The adversary goes toward `rejected` and away from `chosen`.
+
+    Attributes:
+        rejected_ids, chosen_ids: [B, L] int64 tokens of prompt and completion. The two may differ in L.
+        rejected_mask, chosen_mask: [B, L] bool, True at the tokens of the completion (the labels). The logits
+            that predict the label at position p are those of position p - 1, so position 0 cannot be one.
+        attack_mask: [B, La] bool, True at the positions that get a perturbation, the same in both texts.
+        rejected_labels, chosen_labels: optional [n] int64, the labels at the True positions in row-major order,
+            where they are not the tokens themselves.
+
+    What stands after the last label of a text never matters: attention is causal. There is no attention mask, so
+    every token before it counts as real.
+
+    Raises:
+        ValueError: a shape, dtype or mask does not fit; the message names the field, its value and what would be right.
+    """
+
+    rejected_ids: Tensor
+    rejected_mask: Tensor
+    chosen_ids: Tensor
+    chosen_mask: Tensor
+    attack_mask: Tensor
+    rejected_labels: Tensor | None = None
+    chosen_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        size = self.rejected_ids.shape[0] if self.rejected_ids.dim() == 2 else -1
+        if size == 0:
+            raise ValueError("the batch is empty: rejected_ids has no rows; give at least one pair")
+        for name in ("rejected", "chosen"):
+            ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
+            if ids.dim() != 2 or ids.shape[0] != size:
+                raise ValueError(f"{name}_ids has shape {tuple(ids.shape)}; expected [{size}, length]")
+            if mask.shape != ids.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"{name}_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
+                    f"expected {tuple(ids.shape)} and torch.bool"
+                )
+            labels = getattr(self, f"{name}_labels")
+            if labels is not None and (labels.dim() != 1 or labels.shape[0] != int(mask[:, 1:].sum())):
+                raise ValueError(
+                    f"{name}_labels has shape {tuple(labels.shape)}; expected [{int(mask[:, 1:].sum())}], "
+                    f"one label for each True of {name}_mask"
+                )
+        if self.attack_mask.dim() != 2 or self.attack_mask.shape[0] != size or self.attack_mask.dtype != torch.bool:
+            raise ValueError(
+                f"attack_mask has shape {tuple(self.attack_mask.shape)} and dtype {self.attack_mask.dtype}; "
+                f"expected [{size}, length] and torch.bool"
+            )
+
+    @classmethod
+    def from_dict(cls, batch: Mapping[str, Any]) -> PairBatch:
+        """The batch from a mapping that holds this class's fields (others are ignored); masks are made bool.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            value = batch.get(field.name)
+            if value is None and not field.name.endswith("_labels"):
+                raise KeyError(f"the batch has no {field.name!r}; its keys are {sorted(batch)}")
+            values[field.name] = value.bool() if field.name.endswith("_mask") else value
+        return cls(**values)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """This batch on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PairBatch(**{k: None if v is None else v.to(device) for k, v in values.items()})
+
+    def __len__(self) -> int:
+        return self.rejected_ids.shape[0]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many completion tokens are predicted: (rejected, chosen). Reads from the device."""
+        return int(self.rejected_mask[:, 1:].sum()), int(self.chosen_mask[:, 1:].sum())
+
+    def labels(self, name: str) -> Tensor:
+        """The labels of "rejected" or "chosen", [n] int64, row-major."""
+        own: Tensor | None = getattr(self, f"{name}_labels")
+        if own is not None:
+            return own
+        ids: Tensor = getattr(self, f"{name}_ids")
+        mask: Tensor = getattr(self, f"{name}_mask")
+        return ids[:, 1:][mask[:, 1:]]
+
+    @property
+    def grid(self) -> Tensor:
+        """[B, La] int64: the delta row of each attacked position in row-major order, -1 elsewhere."""
+        order = self.attack_mask.flatten().cumsum(0).view_as(self.attack_mask) - 1
+        return torch.where(self.attack_mask, order, torch.full_like(order, -1))

@@ -1,0 +1,1 @@
+"""Drop-in replacements, one file a foreign code base."""

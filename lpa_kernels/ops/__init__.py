@@ -1,0 +1,5 @@
+"""The ops: perturb, pgd_update_, token_loss_, and the faces built on them."""
+
+from .registry import backends
+
+__all__ = ["backends"]

@@ -1,0 +1,95 @@
+"""Which implementation of an op runs: the table of backends and the rule that picks one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+OPS = ("perturb", "pgd_update_", "token_loss_")
+BACKENDS = ("reference", "triton", "native")
+ENVIRONMENT_VARIABLE = "LPA_KERNELS_BACKEND"
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One op on one backend. `fn` has exactly the arguments of the op's schema, positional.
+
+    `unsupported` gets the same arguments and says in a few words why the call cannot be taken, or None.
+    """
+
+    fn: Callable[..., Any]
+    unsupported: Callable[..., str | None]
+
+
+_table: dict[tuple[str, str], Impl] = {}
+_missing: dict[str, str] = {}  # backend -> why it could not be loaded at all
+
+
+def register(op: str, backend: str, fn: Callable[..., Any], unsupported: Callable[..., str | None]) -> None:
+    """Add `fn` to the table as `backend`'s implementation of `op`."""
+    _table[op, backend] = Impl(fn, unsupported)
+
+
+def register_missing(backend: str, reason: str) -> None:
+    """Remember why a whole backend is absent, for errors and for `backends()`."""
+    _missing[backend] = reason
+
+
+def _refusal(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+    impl = _table.get((op, backend))
+    if impl is None:
+        return _missing.get(backend, f"it has no {op}")
+    return impl.unsupported(*args)
+
+
+def requested(backend: str) -> str:
+    """The backend asked for: the argument, or the environment variable where the argument is "auto".
+
+    Raises:
+        ValueError: the name is none of auto, reference, triton, native.
+    """
+    name = backend if backend != "auto" else os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if name != "auto" and name not in BACKENDS:
+        where = "backend" if backend != "auto" else ENVIRONMENT_VARIABLE
+        raise ValueError(f"{where}={name!r} is unknown; use one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def preferred(device_type: str) -> tuple[str, ...]:
+    """The order in which "auto" tries the backends on a device."""
+    return ("triton", "reference") if device_type == "cuda" else ("native", "reference")
+
+
+def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The implementation of `op` that takes `args` (the first of which is a tensor).
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: a backend was named and cannot take this call; the message says why.
+    """
+    name = requested(backend)
+    if name != "auto":
+        if (reason := _refusal(op, name, args)) is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use backend='auto' or 'reference'")
+        return _table[op, name].fn
+    device: torch.device = args[0].device
+    for candidate in preferred(device.type):
+        if _refusal(op, candidate, args) is None:
+            return _table[op, candidate].fn
+    raise RuntimeError(f"no backend can run {op} on {device}")
+
+
+def backends() -> str:
+    """A table of op x backend and, where a backend is absent, why. Printed by `lpa_kernels.backends()`."""
+    rows = [("op", *BACKENDS)]
+    for op in OPS:
+        rows.append((op, *("yes" if (op, b) in _table else "no" for b in BACKENDS)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += [f"{name}: {why}" for name, why in _missing.items()]
+    lines.append("auto: " + "; ".join(f"{d} takes {' then '.join(preferred(d))}" for d in ("cuda", "cpu")))
+    return "\n".join(line.rstrip() for line in lines)

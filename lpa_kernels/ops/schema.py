@@ -1,0 +1,76 @@
+"""The three ops of this package in torch.library: one schema each, their fakes, and the default kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference, registry  # reference registers itself as the default backend
+
+_library = torch.library.Library("lpa_kernels", "DEF")
+
+SCHEMAS = (
+    "perturb(Tensor hidden, Tensor delta, Tensor rows) -> Tensor",
+    "pgd_update_(Tensor(a!) delta, Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, Tensor[] grads, Tensor tokens,"
+    " Tensor step, Tensor step_size, Tensor epsilon, Tensor(d!) norms, Tensor(e!) clipped, str rule, str norm,"
+    " bool maximize, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    "token_loss_(Tensor(a!) logits, Tensor labels, Tensor away, Tensor? weight, float threshold)"
+    " -> (Tensor losses, Tensor hits)",
+)
+
+
+def _default(op: str) -> Any:
+    def run(*args: Any) -> Any:
+        return registry.select(op, "auto", args)(*args)
+
+    return run
+
+
+for _schema in SCHEMAS:
+    _library.define(_schema)
+for _op in registry.OPS:
+    _library.impl(_op, _default(_op), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lpa_kernels::perturb", lib=_library)
+def _(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("lpa_kernels::pgd_update_", lib=_library)
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("lpa_kernels::token_loss_", lib=_library)
+def _(
+    logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
+    losses = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    return losses, logits.new_empty(logits.shape[0], dtype=torch.bool)
+
+
+def _setup_perturb(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    _, delta, rows = inputs
+    ctx.save_for_backward(rows)
+    ctx.delta = (delta.shape, delta.dtype)
+
+
+def perturb_backward(grad: Tensor, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Gradient of delta: the gradients grad [T,H] of the tokens of each row, summed in float32 or wider."""
+    total = torch.zeros(shape[0] + 1, shape[1], dtype=torch.promote_types(dtype, torch.float32), device=grad.device)
+    total.index_add_(0, torch.where(rows >= 0, rows, shape[0]), grad.to(total.dtype))  # the last row is the bin
+    return total[:-1].to(dtype)
+
+
+def _perturb_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    (rows,) = ctx.saved_tensors
+    grad_delta = perturb_backward(grad, rows, *ctx.delta) if ctx.needs_input_grad[1] else None
+    return grad, grad_delta, None
+
+
+torch.library.register_autograd(
+    "lpa_kernels::perturb", _perturb_backward, setup_context=_setup_perturb, lib=_library
+)
