@@ -71,16 +71,16 @@ class PairBatch:
         """
         values: dict[str, Any] = {}
         for field in fields(cls):
-            value = batch.get(field.name)
-            if value is None and not field.name.endswith("_labels"):
+            if (value := batch.get(field.name)) is not None:
+                values[field.name] = value.bool() if field.name.endswith("_mask") else value
+            elif not field.name.endswith("_labels"):
                 raise KeyError(f"the batch has no {field.name!r}; its keys are {sorted(batch)}")
-            values[field.name] = value.bool() if field.name.endswith("_mask") else value
         return cls(**values)
 
     def to(self, device: torch.device | str) -> PairBatch:
         """This batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairBatch(**{k: None if v is None else v.to(device) for k, v in values.items()})
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PairBatch(**{name: None if v is None else v.to(device) for name, v in held.items()})
 
     def __len__(self) -> int:
         return self.rejected_ids.shape[0]

@@ -85,7 +85,7 @@ def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
 
 def backends() -> str:
     """A table of op x backend and, where a backend is absent, why. Printed by `lpa_kernels.backends()`."""
-    rows = [("op", *BACKENDS)]
+    rows: list[tuple[str, ...]] = [("op", *BACKENDS)]
     for op in OPS:
         rows.append((op, *("yes" if (op, b) in _table else "no" for b in BACKENDS)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, registry  # reference registers itself as the default backend
+from . import registry  # reference registers itself as the default backend
 
 _library = torch.library.Library("lpa_kernels", "DEF")
 
@@ -45,9 +45,7 @@ def _(*args: Any) -> None:
 
 
 @torch.library.register_fake("lpa_kernels::token_loss_", lib=_library)
-def _(
-    logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
     losses = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
     return losses, logits.new_empty(logits.shape[0], dtype=torch.bool)
 
@@ -71,6 +69,4 @@ def _perturb_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, No
     return grad, grad_delta, None
 
 
-torch.library.register_autograd(
-    "lpa_kernels::perturb", _perturb_backward, setup_context=_setup_perturb, lib=_library
-)
+torch.library.register_autograd("lpa_kernels::perturb", _perturb_backward, setup_context=_setup_perturb, lib=_library)

@@ -1,0 +1,318 @@
+"""What people call: the ops with defaults, shape checks, gradients and a choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import (
+    backends,  # noqa: F401  loads every backend, so that the table is full before the first call
+    registry,
+    schema,
+)
+from .reference import NORMS, RULES
+
+THRESHOLD = -5.0  # log-probability below which "away" leaves a token alone (HarmBench's value)
+CHUNK_ELEMENTS = 1 << 25  # logits that linear_token_loss holds at once
+
+
+def _run(op: str, backend: str, args: tuple[Any, ...]) -> Any:
+    """Call `op`: straight to the backend in eager mode, through the dispatcher (60 us more) when compiling."""
+    if torch.compiler.is_compiling() and backend == "auto":
+        return getattr(torch.ops.lpa_kernels, op)(*args)
+    return registry.select(op, backend, args)(*args)
+
+
+class _Perturb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, delta: Tensor, rows: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.delta = (delta.shape, delta.dtype)
+        return _run("perturb", backend, (hidden, delta, rows))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (grad,) = grads
+        (rows,) = ctx.saved_tensors
+        grad_delta = schema.perturb_backward(grad, rows, *ctx.delta) if ctx.needs_input_grad[1] else None
+        return grad, grad_delta, None, None
+
+
+def perturb(hidden: Tensor, delta: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
+    """Add a row of delta to each attacked token, out of place.
+
+    The sum is taken in float32 and rounded once; the gradient of `hidden` is the incoming one, uncopied.
+
+    Args:
+        hidden: [T, H], any float dtype.
+        delta: [R, H] float32.
+        rows: [T] int64, the row of each token, -1 where the token is left alone.
+
+    Returns:
+        [T, H] in hidden's dtype.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if hidden.dim() != 2 or delta.dim() != 2 or hidden.shape[1] != delta.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and delta {tuple(delta.shape)}; expected [T, H] and [R, H]"
+        )
+    if rows.shape != hidden.shape[:1]:
+        raise ValueError(f"rows has shape {tuple(rows.shape)}; expected [{hidden.shape[0]}], one for each token")
+    if torch.compiler.is_compiling() and backend == "auto":
+        return torch.ops.lpa_kernels.perturb(hidden, delta, rows)
+    if torch.is_grad_enabled() and (hidden.requires_grad or delta.requires_grad):
+        return _Perturb.apply(hidden, delta, rows, backend)
+    return _run("perturb", backend, (hidden, delta, rows))
+
+
+def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """`value` as a float32 tensor on `device`; a number is written there without a copy from the host."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
+def pgd_update_(
+    delta: Tensor,
+    grads: Sequence[Tensor],
+    tokens: Tensor,
+    *,
+    exp_avg: Tensor | None = None,
+    exp_avg_sq: Tensor | None = None,
+    step: float | Tensor = 1,
+    step_size: float | Tensor,
+    epsilon: float | Tensor = float("inf"),
+    norms: Tensor | None = None,
+    clipped: Tensor | None = None,
+    rule: str = "adamw",
+    norm: str = "l2",
+    maximize: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One step of projected gradient descent on the perturbations of all sites, in place and in one pass.
+
+    For each row the gradients of its tokens are summed in float32, non-finite entries count as 0, the rule moves
+    the row, and the projection brings it back inside the ball: delta /= max(norm2(delta)/epsilon, 1) for "l2".
+    A row without tokens is left as it is. "adamw" is torch.optim.AdamW to the letter.
+
+    Args:
+        delta: [S, R, H] float32, S sites, R rows of width H.
+        grads: S tensors [T, H] of any float dtype and strides: the loss's gradient at the perturbed hidden states.
+        tokens: [R, K] int64, the tokens that row r was added to (K is 1 or 2), -1 for none.
+        exp_avg, exp_avg_sq: [S, R, H] float32 moments ("adamw", "adam"; "rmsprop" needs the second alone).
+        step: the number of this step, from 1. A number or a [] float32 tensor on the device, as are the next two.
+        step_size: how far a step goes.
+        epsilon: the radius; a tensor may also be [S, R], one radius a row.
+        norms: [S, R] float32, written: each row's norm after the step and before the projection.
+        clipped: [S] int32, added to: the number of rows that the projection shortened.
+        rule: "adamw", "normalized", "sign"; on the reference backend also "adam", "rmsprop", "sgd".
+        norm: "l2" (a row's Euclidean norm), "linf" or "none".
+        maximize: climb instead of descend.
+
+    Returns:
+        (norms, clipped); new tensors where none were given.
+
+    Raises:
+        ValueError: an unknown rule or norm, missing moments, or shapes that do not fit.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}")
+    if delta.dim() != 3 or len(grads) != delta.shape[0]:
+        raise ValueError(
+            f"delta has shape {tuple(delta.shape)} and there are {len(grads)} grads; expected [S, R, H] and S"
+        )
+    for grad in grads:
+        if grad.dim() != 2 or grad.shape[1] != delta.shape[2]:
+            raise ValueError(f"a gradient has shape {tuple(grad.shape)}; expected [T, {delta.shape[2]}]")
+    if tokens.dim() != 2 or tokens.shape[0] != delta.shape[1]:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [{delta.shape[1]}, 1 or 2]")
+    if rule in ("adamw", "adam", "rmsprop") and (exp_avg_sq is None or (exp_avg is None and rule != "rmsprop")):
+        raise ValueError(f"rule={rule!r} needs the moments exp_avg and exp_avg_sq, [S, R, H]")
+    device = delta.device
+    if norms is None:
+        norms = torch.empty(delta.shape[:2], dtype=torch.float32, device=device)
+    if clipped is None:
+        clipped = torch.zeros(delta.shape[0], dtype=torch.int32, device=device)
+    args = (delta, exp_avg, exp_avg_sq, list(grads), tokens, as_scalar(step, device), as_scalar(step_size, device),
+            as_scalar(epsilon, device), norms, clipped, rule, norm, maximize, *betas, eps, weight_decay)  # fmt: skip
+    _run("pgd_update_", backend, args)
+    return norms, clipped
+
+
+def token_loss_(
+    logits: Tensor,
+    labels: Tensor,
+    away: Tensor,
+    weight: Tensor | None = None,
+    threshold: float = THRESHOLD,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """ "Toward" and "away" losses of rows of logits, and optionally their gradient over the logits in place.
+
+    With s = z_y - logsumexp of the other logits: toward is softplus(-s) = -log p, away is softplus(s) =
+    -log(1 - p), the latter 0 where log p < threshold. This form is accurate for p near 0 and near 1.
+
+    Args:
+        logits: [N, V], any float dtype. With `weight`, overwritten by weight[n] * d loss[n] / d logits[n].
+        labels: [N] int64, -100 for a row that does not count (loss and gradient 0).
+        away: [N] bool.
+        weight: [N] float32, or None to leave the logits alone.
+        threshold: log-probability.
+
+    Returns:
+        losses [N] float32 (without the weight) and hits [N] bool: the label is the most probable token.
+    """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or away.shape != labels.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and away {tuple(away.shape)} do not fit; "
+            "expected [N, V], [N] and [N]"
+        )
+    if weight is not None and weight.shape != labels.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {tuple(labels.shape)}")
+    return _run("token_loss_", backend, (logits, labels, away, weight, threshold))
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, away: Tensor, threshold: float, inplace: bool, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        ctx.settings = (threshold, inplace, backend)
+        weight = torch.ones(labels.shape, device=logits.device) if inplace else None
+        buffer = logits.detach()
+        losses, hits = _run("token_loss_", backend, (buffer, labels, away, weight, threshold))
+        ctx.save_for_backward(buffer, labels, away)
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        threshold, inplace, backend = ctx.settings
+        buffer, labels, away = ctx.saved_tensors
+        grad = buffer if inplace else buffer.clone()
+        if inplace:
+            grad.mul_(grads[0][:, None])
+        else:
+            _run("token_loss_", backend, (grad, labels, away, grads[0].contiguous(), threshold))
+        return grad, None, None, None, None, None
+
+
+def token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    away: Tensor,
+    threshold: float = THRESHOLD,
+    *,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`token_loss_` with a gradient: losses [N] float32 that can be summed, weighted and differentiated once.
+
+    Args:
+        inplace: keep the gradient in the memory of `logits`, whose values are lost, so that no second [N, V] is
+            ever held. The backward may then run once.
+    """
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return token_loss_(logits, labels, away, None, threshold, backend=backend)
+    return _TokenLoss.apply(logits, labels, away, threshold, inplace, backend)
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, away: Tensor,
+        threshold: float, rows: int, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        want_grad = ctx.needs_input_grad[0]
+        grad_hidden = torch.empty_like(hidden) if want_grad else None
+        losses, hits = [], []
+        for part in range(0, max(hidden.shape[0], 1), rows):
+            span = slice(part, part + rows)
+            logits = torch.nn.functional.linear(hidden[span], weight, bias)
+            ones = torch.ones(logits.shape[0], device=logits.device) if want_grad else None
+            loss, hit = _run("token_loss_", backend, (logits, labels[span], away[span], ones, threshold))
+            losses.append(loss)
+            hits.append(hit)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[span])
+        ctx.save_for_backward(grad_hidden)
+        hit_rows = torch.cat(hits)
+        ctx.mark_non_differentiable(hit_rows)
+        return torch.cat(losses), hit_rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        grad = grad_hidden * grads[0][:, None].to(grad_hidden.dtype)
+        return grad, None, None, None, None, None, None, None
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    away: Tensor,
+    threshold: float = THRESHOLD,
+    *,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Token losses straight from the hidden states of a frozen LM head; [N, V] is never held, only chunks of it.
+
+    A row's gradient is linear in the gradient of its loss, so one sweep in the forward pass is enough for any
+    objective on the losses.
+
+    Args:
+        hidden: [N, H]. weight: [V, H], frozen. bias: [V] or None. labels, away, threshold: as in `token_loss_`.
+        chunk_rows: rows of logits held at once; by default as many as fit 2^25 elements.
+
+    Returns:
+        losses [N] float32 and hits [N] bool.
+
+    Raises:
+        ValueError: the head wants a gradient (use `token_loss` on its logits), or shapes do not fit.
+    """
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("the head's weight or bias requires a gradient; linear_token_loss is for a frozen head")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; expected [N, H], [V, H]"
+        )
+    rows = chunk_rows or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return _LinearTokenLoss.apply(hidden, weight, bias, labels, away, threshold, rows, backend)
+
+
+def project_(delta: Tensor, epsilon: float | Tensor, norm: str = "l2", *, backend: str = "auto") -> Tensor:
+    """Bring every row of delta [..., H] inside the ball of radius epsilon, in place: the update with a step of 0.
+
+    Args:
+        norm: "l2" (Euclidean, a row at a time) or "linf".
+
+    Returns:
+        delta.
+
+    Raises:
+        ValueError: norm is neither.
+    """
+    if norm not in ("l2", "linf"):
+        raise ValueError(f"norm={norm!r} cannot be projected on; use 'l2' or 'linf'")
+    with torch.no_grad():
+        flat = delta.detach().contiguous().view(1, -1, delta.shape[-1])
+        nothing = torch.zeros((), dtype=torch.float32, device=delta.device).expand(flat.shape[1:])
+        tokens = torch.arange(flat.shape[1], device=delta.device)[:, None]
+        pgd_update_(flat, [nothing], tokens, step_size=0.0, epsilon=epsilon, rule="sign", norm=norm, backend=backend)
+        if not delta.is_contiguous():
+            delta.copy_(flat.view(delta.shape))
+    return delta
