@@ -1,1 +1,31 @@
 """A fast, exact inner loop for latent adversarial training."""
+
+from .attack import LatentAttack, LatentPGD, Objective, PairBatch
+from .compat import clear_hooks, fused_latent_pgd
+from .ops import PGDOptimizer, linear_token_loss, perturb, pgd_update_, project_, token_loss, token_loss_
+from .ops import backends as _backends
+
+
+def backends() -> str:
+    """Print, and return, which op runs on which backend, and why one is absent."""
+    table = _backends()
+    print(table)
+    return table
+
+
+__all__ = [
+    "LatentAttack",
+    "LatentPGD",
+    "Objective",
+    "PGDOptimizer",
+    "PairBatch",
+    "backends",
+    "clear_hooks",
+    "fused_latent_pgd",
+    "linear_token_loss",
+    "perturb",
+    "pgd_update_",
+    "project_",
+    "token_loss",
+    "token_loss_",
+]

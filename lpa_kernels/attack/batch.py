@@ -80,7 +80,8 @@ class PairBatch:
     def to(self, device: torch.device | str) -> PairBatch:
         """This batch on another device."""
         held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairBatch(**{name: None if v is None else v.to(device) for name, v in held.items()})
+        moved: dict[str, Any] = {name: None if v is None else v.to(device) for name, v in held.items()}
+        return PairBatch(**moved)
 
     def __len__(self) -> int:
         return self.rejected_ids.shape[0]

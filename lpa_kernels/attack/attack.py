@@ -1,0 +1,107 @@
+"""What an inner loop returns: the perturbations of one batch, what they achieved, and how to apply them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hooks import grid_rows, perturbed, perturbing_hook
+from .sites import Site
+
+
+@dataclass
+class LatentAttack:
+    """The perturbations found for one batch. Several may live side by side; each is applied to its own batch.
+
+    Attributes:
+        sites: where the perturbations are added.
+        deltas_by_row: one [R, H] float32 tensor a site, one row an attacked position.
+        grid: [B, La] int64, the row of each position of each example, -1 where it is not attacked.
+        epsilon: the radius, a number or one a row ([S, R]).
+        history: by name, a [steps] tensor on the device: "toward", "away", "total" and what else the objective logs,
+            and "toward_accuracy", "away_accuracy": the share of completion tokens that are the most probable.
+        row_norms: [S, R] float32, each row's norm after the last step and before its projection.
+        clipped: [S] int32, how many rows the projections shortened, over all steps.
+        engine: which engine ran, and `reason` why not the fast one.
+        enabled: False makes `applied` and hooks do nothing.
+    """
+
+    sites: list[Site]
+    deltas_by_row: list[Tensor]
+    grid: Tensor
+    epsilon: float | Tensor
+    history: dict[str, Tensor]
+    row_norms: Tensor
+    clipped: Tensor
+    engine: str = "reference"
+    reason: str = ""
+    enabled: bool = True
+    _read: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        """The sites' names."""
+        return [site.name for site in self.sites]
+
+    def delta(self, name: str) -> Tensor:
+        """The perturbation of one site by position: [B, La, H] float32, zeros where nothing is attacked."""
+        rows = self.deltas_by_row[self.names.index(name)]
+        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # row -1 is the zero row
+        return padded[self.grid.to(rows.device)]
+
+    @property
+    def deltas(self) -> dict[str, Tensor]:
+        """Every site's perturbation by position, [B, La, H] float32."""
+        return {name: self.delta(name) for name in self.names}
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        """The losses of every inner step, before its update; read from the device once."""
+        if "losses" not in self._read:
+            names = list(self.history)
+            table = torch.stack([self.history[name].float() for name in names], 1).tolist() if names else []
+            self._read["losses"] = [dict(zip(names, row, strict=True)) for row in table]
+        return self._read["losses"]
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """The Euclidean norm of every attacked row at each site, [R] float32."""
+        return {site.name: d.float().norm(dim=-1) for site, d in zip(self.sites, self.deltas_by_row, strict=True)}
+
+    @property
+    def boundary_fraction(self) -> float:
+        """The share of rows, over all sites, that the last projection brought back to the boundary."""
+        if self.row_norms.numel() == 0:
+            return 0.0
+        return float((self.row_norms > self.epsilon).float().mean())
+
+    def to(self, device: torch.device | str) -> LatentAttack:
+        """Move the perturbations, to keep many attacks off the GPU between their uses; returns this attack."""
+        self.deltas_by_row = [d.to(device) for d in self.deltas_by_row]
+        return self
+
+    @contextmanager
+    def applied(self, rows: Any = None) -> Iterator[None]:
+        """While active, the model answers under this attack: plain calls on either text of the attacked batch.
+
+        Args:
+            rows: for engines: how the tokens of a pass map to rows; by default by their positions.
+        """
+        if not self.enabled:
+            yield
+            return
+        with perturbed(self.sites, self.deltas_by_row, rows or grid_rows(self.grid)):
+            yield
+
+    def hook(self, site: str | None = None) -> Any:
+        """A plain forward hook with one site's perturbation, for any module: `module.register_forward_hook(...)`."""
+        index = 0 if site is None else self.names.index(site)
+        rows = grid_rows(self.grid)
+        return perturbing_hook(
+            self.names[index], lambda: self.deltas_by_row[index], lambda h: rows(h) if self.enabled else None
+        )

@@ -1,0 +1,111 @@
+"""Forward hooks that add a perturbation to the outputs of modules, and keep those outputs for their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import perturb
+from .sites import Site, hidden_of, with_hidden
+
+Rows = Callable[[Tensor], Tensor | None]
+
+
+def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: list[Tensor] | None = None) -> Any:
+    """A forward hook that adds delta [R, H] to the module's hidden states [..., H], out of place.
+
+    Args:
+        delta: read at every call, so that it may be replaced between calls.
+        rows: from the hidden states to the row of each of their tokens ([T] int64, -1: none), or None for a call
+            that is to pass untouched.
+        keep: where the perturbed hidden states [T, H] go, as tensors that require a gradient; None to keep nothing.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = hidden_of(output, name)
+        index = rows(hidden)
+        if index is None:
+            return output
+        # one [T, H] view is both what is kept and what flows on, so that its gradient is the whole one
+        out = perturb(hidden.reshape(-1, hidden.shape[-1]), delta().to(hidden.device), index.to(hidden.device))
+        if keep is not None:
+            if not out.requires_grad:
+                out.requires_grad_()
+            keep.append(out)
+        return with_hidden(output, out.view(hidden.shape))
+
+    return hook
+
+
+def _same(delta: Tensor) -> Tensor:
+    return delta
+
+
+@contextmanager
+def perturbed(
+    sites: Sequence[Site], deltas: Sequence[Tensor], rows: Rows, keep: dict[str, list[Tensor]] | None = None
+) -> Iterator[None]:
+    """While active, every site's output is perturbed by its delta [R, H]."""
+    handles = []
+    try:
+        for site, delta in zip(sites, deltas, strict=True):
+            kept = None if keep is None else keep.setdefault(site.name, [])
+            hook = perturbing_hook(site.name, partial(_same, delta), rows, kept)
+            handles.append(site.module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fixed_rows(token_rows: Tensor) -> Rows:
+    """The same rows for every site of a pass whose tokens are token_rows' [T].
+
+    Raises (when called):
+        ValueError: a site has another number of tokens.
+    """
+
+    def rows(hidden: Tensor) -> Tensor:
+        tokens = hidden.numel() // hidden.shape[-1]
+        if tokens != token_rows.shape[0]:
+            raise ValueError(f"a site has {tokens} tokens where the attack's pass has {token_rows.shape[0]}")
+        return token_rows
+
+    return rows
+
+
+def rows_by_length(grid: Tensor, length: int) -> Tensor:
+    """[B * length] the rows of the first `length` positions of grid [B, La], -1 where it does not reach."""
+    short = grid[:, :length]
+    return torch.nn.functional.pad(short, (0, length - short.shape[1]), value=-1).flatten()
+
+
+def grid_rows(grid: Tensor) -> Rows:
+    """Rows by position, for plain calls of a model on the attacked batch: grid [B, La] of `PairBatch.grid`.
+
+    A call of one position alone (generation with a cache) passes untouched: the perturbation is already in the
+    cached states.
+
+    Raises (when called):
+        ValueError: the batch has another size than the attack's.
+    """
+    size, attacked = grid.shape
+    by_length: dict[int, Tensor] = {}
+
+    def rows(hidden: Tensor) -> Tensor | None:
+        batch = hidden.shape[0] if hidden.dim() > 2 else size
+        length = hidden.numel() // hidden.shape[-1] // max(batch, 1)
+        if length == 1 and attacked != 1:
+            return None
+        if batch != size:
+            raise ValueError(f"the attack is on a batch of {size}; the model was called with a batch of {batch}")
+        if length not in by_length:
+            by_length[length] = rows_by_length(grid, length)
+        return by_length[length]
+
+    return rows

@@ -1,0 +1,142 @@
+"""What is minimised, as a function of the losses of completion tokens: toward/away, DPO, IPO, KL, an L2 penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.functional import THRESHOLD
+
+TERMS = ("toward", "away", "dpo", "ipo", "kl")
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """The rows of logits that predict completion tokens, rejected ones first, both in row-major order.
+
+    Attributes:
+        logits: [N, V].
+        labels: [N] int64.
+        rejected: [N] bool.
+        example: [N] int64, which pair of the batch.
+        size: pairs in the batch.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    rejected: Tensor
+    example: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of terms, to be minimised over the perturbation (or, mirrored, over the weights).
+
+    Attributes:
+        coefs: term -> weight, used as given. "toward": mean cross entropy over the favoured completion's tokens.
+            "away": mean of -log(1 - p) over the other's, 0 where log p < threshold (still counted). "dpo" and "ipo"
+            (one of them, alone): preference losses of the pair (arXiv 2305.18290 eq. 7; 2310.12036 eq. 17, log
+            probabilities averaged over tokens) against the model without adapters and perturbation. "kl": mean over
+            all completion tokens of KL(unperturbed || perturbed); a negative weight drives the two apart.
+        l2_penalty: weight of the sum over sites of norm2(delta) / sqrt(B * La * H).
+        beta, label_smoothing, reference_free: of "dpo" and "ipo".
+    """
+
+    coefs: Mapping[str, float] = field(default_factory=lambda: {"toward": 0.5, "away": 0.5})
+    threshold: float = THRESHOLD
+    l2_penalty: float = 0.0
+    beta: float = 0.3
+    label_smoothing: float = 0.0
+    reference_free: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.coefs) - set(TERMS))
+        if unknown:
+            raise ValueError(f"coefs has unknown terms {unknown}; the terms are {', '.join(TERMS)}")
+        if not self.terms:
+            raise ValueError(f"coefs={dict(self.coefs)} weighs nothing; give at least one term a weight other than 0")
+        if self.preference and len(set(self.terms) - {"kl"}) > 1:
+            raise ValueError(f"coefs={dict(self.coefs)} mixes {self.preference!r} with other losses of the same pair")
+
+    @property
+    def terms(self) -> list[str]:
+        """The terms with a weight other than 0."""
+        return [name for name in TERMS if self.coefs.get(name, 0) != 0]
+
+    @property
+    def preference(self) -> str | None:
+        """ "dpo" or "ipo" where the objective is one."""
+        return next((name for name in ("dpo", "ipo") if name in self.terms), None)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probabilities of the model without adapters are needed."""
+        return self.preference is not None and not self.reference_free
+
+    def needs(self, favoured: bool) -> bool:
+        """Whether the favoured (True) or the other completion takes part at all."""
+        return bool(self.preference or "kl" in self.terms or ("toward" if favoured else "away") in self.terms)
+
+    def scored_away(self, favoured: Tensor) -> Tensor:
+        """[N] bool: the rows whose loss is the "away" one. A preference loss wants -log p of every row."""
+        return torch.zeros_like(favoured) if self.preference else ~favoured
+
+    def combine(
+        self,
+        losses: Tensor,
+        favoured: Tensor,
+        example: Tensor,
+        size: int,
+        counts: tuple[float, float] | tuple[Tensor, Tensor],
+        reference: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted objective of token losses [N] (without "kl" and the penalty), and its terms by name.
+
+        Args:
+            favoured: [N] bool, True for the tokens of the completion to go toward.
+            example: [N] int64, which of the `size` pairs a row belongs to.
+            counts: tokens that the means of (toward, away) divide by.
+            reference: [size] difference of the pair's log-probabilities in the reference model.
+        """
+        total = losses.new_zeros(())
+        terms: dict[str, Tensor] = {}
+        for name, rows, count in (("toward", favoured, counts[0]), ("away", ~favoured, counts[1])):
+            if name in self.terms:
+                terms[name] = torch.where(rows, losses, 0).sum() / count
+                total = total + self.coefs[name] * terms[name]
+        if self.preference is not None:
+            name = self.preference
+            gap = self.pair_gap(losses, favoured, example, size)
+            gap = gap if reference is None else gap - reference
+            if name == "ipo":
+                each = (gap - 1 / (2 * self.beta)) ** 2
+            else:
+                smooth = self.label_smoothing
+                each = -F.logsigmoid(self.beta * gap) * (1 - smooth) - F.logsigmoid(-self.beta * gap) * smooth
+            terms[name] = each.mean()
+            total = total + self.coefs[name] * terms[name]
+        return total, {k: v.detach() for k, v in terms.items()}
+
+    def pair_gap(self, losses: Tensor, favoured: Tensor, example: Tensor, size: int) -> Tensor:
+        """[size] log-probability of the favoured completion minus the other's; per token for "ipo"."""
+        sign = torch.where(favoured, -losses, losses)
+        if self.preference == "ipo":
+            halves = example * 2 + favoured
+            tokens = torch.zeros(2 * size, device=losses.device).index_add_(0, halves, torch.ones_like(losses))
+            sign = sign / tokens[halves]
+        return losses.new_zeros(size).index_add_(0, example, sign)
+
+    def penalty(self, deltas: list[Tensor], elements: int) -> Tensor:
+        """Sum over sites of norm2(delta) / sqrt(elements), without its weight; its gradient at 0 is 0."""
+        return torch.stack([torch.linalg.vector_norm(d).to(deltas[0].device) for d in deltas]).sum() / elements**0.5
+
+
+def kl_rows(base_log_probs: Tensor, logits: Tensor) -> Tensor:
+    """KL(base || model) of each row, [N] float32, from base log-probabilities [N, V] and the model's logits [N, V]."""
+    log_probs = logits.float().log_softmax(-1)
+    return (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1)

@@ -1,0 +1,184 @@
+"""LatentPGD: the attack as people configure and call it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.reference import RULES, gather_grad
+from . import reference
+from .attack import LatentAttack
+from .batch import PairBatch
+from .modes import inner_mode
+from .objective import Objective
+from .sites import Site, resolve_sites, site_widths
+from .state import AttackState
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("auto", "reference", "packed")
+NORMS = ("l2", "linf", "l2_sequence", "none")
+
+
+class LatentPGD:
+    """Projected gradient descent on hidden states: finds what makes a model prefer `rejected` over `chosen`.
+
+    Args:
+        model: any decoder language model of transformers, with or without PEFT adapters.
+        sites: where to perturb: "embedding", "mlp:8", "attn:8", "block:8", 8 (= "mlp:8") or any module's name.
+        epsilon: radius of the ball that each perturbation stays in. With `relative`, a share of the norm of the
+            hidden state that is perturbed.
+        step_size, steps: of the update.
+        norm: "l2" a token, "l2_sequence" (one ball an example), "linf", or "none".
+        rule: "adamw" (torch's defaults, as in LAT), "normalized", "sign"; also "adam", "rmsprop", "sgd".
+        coefs: weights of the terms of `Objective`, used as given.
+        engine: "reference" (two plain passes a step), "packed" (one pass, the prompt shared; an error where the model
+            cannot), "auto" (packed where that is exact, else one unshared pass, with a warning).
+        backend: of the ops: "auto", "reference", "triton", "native".
+        l2_penalty: weight of a penalty on the perturbations' norms.
+        clip_grad: clip the gradients of all sites jointly to this norm.
+        random_start, seed: start uniformly in the ball instead of at zero.
+        stop_below: an example whose "toward" loss falls below this is left as it is from then on.
+        relative: see epsilon.
+        state_dtype: of the perturbations and moments.
+        beta, label_smoothing, reference_free, threshold: see `Objective`.
+        merge_adapters: merge LoRA into the weights for the inner loop (weights come back bit for bit).
+        capture_graph: capture one step in a CUDA graph: "auto", True or False.
+        autocast: a dtype to run the model under autocast in; by default none, whatever is active outside.
+
+    Raises:
+        ValueError: an unknown or impossible setting; the message names it and its value.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | int | Site | Sequence[str | int | Site],
+        *,
+        epsilon: float = 6.0,
+        step_size: float = 1e-3,
+        steps: int = 16,
+        norm: str = "l2",
+        rule: str = "adamw",
+        coefs: Mapping[str, float] | None = None,
+        engine: str = "auto",
+        backend: str = "auto",
+        l2_penalty: float = 0.0,
+        clip_grad: float | None = None,
+        random_start: bool = False,
+        seed: int | None = None,
+        stop_below: float | None = None,
+        relative: bool = False,
+        weight_decay: float = 0.01,
+        state_dtype: torch.dtype = torch.float32,
+        beta: float = 0.3,
+        label_smoothing: float = 0.0,
+        reference_free: bool = False,
+        threshold: float = -5.0,
+        merge_adapters: bool = False,
+        capture_graph: bool | str = "auto",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        for name, value, allowed in (("engine", engine, ENGINES), ("norm", norm, NORMS), ("rule", rule, RULES)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+        if not epsilon > 0 or not step_size > 0 or steps < 1:
+            raise ValueError(f"epsilon={epsilon}, step_size={step_size} and steps={steps} must be positive")
+        if capture_graph not in ("auto", True, False):
+            raise ValueError(f"capture_graph={capture_graph!r} is unknown; use 'auto', True or False")
+        self.model = model
+        self.sites = resolve_sites(model, sites)
+        self.epsilon, self.step_size, self.steps = epsilon, step_size, steps
+        self.norm, self.rule, self.weight_decay = norm, rule, weight_decay
+        self.objective = Objective(
+            coefs={"toward": 0.5, "away": 0.5} if coefs is None else dict(coefs),
+            threshold=threshold,
+            l2_penalty=l2_penalty,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            reference_free=reference_free,
+        )
+        self.engine, self.backend = engine, backend
+        self.clip_grad, self.stop_below = clip_grad, stop_below
+        self.random_start, self.relative, self.state_dtype = random_start, relative, state_dtype
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.merge_adapters, self.capture_graph, self.autocast = merge_adapters, capture_graph, autocast
+        self._widths: list[tuple[int, torch.device]] | None = None
+
+    def widths(self) -> list[tuple[int, torch.device]]:
+        """Width and device of each site, measured by one small pass of the model."""
+        if self._widths is None:
+            self._widths = site_widths(self.model, self.sites)
+            self._warn_if_never_binding(max(width for width, _ in self._widths))
+        return self._widths
+
+    def reach(self, width: int) -> float:
+        """How far from its start a perturbation of this width can get at most: steps of step_size a coordinate."""
+        each = self.step_size if self.norm == "linf" else self.step_size * math.sqrt(width)
+        return self.steps * (self.step_size if self.rule == "normalized" else each)
+
+    def _warn_if_never_binding(self, width: int) -> None:
+        fixed = self.rule in ("adamw", "adam", "sign", "normalized") and not (self.relative or self.random_start)
+        if fixed and self.norm in ("l2", "linf") and self.reach(width) < self.epsilon:
+            logger.warning(
+                "epsilon=%g never binds: %d steps of %g reach a norm of %.3g at width %d",
+                self.epsilon, self.steps, self.step_size, self.reach(width), width,
+            )  # fmt: skip
+
+    def clip_jointly(self, grads: list[Tensor], tokens: Tensor) -> list[Tensor]:
+        """Row gradients [R, H] of every site, scaled so that their joint norm is at most `clip_grad`."""
+        assert self.clip_grad is not None
+        rows = [gather_grad(grad, tokens.to(grad.device)) for grad in grads]
+        rows = [torch.where(row.isfinite(), row, 0) for row in rows]
+        norms = torch.stack([row.norm().to(rows[0].device) for row in rows])
+        scale = (self.clip_grad / (norms.norm() + 1e-6)).clamp(max=1)
+        return [row * scale.to(row.device) for row in rows]
+
+    def attack(self, batch: PairBatch | Mapping[str, Any], counts: tuple[float, float] | None = None) -> LatentAttack:
+        """Find the perturbations of one batch.
+
+        The model runs in eval mode, without autocast, its parameters frozen; all of that is put back, and no
+        gradient is left on it.
+
+        Args:
+            batch: a `PairBatch`, or a mapping with its fields.
+            counts: tokens that the means of (toward, away) divide by; by default this batch's own numbers.
+
+        Raises:
+            ValueError: the batch has no completion token or no attacked position.
+            RuntimeError: engine="packed" and the model cannot run packed; the message says why.
+            FloatingPointError: the model's losses are not finite.
+        """
+        pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)
+        own = pairs.counts
+        for name, count, needed in zip(
+            ("rejected", "chosen"), own, map(self.objective.needs, (True, False)), strict=True
+        ):
+            if needed and count == 0:
+                raise ValueError(f"{name}_mask has no completion token after position 0; there is nothing to score")
+        if not bool(pairs.attack_mask.any()):
+            raise ValueError("attack_mask has no True: there is no position to attack")
+        with inner_mode(self.model, self.merge_adapters, self.autocast):
+            state = AttackState(self, pairs, counts or own)
+            if self.relative:
+                state.set_relative_radius(self.epsilon, reference.hidden_norms(self.model, self.sites, pairs))
+            if self.random_start:
+                state.start_randomly(self.norm, self.generator)
+            reference.run(self, pairs, state)
+        found = state.finish(self, "reference", "")
+        self._check(found)
+        return found
+
+    def _check(self, attack: LatentAttack) -> None:
+        total = attack.history["total"]
+        if not bool(total.isfinite().all()):
+            step = int((~total.isfinite()).nonzero()[0])
+            raise FloatingPointError(
+                f"the adversary's loss is {float(total[step])} at inner step {step}: the logits are not finite; "
+                "look for NaN in its weights, or load it in bfloat16 or float32 instead of float16"
+            )
