@@ -1,0 +1,190 @@
+"""Lay a batch of pairs out as rows in which the prompt stands once and both completions follow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .batch import PairBatch
+
+PREFIX, REJECTED, CHOSEN, PADDING = 0, 1, 2, -1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Where every token of a `PairBatch` stands in the pass that the model runs, and where its results are.
+
+    B rows of L tokens (B may exceed the number of pairs: two texts that share nothing stand in two rows), R delta
+    rows (one for each True of the attack mask), N labels, rejected ones first, each half in row-major order of its
+    mask. A token that predicts nothing (the last label of a text and all that follows) is left out.
+
+    Attributes:
+        input_ids: [B, L] int64, 0 at padding.
+        position_ids: [B, L] int64, the position in the token's own text, so both completions start at the prompt's
+            end; 0 at padding.
+        branch: [B, L] int64, 0 the shared prefix or a text that stands alone, 1 the rejected completion, 2 the chosen
+            one, -1 padding.
+        attention_mask: [B, L] int64, 1 at every token, 0 at padding; for the model.
+        token_rows: [B * L] int64, the delta row of each token, -1 = none.
+        row_tokens: [R, 2] int64, the tokens (numbers in 0..B*L-1) that each delta row is added to, -1 = none.
+        select_rows, select_positions: [N] int64, the row, and the index in it, of the hidden state that predicts each
+            label.
+        labels: [N] int64.  rejected: [N] bool.  example: [N] int64, the pair.
+        masks: attention masks made for this layout so far (`packed_masks` fills it).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    branch: Tensor
+    attention_mask: Tensor
+    token_rows: Tensor
+    row_tokens: Tensor
+    select_rows: Tensor
+    select_positions: Tensor
+    labels: Tensor
+    rejected: Tensor
+    example: Tensor
+    masks: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
+    @property
+    def padding_share(self) -> float:
+        """The share of the B x L places that holds no token. Reads from the device."""
+        return float((self.branch == PADDING).float().mean())
+
+
+def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
+    """One row a pair: the longest common prefix of its two texts once, then the rest of the rejected, of the chosen.
+
+    Causal attention keeps a prefix from seeing what follows, and delta is the same in both texts, so one pass over
+    this row gives what two passes over the texts give, provided that the completions do not see each other
+    (`packed_masks`). A pair stands as two rows where nothing is shared, or where that leaves fewer places
+    in total (rows x length of the longest).
+
+    Args:
+        bucket: L is rounded up to a multiple of it.
+
+    Raises:
+        ValueError: `bucket` is not positive, or no text has a label.
+    """
+    if bucket < 1:
+        raise ValueError(f"bucket is {bucket}; expected a positive number of tokens")
+    rejected, chosen = _length(batch.rejected_mask), _length(batch.chosen_mask)
+    width = min(batch.rejected_ids.shape[1], batch.chosen_ids.shape[1])
+    same = batch.rejected_ids[:, :width] == batch.chosen_ids[:, :width]
+    same &= _arange(same) < torch.minimum(rejected, chosen)[:, None]
+    prefix = same.long().cumprod(1).sum(1)
+    apart = (prefix == 0) & (rejected > 0) & (chosen > 0)
+    apart |= _too_long(rejected, chosen, prefix, apart, bucket)
+    return _lay_out(batch, rejected, chosen, prefix, apart, bucket)
+
+
+def unshared(batch: PairBatch) -> PackedLayout:
+    """Every text in a row of its own, rejected ones first: for models that cannot be packed.
+
+    Positions run from 0, `branch` is 0 or -1, and plain causal attention over right-padded rows is right for it.
+
+    Raises:
+        ValueError: no text has a label.
+    """
+    rejected, chosen = _length(batch.rejected_mask), _length(batch.chosen_mask)
+    nothing = torch.zeros_like(rejected)
+    return _lay_out(batch, rejected, chosen, nothing, torch.ones_like(rejected, dtype=torch.bool), 1)
+
+
+def _arange(like: Tensor) -> Tensor:
+    """0, 1, ... over the last dimension of `like`."""
+    return torch.arange(like.shape[-1], device=like.device)
+
+
+def _length(mask: Tensor) -> Tensor:
+    """[B] int64: how many tokens predict something, which is the position of the last label (0 where there is none)."""
+    return (_arange(mask) * mask).amax(1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.long)
+
+
+def _too_long(rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, bucket: int) -> Tensor:
+    """[B] bool: the pairs to split so that rows x length is least. All rows are as long as the longest one."""
+    shared = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
+    single = torch.maximum(rejected, chosen)
+    limits = torch.cat([shared, single.amax()[None]]).clamp(min=1)  # [B + 1], the lengths worth trying
+    limits = limits[limits >= single.amax()]
+    split = shared[None] > limits[:, None]
+    rows = len(shared) + (split | apart).sum(1)
+    cost = rows * (-(limits // -bucket) * bucket)
+    # the least cost, and of equal ones the longest row, which shares most
+    best = (cost * (int(limits.max()) + 1) - limits).argmin()
+    return split[best]
+
+
+def _lay_out(
+    batch: PairBatch, rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, bucket: int
+) -> PackedLayout:
+    """The layout for given text lengths, shared prefixes and pairs that stand apart, all [B]."""
+    pairs = len(batch)
+    prefix = torch.where(apart, 0, prefix)
+    packed = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
+    length = -(int(packed.max()) // -bucket) * bucket
+    if length == 0:
+        raise ValueError("no text of the batch has a label: rejected_mask and chosen_mask are False from position 1 on")
+    rows = pairs + int(apart.sum())
+    row = torch.arange(pairs, device=prefix.device)
+    chosen_row = torch.where(apart, pairs + apart.long().cumsum(0) - 1, row)
+    # where the chosen text goes on after the prefix, less where it would stand alone
+    shift = torch.where(apart, 0, rejected - prefix)
+
+    widest = max(int(rejected.max()), int(chosen.max()))
+    position = torch.arange(widest, device=prefix.device).expand(pairs, widest)
+    in_prefix = position < prefix[:, None]
+    place_rejected = row[:, None] * length + position
+    place_chosen = chosen_row[:, None] * length + position + torch.where(in_prefix, 0, shift[:, None])
+    in_rejected, in_chosen = position < rejected[:, None], position < chosen[:, None]
+    alone = in_prefix | apart[:, None]
+    grid = _fit(batch.grid, widest, -1)
+
+    def spread(from_rejected: Tensor, from_chosen: Tensor, fill: int) -> Tensor:
+        """[rows * length]: values by pair and position -> values by place. Prefix tokens get the same value twice."""
+        out = from_rejected.new_full((rows * length,), fill)
+        out[place_chosen[in_chosen]] = from_chosen[in_chosen]
+        out[place_rejected[in_rejected]] = from_rejected[in_rejected]
+        return out
+
+    branch = spread(torch.where(alone, PREFIX, REJECTED), torch.where(alone, PREFIX, CHOSEN), PADDING)
+    ids = spread(_fit(batch.rejected_ids, widest, 0), _fit(batch.chosen_ids, widest, 0), 0)
+    row_tokens = torch.stack(
+        [
+            _fit(place.where(there, -1), batch.attack_mask.shape[1], -1)[batch.attack_mask]
+            for place, there in ((place_rejected, in_rejected), (place_chosen, in_chosen & ~in_prefix))
+        ],
+        dim=1,
+    )
+
+    select, example = [], []
+    for mask, place in ((batch.rejected_mask, place_rejected), (batch.chosen_mask, place_chosen)):
+        pair, before = mask[:, 1:].nonzero(as_tuple=True)
+        select.append(place[pair, before])
+        example.append(pair)
+    places = torch.cat(select)
+    return PackedLayout(
+        input_ids=ids.view(rows, length),
+        position_ids=spread(position, position, 0).view(rows, length),
+        branch=branch.view(rows, length),
+        attention_mask=(branch != PADDING).long().view(rows, length),
+        token_rows=spread(grid, grid, -1),
+        row_tokens=row_tokens,
+        select_rows=places // length,
+        select_positions=places % length,
+        labels=torch.cat([batch.labels("rejected"), batch.labels("chosen")]),
+        rejected=_arange(places) < len(select[0]),
+        example=torch.cat(example),
+    )
+
+
+def _fit(values: Tensor, width: int, fill: int) -> Tensor:
+    """[B, width]: cut, or filled up on the right."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)

@@ -1,0 +1,245 @@
+"""Decide, from what a model does rather than what it is called, whether its pairs can be packed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .batch import PairBatch
+from .head import selected_logits
+from .masks import IMPLEMENTATIONS, packed_masks
+from .packing import CHOSEN, PREFIX, REJECTED, PackedLayout, pack, unshared
+
+_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+_PROBE_WINDOW = 4
+_FLOAT32_TOLERANCE = 2e-4  # of the largest logit; rounding gives 5e-6 at 30 layers, a wrong mask 1e-2 to 1
+_HALF_RATIO = 0.1  # of what wrong masks or positions change; rounding in bf16 gives 0.01 at 30 layers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model's pairs can be packed, and if not, why. True or False in a condition."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+_verdicts: WeakKeyDictionary[nn.Module, dict[object, Verdict]] = WeakKeyDictionary()
+
+
+def can_pack(model: nn.Module, length: int = 0) -> Verdict:
+    """Whether packed pairs give the model's own results, exactly up to rounding.
+
+    First what can be read off the model, then a probe: passes over two ragged pairs of a dozen tokens, in eval mode and
+    without gradients. Windows and chunks are shortened to 4 tokens for it, in the configuration, so that they bind;
+    windows of thousands could not be filled cheaply. It asks:
+
+    - *use*: do the masks come from the library's mask functions, with the shortened window among them?
+    - *isolation*: with other tokens in one completion, do the other's logits stay the same bit for bit? (Masked keys
+      add exact zeros, so they do in any dtype. Where not, the arithmetic itself may mix tokens, as grouped experts do:
+      then by no more than when only *another row* of the batch changes.)
+    - *parity*: are the logits those of plain passes over the separate texts? In float32 within 2e-4 of the largest. In
+      other dtypes rounding hides more, so they must be 10 times nearer than those of two layouts that are wrong on
+      purpose (completions that see each other, positions that run on), as root mean squares.
+
+    Cached for as long as the model lives, by attention implementation, dtype and active adapter.
+
+    Args:
+        length: the longest row that is to be run, for models whose positions change meaning beyond some length.
+    """
+    key = (getattr(_config(model), "_attn_implementation", None), str(_dtypes(model)), str(_adapter(model)))
+    known = _verdicts.setdefault(model, {})
+    if key not in known:
+        reason = _read(model) or _probe(model)
+        known[key] = Verdict(not reason, reason)
+    verdict = known[key]
+    limit = _length_limit(_config(model)) if verdict else None
+    if limit is not None and length > limit:
+        return Verdict(False, f"its positions change meaning beyond {limit} tokens and rows have up to {length}")
+    return verdict
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get(decoder=True) if get is not None else config
+
+
+def _adapter(model: nn.Module) -> object:
+    """The name of PEFT's active adapter; None without PEFT. (transformers' own attribute raises without adapters.)"""
+    return getattr(model, "active_adapter", None) if hasattr(model, "get_base_model") else None
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters()}
+
+
+def _read(model: nn.Module) -> str:
+    """Why the model cannot be packed as far as it says so itself; "" if it does not."""
+    get: Any = getattr(model, "get_base_model", None)
+    base: Any = model if get is None else get()
+    config = _config(base)
+    if config is None:
+        return f"{type(base).__name__} has no configuration"
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in IMPLEMENTATIONS:
+        return f"its attention implementation is {implementation!r}, not one of {', '.join(IMPLEMENTATIONS)}"
+    if getattr(base, "_is_stateful", False):
+        return "it keeps a recurrent state"
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    if others:
+        return f"it has layers of type {', '.join(sorted(others))}"
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "its forward takes no position_ids"
+    if getattr(config, "alibi", False):
+        return "its positions are alibi biases, by index"
+    for module in _blocks(base, config):
+        if isinstance(module, nn.modules.conv._ConvNd | nn.RNNBase):
+            return f"its blocks contain a {type(module).__name__}, which reads neighbours by index"
+    return ""
+
+
+def _blocks(model: nn.Module, config: Any) -> Iterator[nn.Module]:
+    """Every module inside the decoder's blocks."""
+    depth = getattr(config, "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            yield from module.modules()
+
+
+def _length_limit(config: Any) -> int | None:
+    """The longest row over which positions mean what they mean in a shorter one; None where there is no limit."""
+    limits = []
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in ("longrope", "dynamic"):
+            original = parameters.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            limits.append(original or config.max_position_embeddings)
+    if getattr(config, "attn_temperature_tuning", False):  # a query scale by index, one step each floor_scale tokens
+        limits.append(int(getattr(config, "floor_scale", 1)) - 1)
+    return min(limits, default=None)
+
+
+def _probe(model: nn.Module) -> str:
+    """Why the model, run on two pairs, cannot be packed; "" if it can."""
+    try:
+        with _at_rest(model), _short_windows(_config(model)) as windows:
+            batch, step = _pairs(model)
+            layout = pack(batch)
+            with packed_masks(layout) as calls:
+                base = selected_logits(model, layout)
+            if not calls.count:
+                return "it does not make its masks with the library's mask functions"
+            if windows - calls.local_sizes:
+                return "it has windows or chunks that are not in the library's mask functions"
+            return _isolation(model, layout, base, step) or _parity(model, batch, layout, base)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model does not like about such a call is a reason not to make it
+        return f"the probe raised {type(error).__name__}: {error}"
+
+
+def _pairs(model: nn.Module) -> tuple[PairBatch, int]:
+    """Two ragged pairs (prompts of 7 and 5 tokens, completions of 5 and 3, of 2 and 4), and the step between tokens."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    step = max((embeddings.num_embeddings - 2) // 32, 1)  # all over the vocabulary
+    texts = torch.zeros(4, 12, dtype=torch.long)
+    labels = torch.zeros(4, 12, dtype=torch.bool)
+    spans = [((0, 7), (7, 12)), ((0, 7), (12, 15)), ((15, 20), (20, 22)), ((15, 20), (22, 26))]
+    for row, (prompt, completion) in enumerate(spans):
+        text = torch.cat([torch.arange(*prompt), torch.arange(*completion)])
+        texts[row, : len(text)] = text
+        labels[row, prompt[1] - prompt[0] : len(text)] = True
+    texts = (1 + texts * step) % embeddings.num_embeddings
+    attack = torch.zeros(2, 12, dtype=torch.bool)
+    batch = PairBatch(texts[::2], labels[::2], texts[1::2], labels[1::2], attack)
+    return batch.to(embeddings.weight.device), step
+
+
+def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor, step: int) -> str:
+    """Why the completions are not independent of each other; "" if they are."""
+
+    def moved(change: Tensor, rows: Tensor) -> float:
+        """How far the logits of `rows` move when the tokens in `change` do."""
+        ids = torch.where(change, (layout.input_ids + step) % (32 * step), layout.input_ids)
+        return float((selected_logits(model, replace(layout, input_ids=ids)) - base)[rows].abs().max())
+
+    leak = max(
+        moved(layout.branch == REJECTED, ~layout.rejected),
+        moved(layout.branch == CHOSEN, layout.rejected),
+    )
+    if leak == 0:
+        return ""
+    second_row = torch.zeros_like(layout.branch, dtype=torch.bool)
+    second_row[1] = True
+    noise = moved(second_row, layout.example == 0)
+    if leak <= 4 * noise:
+        return ""
+    return f"one completion's tokens move the other's logits by {leak:.1e}, those of another row by {noise:.1e}"
+
+
+def _parity(model: nn.Module, batch: PairBatch, layout: PackedLayout, base: Tensor) -> str:
+    """Why packed logits are not those of separate passes; "" if they are."""
+    plain = selected_logits(model, unshared(batch), packed=False)
+    error = (base - plain).abs().max()
+    if bool(error <= _FLOAT32_TOLERANCE * plain.abs().max()):
+        return ""
+    if _dtypes(model) <= {torch.float32, torch.float64} and plain.device.type == "cpu":
+        return f"packed logits differ from separate passes' by {float(error):.1e} of {float(plain.abs().max()):.1e}"
+    index = torch.arange(layout.shape[1], device=plain.device).expand(layout.shape)
+    wrong = (
+        replace(layout, branch=layout.branch.clamp(max=PREFIX)),
+        replace(layout, position_ids=index),
+    )
+    least = min(_distance(selected_logits(model, layout_), plain) for layout_ in wrong)
+    if _distance(base, plain) <= _HALF_RATIO * least:
+        return ""
+    return f"packed logits differ from separate passes' by {_distance(base, plain):.1e}, and wrong ones by {least:.1e}"
+
+
+def _distance(logits: Tensor, other: Tensor) -> float:
+    return float((logits.float() - other.float()).square().mean().sqrt())
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without gradients or autocast; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device.type
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _short_windows(config: Any) -> Iterator[set[int]]:
+    """The configuration's windows and chunks cut to what the probe can fill; yields the sizes that must show."""
+    layers = getattr(config, "layer_types", None)
+    before = {}
+    for name, kind in _WINDOWS.items():
+        size = getattr(config, name, None)
+        if size and (not layers or kind in layers):
+            before[name] = size
+    try:
+        for name, size in before.items():
+            setattr(config, name, min(size, _PROBE_WINDOW))
+        yield {min(size, _PROBE_WINDOW) for size in before.values()}
+    finally:
+        for name, size in before.items():
+            setattr(config, name, size)
