@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .hooks import grid_rows, perturbed, perturbing_hook
+from .packing import PackedLayout
 from .sites import Site
 
 
@@ -27,7 +28,8 @@ class LatentAttack:
             and "toward_accuracy", "away_accuracy": the share of completion tokens that are the most probable.
         row_norms: [S, R] float32, each row's norm after the last step and before its projection.
         clipped: [S] int32, how many rows the projections shortened, over all steps.
-        engine: which engine ran, and `reason` why not the fast one.
+        engine: which engine ran ("reference", "packed", "unshared"), and `reason` why not the packed one.
+        layout: how the batch was laid out for one pass, None for the reference engine.
         enabled: False makes `applied` and hooks do nothing.
     """
 
@@ -40,6 +42,7 @@ class LatentAttack:
     clipped: Tensor
     engine: str = "reference"
     reason: str = ""
+    layout: PackedLayout | None = None
     enabled: bool = True
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
 

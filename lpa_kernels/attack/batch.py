@@ -83,6 +83,15 @@ class PairBatch:
         moved: dict[str, Any] = {name: None if v is None else v.to(device) for name, v in held.items()}
         return PairBatch(**moved)
 
+    def only(self, rejected: bool, chosen: bool) -> PairBatch:
+        """This batch with the tokens of a completion that is not wanted left unscored."""
+        unwanted = [name for name, wanted in (("rejected", rejected), ("chosen", chosen)) if not wanted]
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in unwanted:
+            held[f"{name}_mask"] = torch.zeros_like(held[f"{name}_mask"])
+            held[f"{name}_labels"] = None
+        return PairBatch(**held) if unwanted else self
+
     def __len__(self) -> int:
         return self.rejected_ids.shape[0]
 

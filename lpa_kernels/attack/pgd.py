@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.reference import RULES, gather_grad
-from . import reference
+from . import packed, reference
 from .attack import LatentAttack
 from .batch import PairBatch
+from .frozen import can_freeze, frozen_depth
 from .modes import inner_mode
-from .objective import Objective
+from .objective import Objective, PairRows
+from .packing import PackedLayout, pack, unshared
+from .probe import can_pack
 from .sites import Site, resolve_sites, site_widths
 from .state import AttackState
 
@@ -23,6 +29,16 @@ logger = logging.getLogger(__name__)
 
 ENGINES = ("auto", "reference", "packed")
 NORMS = ("l2", "linf", "l2_sequence", "none")
+_warned: WeakSet[nn.Module] = WeakSet()  # models that run unshared and have been told of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is run: by which engine, why not packed, and how it is laid out (None: two plain passes)."""
+
+    engine: str
+    reason: str = ""
+    layout: PackedLayout | None = None
 
 
 class LatentPGD:
@@ -169,10 +185,50 @@ class LatentPGD:
                 state.set_relative_radius(self.epsilon, reference.hidden_norms(self.model, self.sites, pairs))
             if self.random_start:
                 state.start_randomly(self.norm, self.generator)
-            reference.run(self, pairs, state)
-        found = state.finish(self, "reference", "")
+            plan = self.plan(pairs)
+            if plan.layout is None:
+                reference.run(self, pairs, state)
+            else:
+                packed.run(self, state, plan.layout, plan.engine == "packed")
+        found = state.finish(self, plan)
         self._check(found)
         return found
+
+    def plan(self, batch: PairBatch) -> Plan:
+        """How `batch` is to be run, by the setting `engine` and what the model can do.
+
+        Raises:
+            RuntimeError: engine="packed" and the model cannot; the message says why.
+        """
+        if self.engine == "reference":
+            return Plan("reference", "engine='reference'")
+        needed = batch.only(self.objective.needs(True), self.objective.needs(False))
+        layout = pack(needed)
+        verdict = can_pack(self.model, layout.shape[1])
+        if verdict:
+            return Plan("packed", "", layout)
+        if self.engine == "packed":
+            raise RuntimeError(f"engine='packed' cannot run {type(self.model).__name__}: {verdict.reason}")
+        if self.model not in _warned:
+            _warned.add(self.model)
+            logger.warning("%s runs unshared, two texts a pair: %s", type(self.model).__name__, verdict.reason)
+        return Plan("unshared", verdict.reason, unshared(needed))
+
+    def rows(self, batch: PairBatch | Mapping[str, Any], attack: LatentAttack | None = None) -> PairRows:
+        """The logits that predict completion tokens, under an attack or not, with gradients for the weights.
+
+        The batch is run as `attack` was (or as one would be): the defence's losses come from these rows.
+        """
+        pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)
+        plan = self.plan(pairs) if attack is None else Plan(attack.engine, attack.reason, attack.layout)
+        if plan.layout is None:
+            with nullcontext() if attack is None else attack.applied():
+                return reference.two_pass_rows(self.model, pairs)
+        return packed.attacked_rows(self.model, plan.layout, len(pairs), plan.engine == "packed", attack)
+
+    def can_freeze(self) -> bool:
+        """Whether the blocks below the lowest site may be run once an attack."""
+        return frozen_depth(self.sites) > 0 and can_freeze(self.model, frozen_depth(self.sites))
 
     def _check(self, attack: LatentAttack) -> None:
         total = attack.history["total"]

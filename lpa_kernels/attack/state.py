@@ -14,7 +14,7 @@ from .batch import PairBatch
 from .objective import PairRows
 
 if TYPE_CHECKING:
-    from .pgd import LatentPGD
+    from .pgd import LatentPGD, Plan
 
 STATEFUL = {"adamw": 2, "adam": 2, "rmsprop": 1}  # how many moments a rule keeps
 
@@ -167,7 +167,7 @@ class AttackState:
             group.clipped[k] += (norms > radius).sum()
             delta.div_((norms / radius).clamp(min=1)[:, None])
 
-    def finish(self, pgd: LatentPGD, engine: str, reason: str) -> LatentAttack:
+    def finish(self, pgd: LatentPGD, plan: Plan) -> LatentAttack:
         """The attack that this loop has found."""
         device = self.grid.device
         epsilon: float | Tensor = float(pgd.epsilon)
@@ -181,6 +181,7 @@ class AttackState:
             history=self.history,
             row_norms=torch.stack([n.to(device) for n in self.per_site("norms")]),
             clipped=torch.stack([c.to(device) for c in self.per_site("clipped")]),
-            engine=engine,
-            reason=reason,
+            engine=plan.engine,
+            reason=plan.reason,
+            layout=plan.layout,
         )

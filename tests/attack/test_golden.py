@@ -9,7 +9,7 @@ from tests.golden import load_golden
 CASES = [name for name in load_golden().info["cases"] if name.endswith((".base", ".lora"))]
 
 
-@pytest.mark.parametrize("engine", ["reference"])
+@pytest.mark.parametrize("engine", ["reference", "packed"])
 @pytest.mark.parametrize("name", CASES)
 def test_inner_loop(name, engine):
     golden = load_golden()

@@ -1,0 +1,157 @@
+"""The fast inner loop: one pass a step, the rows that matter, every site in one update, nothing read by the host."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import linear_token_loss, token_loss_
+from ..ops.reference import gather_grad
+from .attack import LatentAttack
+from .frozen import frozen_blocks, frozen_depth
+from .head import output_head, plain_head, selected_rows
+from .hooks import fixed_rows, perturbed
+from .masks import packed_masks
+from .objective import PairRows
+from .packing import PackedLayout
+from .reference import adapters_off
+from .state import AttackState
+
+if TYPE_CHECKING:
+    from .pgd import LatentPGD
+
+CHUNK_FROM = 1 << 27  # logits (N x V) from which the head is run in chunks
+
+
+def layout_rows(model: nn.Module, layout: PackedLayout, size: int, packed: bool, run_head: bool = True) -> PairRows:
+    """`PairRows` of one pass over a layout; with run_head=False the head's inputs [N, H] stand for the logits."""
+    extra = {"attention_mask": layout.attention_mask, "position_ids": layout.position_ids} if packed else {}
+    with packed_masks(layout) if packed else nullcontext(), selected_rows(model, layout, run_head) as rows:
+        output = model(input_ids=layout.input_ids, use_cache=False, **extra)
+    values = rows.logits(output) if run_head else rows.hidden
+    assert values is not None
+    return PairRows(values, layout.labels, layout.rejected, layout.example, size)
+
+
+def attacked_rows(
+    model: nn.Module, layout: PackedLayout, size: int, packed: bool, attack: LatentAttack | None
+) -> PairRows:
+    """`layout_rows` under an attack, with gradients for the weights: what the defence computes its losses from."""
+    with nullcontext() if attack is None else attack.applied(fixed_rows(layout.token_rows)):
+        return layout_rows(model, layout, size, packed)
+
+
+def _chunked(model: nn.Module, layout: PackedLayout, pgd: LatentPGD) -> bool:
+    head = output_head(model)
+    size = layout.labels.shape[0] * getattr(head, "out_features", 0)
+    return size >= CHUNK_FROM and "kl" not in pgd.objective.terms and plain_head(model)
+
+
+class InnerStep:
+    """One inner step on fixed tensors: forward, losses, backward, update. Nothing in it waits for the device."""
+
+    def __init__(self, pgd: LatentPGD, state: AttackState, layout: PackedLayout, packed: bool) -> None:
+        self.pgd, self.state, self.layout, self.packed = pgd, state, layout, packed
+        self.away = pgd.objective.scored_away(layout.rejected)
+        self.chunked = _chunked(pgd.model, layout, pgd)
+        self.clean: Tensor | None = None
+        self.reference: Tensor | None = None
+        self.weights: Tensor | None = None
+
+    def prepare(self) -> None:
+        """What is computed once an attack, without the perturbation: reference and clean probabilities, weights."""
+        objective, state, layout = self.pgd.objective, self.state, self.layout
+        if objective.needs_reference:
+            with torch.no_grad(), adapters_off(self.pgd.model):
+                rows = layout_rows(self.pgd.model, layout, state.size, self.packed)
+                losses, _ = token_loss_(rows.logits, layout.labels, self.away, backend=self.pgd.backend)
+            self.reference = objective.pair_gap(losses, layout.rejected, layout.example, state.size)
+        if "kl" in objective.terms:
+            with torch.no_grad():
+                rows = layout_rows(self.pgd.model, layout, state.size, self.packed)
+            self.clean = rows.logits.float().log_softmax(-1)
+        if objective.preference is None:
+            self.weights = self._weights(torch.zeros(layout.labels.shape, device=layout.labels.device))
+
+    def _weights(self, losses: Tensor) -> Tensor:
+        """d objective / d loss of every row: constant, except for a preference loss."""
+        leaf = losses.detach().requires_grad_()
+        total, _ = self._combine(leaf)
+        return torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
+
+    def _combine(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        layout, state = self.layout, self.state
+        return self.pgd.objective.combine(
+            losses, layout.rejected, layout.example, state.size, state.counts, self.reference
+        )
+
+    def __call__(self) -> None:
+        """Run the step; the losses go into the state's history."""
+        kept: dict[str, list[Tensor]] = {}
+        state, layout = self.state, self.layout
+        with perturbed(self.pgd.sites, state.deltas, fixed_rows(layout.token_rows), kept):
+            rows = layout_rows(self.pgd.model, layout, state.size, self.packed, run_head=not self.chunked)
+        hidden = [kept[site.name][0] for site in self.pgd.sites]
+        output, grad_output, losses, hits, kl = self._loss(rows)
+        _, terms = self._combine(losses)
+        if kl is not None:
+            terms["kl"] = kl
+        terms["total"] = torch.stack([term.double() for term in terms.values()]).sum()
+        if self.pgd.objective.l2_penalty:
+            terms["l2_norm"] = self.pgd.objective.penalty(state.deltas, state.elements)
+        found = torch.autograd.grad(output, hidden, grad_outputs=grad_output, allow_unused=True)
+        grads = [h.new_zeros(()).expand(h.shape) if g is None else g for g, h in zip(found, hidden, strict=True)]
+        tokens = layout.row_tokens
+        if self.pgd.objective.l2_penalty:
+            grads, tokens = self._penalised(grads), state.own_rows
+        state.record(terms, losses, hits, rows)
+        state.update(self.pgd, grads, tokens)
+
+    def _loss(self, rows: PairRows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(what to differentiate, its gradient, losses [N], hits [N], the KL term): of logits or of hidden rows."""
+        labels, objective, backend = self.layout.labels, self.pgd.objective, self.pgd.backend
+        if self.chunked:
+            head = output_head(self.pgd.model)
+            assert isinstance(head, nn.Linear)
+            losses, hits = linear_token_loss(
+                rows.logits, head.weight, labels, self.away, objective.threshold, bias=head.bias, backend=backend
+            )
+            weights = self._weights(losses) if self.weights is None else self.weights
+            return losses, weights, losses.detach(), hits, None
+        logits = rows.logits
+        # the gradient takes the logits' place, unless the operation that made them needs them for its own backward
+        grad = logits.detach().clone() if hasattr(logits.grad_fn, "_saved_result") else logits.detach()
+        kl = extra = None
+        if self.clean is not None:
+            log_probs = grad.float().log_softmax(-1)
+            kl = (self.clean.exp() * (self.clean - log_probs)).sum(-1).mean()
+            extra = (log_probs.exp() - self.clean.exp()) * (objective.coefs["kl"] / labels.shape[0])
+        weights = self.weights
+        if weights is None:
+            weights = self._weights(token_loss_(grad, labels, self.away, None, objective.threshold, backend=backend)[0])
+        losses, hits = token_loss_(grad, labels, self.away, weights, objective.threshold, backend=backend)
+        if extra is not None:
+            grad += extra.to(grad.dtype)
+        return logits, grad, losses, hits, kl
+
+    def _penalised(self, grads: list[Tensor]) -> list[Tensor]:
+        """Row gradients [R, H] with that of the penalty: delta / norm2(delta), 0 at 0."""
+        scale = self.pgd.objective.l2_penalty / self.state.elements**0.5
+        rows = []
+        for grad, delta in zip(grads, self.state.deltas, strict=True):
+            norm = torch.linalg.vector_norm(delta)
+            unit = torch.where(norm > 0, delta / norm, torch.zeros_like(delta))
+            rows.append(gather_grad(grad, self.layout.row_tokens.to(grad.device)) + scale * unit)
+        return rows
+
+
+def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout, packed: bool) -> None:
+    """The inner loop on a layout. `packed`: whether it is of `pack`, or of `unshared`."""
+    step = InnerStep(pgd, state, layout, packed)
+    step.prepare()
+    with frozen_blocks(pgd.model, frozen_depth(pgd.sites)) if pgd.can_freeze() else nullcontext():
+        for _ in range(pgd.steps):
+            step()
