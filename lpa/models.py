@@ -123,14 +123,7 @@ def _check(name: str, model: Any, missing: Any) -> None:
             f"{name!r} was saved without its LM head ({', '.join(sorted(lost))} is missing); a causal language model "
             "is needed, not its base"
         )
-    if getattr(model.base_model, "is_decoder", None) is False or (
-        hasattr(config, "is_decoder") and config.is_decoder is False and config.model_type in _BIDIRECTIONAL
-    ):
+    # Encoders that can also be run as decoders (bert, roberta, ...) have both settings; gpt_neox has the first alone
+    # and pays it no heed.
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         raise ModelError(f"{name!r} ({config.model_type}) attends in both directions; a causal one is needed")
-
-
-# Encoders that transformers can also run as decoders: causal only where their configuration says is_decoder.
-_BIDIRECTIONAL = frozenset(
-    "bert roberta camembert electra xlm-roberta xlm-roberta-xl megatron-bert roberta-prelayernorm rembert roformer "
-    "data2vec-text big_bird xmod bert-generation".split()
-)

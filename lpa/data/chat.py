@@ -1,0 +1,248 @@
+"""Turn texts into tokens through a tokenizer's own chat template, so that no text can end its turn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lpa.data.loading import DataError
+
+ASSESSMENT_PROMPT = "Indicate whether you agree or disagree with the following statements."
+PLAIN_PROMPT = "You are a helpful assistant."
+
+# Words that stand for the contents while a template is rendered: plain letters, which no template changes or splits.
+_SYSTEM, _PROMPT, _ANSWER = "LpaSystemXq", "LpaPromptXq", "LpaAnswerXq"
+_NO_LIMIT = 10**9  # tokenizers that know no limit say 1e30
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A stretch of a rendered prompt: the template's own text, or content that must stay inert."""
+
+    text: str
+    content: bool
+
+
+class ChatEncoder:
+    """Texts to tokens for one tokenizer and system prompt.
+
+    The prompt is what the tokenizer's chat template renders for a system and a user message with the generation prompt
+    after it. A template that refuses or drops the system message gets it in the user's, before the prompt and an empty
+    line. `enable_thinking=False` is handed to every template; those without it do not look. A tokenizer without a
+    template gets "{system}\\n\\n{prompt}\\n". There is exactly one BOS where template or tokenizer add one.
+
+    Ordinary text gets exactly the tokens of the rendered whole. A text that holds special tokens ("<|im_end|>") is
+    tokenised apart from the template with special tokens off, so that it stays text; tokens then cannot merge across
+    its two ends, and a SentencePiece tokenizer that puts a space before every text puts one there too.
+
+    A completion follows the prompt with whatever the template puts between (Llama 2: a space) and nothing after it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        system_prompt: None for no system message (some templates then add their own).
+        max_length: of prompt and completion together, in tokens; None for the tokenizer's own limit.
+    """
+
+    def __init__(self, tokenizer: Any, system_prompt: str | None = None, max_length: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        limit = getattr(tokenizer, "model_max_length", None) or _NO_LIMIT
+        self.max_length: int | None = max_length or (int(limit) if limit < _NO_LIMIT else None)
+        self._folded = system_prompt is not None and self._drops_system()
+        self._control = _control_tokens(tokenizer)
+        self._probe = self._segments(_PROMPT)
+        self._probe_text = "".join(segment.text for segment in self._probe)
+        self._probe_tokens = self._plain(self._probe_text)
+        self._gap = self._completion_gap()
+        self._known: dict[tuple[bool, str], tuple[tuple[int, ...], bool]] = {}
+
+    def row(self, prompt: str, completions: Sequence[str], where: str = "the row") -> tuple[list[list[int]], list[str]]:
+        """Tokens of the prompt and of each completion, and the texts that had to be made inert.
+
+        Raises:
+            DataError: the prompt with its longest completion is longer than max_length, or a special token cannot be
+                made inert.
+        """
+        texts = (prompt, *completions)
+        try:
+            encoded = [self._encode(text, is_prompt=not i) for i, text in enumerate(texts)]
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        tokens = [list(ids) for ids, _ in encoded]
+        longest = len(tokens[0]) + max(map(len, tokens[1:]), default=0)
+        if self.max_length is not None and longest > self.max_length:
+            raise DataError(
+                f"{where}: prompt and completion have {longest} tokens ({len(tokens[0])} of them the prompt with its "
+                f"template), but the context holds {self.max_length}; shorten the text or raise max_length"
+            )
+        return tokens, [text for text, (_, inert) in zip(texts, encoded, strict=True) if inert]
+
+    def _encode(self, text: str, is_prompt: bool) -> tuple[tuple[int, ...], bool]:
+        """Tokens, and whether the text had to be made inert. Kept: the same texts come again every epoch."""
+        if (is_prompt, text) not in self._known:
+            self._known[is_prompt, text] = self._encode_prompt(text) if is_prompt else self._encode_completion(text)
+        return self._known[is_prompt, text]
+
+    def _encode_prompt(self, prompt: str) -> tuple[tuple[int, ...], bool]:
+        segments = self._segments(prompt)
+        tokens = self._plain("".join(segment.text for segment in segments))
+        inert = self._has_control(tokens, self._probe_tokens, prompt, self.system_prompt or "")
+        if inert:
+            parts = [self._inert(s.text) if s.content else self._plain(s.text) for s in segments]
+            tokens = [token for part in parts for token in part]
+        return tuple(self._one_bos(tokens)), inert
+
+    def _encode_completion(self, completion: str) -> tuple[tuple[int, ...], bool]:
+        """Its tokens after a prompt. They do not depend on which, since a template ends with text of its own."""
+        whole, start = self._plain(self._probe_text + self._gap + completion), self._probe_tokens
+        inert = self._has_control(whole, start, completion)
+        if inert or whole[: len(start)] != start:
+            return tuple(self._inert(self._gap + completion)), inert
+        return tuple(whole[len(start) :]), False
+
+    def _messages(self, system: str | None, prompt: str) -> list[dict[str, str]]:
+        if system is None:
+            return [{"role": "user", "content": prompt}]
+        return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+    def _render(self, messages: list[dict[str, str]], answer: str | None = None) -> str:
+        if answer is not None:
+            messages = [*messages, {"role": "assistant", "content": answer}]
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(m["content"] for m in messages if m["role"] != "assistant") + "\n" + (answer or "")
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer is None, enable_thinking=False
+            )
+        )
+
+    def _drops_system(self) -> bool:
+        try:
+            return _SYSTEM not in self._render(self._messages(_SYSTEM, _PROMPT))
+        except Exception:  # templates refuse a role by raising, each in its own way
+            return True
+
+    def _stand_ins(self, prompt: str) -> list[dict[str, str]]:
+        """Messages with stand-ins for the contents, with their white space at the ends: templates may strip it."""
+        user = _around(prompt, _PROMPT)
+        if self.system_prompt is None:
+            return self._messages(None, user)
+        system = _around(self.system_prompt, _SYSTEM)
+        return self._messages(None, f"{system}\n\n{user}") if self._folded else self._messages(system, user)
+
+    def _segments(self, prompt: str) -> list[_Segment]:
+        rendered = self._render(self._stand_ins(prompt))
+        contents = {_PROMPT: prompt.strip(), _SYSTEM: (self.system_prompt or "").strip()}
+        marks = [_PROMPT] if self.system_prompt is None else [_SYSTEM, _PROMPT]
+        segments, rest = [], rendered
+        for mark in marks:
+            before, found, rest = rest.partition(mark)
+            if not found or mark in rest:
+                what = "prompt" if mark == _PROMPT else "system prompt"
+                raise DataError(f"the tokenizer's chat template does not render the {what} exactly once, in order")
+            segments += [_Segment(before, False), _Segment(contents[mark], True)]
+        return [segment for segment in (*segments, _Segment(rest, False)) if segment.text]
+
+    def _completion_gap(self) -> str:
+        """What the template puts between its generation prompt and an answer."""
+        try:
+            rendered = self._render(self._stand_ins(_PROMPT), _ANSWER)
+        except Exception:
+            return ""
+        prompt = self._render(self._stand_ins(_PROMPT))
+        if not rendered.startswith(prompt):
+            return ""
+        gap, found, _ = rendered[len(prompt) :].partition(_ANSWER)
+        return gap if found and not gap.strip() else ""
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _has_control(self, tokens: list[int], reference: list[int], *texts: str) -> bool:
+        """Whether there are other control tokens than the template's own."""
+        if self._controls(tokens) != self._controls(reference):
+            return True
+        unknown = self.tokenizer.unk_token
+        return bool(unknown) and len(unknown) > 1 and any(unknown in text for text in texts)
+
+    def _controls(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token in self._control]
+
+    def _inert(self, text: str) -> list[int]:
+        """Tokens of a text without control tokens. Those the tokenizer still sees are cut after their first letter."""
+        if not text:
+            return []
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        tokens = list(encoded["input_ids"])
+        found = self._controls(tokens)
+        if not found:
+            return tokens
+        name = self._control[found[0]]
+        start = text.lower().find(name.strip().lower())
+        if start < 0 or len(name.strip()) < 2:
+            raise DataError(f"the text holds the special token {name!r}, which cannot be kept as text; remove it")
+        return self._inert(text[: start + 1]) + self._inert(text[start + 1 :])
+
+    def _one_bos(self, tokens: list[int]) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            return tokens
+        while tokens[:2] == [bos, bos]:
+            tokens = tokens[1:]
+        if tokens[:1] != [bos] and self.tokenizer("x")["input_ids"][:1] == [bos] != self._plain("x")[:1]:
+            tokens = [bos, *tokens]
+        return tokens
+
+
+def _around(text: str, mark: str) -> str:
+    """The mark with the text's white space at both ends; a text of white space alone is kept as a prefix."""
+    core = text.strip()
+    start = text.find(core) if core else len(text)
+    return text[:start] + mark + text[start + len(core) :]
+
+
+def _control_tokens(tokenizer: Any) -> dict[int, str]:
+    """id -> text of the tokens that steer a model: the special ones, and the added ones that the template uses.
+
+    Other added tokens (runs of spaces, say) are ordinary text, and so is the unknown token, which any odd letter makes.
+    """
+    template = str(tokenizer.chat_template or "")
+    return {
+        token: added.content
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if token != tokenizer.unk_token_id
+        and (added.special or (added.content.strip() and added.content.strip() in template))
+    }
+
+
+def encode_pair(
+    tokenizer: Any,
+    prompt: str,
+    rejected: str,
+    chosen: str,
+    *,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+    row: str = "the row",
+) -> dict[str, list[int]]:
+    """The tokens of one pair: prompt_tokens (with template and BOS), rejected_tokens, chosen_tokens (no EOS).
+
+    See `ChatEncoder` for how. `row` names the pair in messages.
+
+    Raises:
+        DataError: longer than max_length.
+    Warns: a text holds a special token and was made inert.
+    """
+    encoder = ChatEncoder(tokenizer, system_prompt, max_length)
+    tokens, inert = encoder.row(prompt, (rejected, chosen), row)
+    warn_inert([row] if inert else [])
+    return dict(zip(("prompt_tokens", "rejected_tokens", "chosen_tokens"), tokens, strict=True))
+
+
+def warn_inert(rows: Sequence[str]) -> None:
+    """One warning for all rows whose special-token text was kept as plain text."""
+    if rows:
+        named = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+        warnings.warn(f"{named}: holds the text of special tokens; it is kept as plain text", stacklevel=3)
