@@ -1,0 +1,14 @@
+"""The ops in Triton, for CUDA and ROCm GPUs; on the CPU only under Triton's interpreter (TRITON_INTERPRET=1)."""
+
+from .. import registry
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    registry.register_missing("triton", f"triton cannot be imported ({error}); pip install triton")
+else:
+    from . import perturb, token_loss, update
+
+    registry.register("perturb", "triton", perturb.perturb, perturb.unsupported)
+    registry.register("pgd_update_", "triton", update.pgd_update_, update.unsupported)
+    registry.register("token_loss_", "triton", token_loss.token_loss_, token_loss.unsupported)

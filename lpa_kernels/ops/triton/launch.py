@@ -1,0 +1,54 @@
+"""What every launch needs to know of its device: may it run there, which device is current, how wide is it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Triton decides this when a kernel is defined, so that a later change of the variable has no effect here either.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def refuse(*tensors: Tensor | None) -> str | None:
+    """Why a kernel cannot be launched on these tensors together, or None."""
+    first = tensors[0]
+    assert first is not None
+    if first.device.type != "cuda" and not (INTERPRETED and first.device.type == "cpu"):
+        return f"tensors on {first.device.type}: Triton kernels need a GPU (or TRITON_INTERPRET=1)"
+    for tensor in tensors:
+        if tensor is not None and tensor.device != first.device:
+            return f"tensors on {first.device} and {tensor.device}"
+    return None
+
+
+def on(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one where it is not: Triton launches on the current device."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units on ROCm) of a GPU; 4 for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def warps(threads: int) -> int:
+    """`threads`, a power of two, as the `num_warps` of a launch: a warp has 32 of them, 64 on ROCm."""
+    return max(1, threads // (64 if torch.version.hip else 32))
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,78 @@
+"""perturb in Triton: one masked gather-add over the tokens, out of place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+TILE = 2048  # elements a program handles: 16 a thread, so two 16-byte loads of bf16 and four of delta in flight
+
+
+@triton.jit
+def _perturb(
+    hidden,
+    delta,
+    rows,
+    out,
+    tokens,
+    hidden_stride,
+    delta_stride,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    row = tl.load(rows + token, mask=token < tokens, other=-1)[:, None]
+    token = token.to(tl.int64)[:, None]  # T * H passes 2^31
+    inside = (token < tokens) & (column < WIDTH)
+    x = tl.load(hidden + token * hidden_stride + column, mask=inside, other=0.0)
+    # Adding -0.0 leaves every number as it is, +0.0 would turn -0.0 into +0.0.
+    d = tl.load(delta + row * delta_stride + column, mask=inside & (row >= 0), other=-0.0)
+    tl.store(out + token * WIDTH + column, (x.to(tl.float32) + d).to(x.dtype), mask=inside)
+
+
+def block(width: int) -> int:
+    """Columns a program handles: the largest power of two that divides the width, so that no lane is idle.
+
+    Below 64 (a cache line of bf16) the next power of two instead, with the lanes past the width masked.
+    """
+    even = min(width & -width, TILE)
+    return even if even >= 64 else min(launch.power_of_two(width), TILE)
+
+
+def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
+    """hidden [T,H] plus delta [R,H] float32 at `rows` [T] (-1: untouched), summed in float32 and rounded once."""
+    tokens, width = hidden.shape
+    out = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
+    if out.numel():
+        columns = block(width)
+        many = TILE // columns
+        with launch.on(hidden):
+            _perturb[(triton.cdiv(tokens, many), triton.cdiv(width, columns))](
+                hidden,
+                delta,
+                rows.contiguous(),
+                out,
+                tokens,
+                hidden.stride(0),
+                delta.stride(0),
+                WIDTH=width,
+                TOKENS=many,
+                BLOCK=columns,
+                num_warps=launch.warps(TILE // 16),
+            )
+    return out
+
+
+def unsupported(hidden: Tensor, delta: Tensor, rows: Tensor) -> str | None:
+    """Why the kernel cannot take this call, or None."""
+    if hidden.dtype not in launch.FLOATS or delta.dtype != torch.float32:
+        return f"hidden is {hidden.dtype} and delta {delta.dtype}; it takes float32, bf16 or fp16, and float32"
+    if hidden.numel() and (hidden.stride(1) != 1 or delta.stride(1) != 1) and hidden.shape[1] > 1:
+        return f"hidden has strides {hidden.stride()} and delta {delta.stride()}; their last ones must be 1"
+    return launch.refuse(hidden, delta, rows)

@@ -1,0 +1,285 @@
+"""pgd_update_ in Triton: gradient, rule, norm, projection and count of all sites in one pass and one launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+SITES = 16  # gradients one launch can read; each is three arguments of the kernel
+WIDEST = 8192  # widest row held in registers; wider ones are moved in chunks and projected in a second sweep
+SHARE = 16  # elements a thread holds
+
+
+@triton.jit
+def _one_minus_power(log_beta, t):
+    """1 - beta^t from log(beta), without the cancellation that costs four digits at beta = .999 and t = 1."""
+    x = log_beta * t
+    series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))))
+    return tl.where(x > -0.35, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
+def _gradient(
+    grad, row_stride, column_stride, tokens, row, real, inside, column,
+    SHARES: tl.constexpr, UNIT: tl.constexpr, MAXIMIZE: tl.constexpr,
+):  # fmt: skip
+    """Float32 sum of the gradients of each row's tokens, non-finite entries as 0; `row` [A, 1], `column` [1, B]."""
+    g = tl.zeros(inside.shape, tl.float32)
+    for share in tl.static_range(SHARES):
+        token = tl.load(tokens + row * SHARES + share, mask=real, other=-1)
+        offset = token * row_stride + (column if UNIT else column * column_stride)
+        g += tl.load(grad + offset, mask=inside & (token >= 0), other=0.0).to(tl.float32)
+    g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # false for NaN too
+    return -g if MAXIMIZE else g
+
+
+@triton.jit
+def _moved(
+    delta, exp_avg, exp_avg_sq, offset, inside, live, g, length, t, size,
+    log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE: tl.constexpr,
+):  # fmt: skip
+    """delta after the step and before the projection; writes the moments. Rows that are not live stay."""
+    old = tl.load(delta + offset, mask=inside, other=0.0)
+    if RULE == "adamw":
+        m = beta1 * tl.load(exp_avg + offset, mask=live, other=0.0) + rest1 * g
+        tl.store(exp_avg + offset, m, mask=live)
+        v = beta2 * tl.load(exp_avg_sq + offset, mask=live, other=0.0) + rest2 * g * g
+        tl.store(exp_avg_sq + offset, v, mask=live)
+        scale = size / _one_minus_power(log_beta1, t)
+        root = 1 / tl.sqrt(_one_minus_power(log_beta2, t))
+        d = old * (1 - size * weight_decay) - scale * m / (tl.sqrt(v) * root + eps)
+    elif RULE == "normalized":
+        d = old - size * tl.where(length > 0, g / length, 0.0)
+    else:
+        d = old - size * tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
+    return tl.where(live, d, old)
+
+
+@triton.jit
+def _projected(d, norm, radius, NORM: tl.constexpr):
+    if NORM == "l2":
+        d = d * tl.where(norm > radius, radius / norm, 1.0)
+    elif NORM == "linf":
+        d = tl.maximum(tl.minimum(d, radius), -radius)
+    return d
+
+
+@triton.jit
+def _update(
+    delta, exp_avg, exp_avg_sq, grads, row_strides, column_strides, tokens, step, step_size, epsilon, norms, clipped,
+    first, rows, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay,
+    WIDTH: tl.constexpr, SHARES: tl.constexpr, RULE: tl.constexpr, NORM: tl.constexpr, MAXIMIZE: tl.constexpr,
+    UNIT: tl.constexpr, EPSILON_STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(1)
+    grad, row_stride, column_stride = grads[0], row_strides[0], column_strides[0]
+    for i in tl.static_range(1, len(grads)):
+        grad = tl.where(index == i, grads[i], grad)
+        row_stride = tl.where(index == i, row_strides[i], row_stride)
+        column_stride = tl.where(index == i, column_strides[i], column_stride)
+    site = first + index
+
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    real = row < rows
+    live = row < 0
+    for share in tl.static_range(SHARES):
+        live = live | (tl.load(tokens + row * SHARES + share, mask=real, other=-1) >= 0)
+    place = site.to(tl.int64) * rows + row
+    radius = tl.load(epsilon + place * EPSILON_STRIDE, mask=real, other=0.0)
+    t = tl.load(step)
+    size = tl.load(step_size)
+    span = tl.arange(0, BLOCK)[None, :]
+    at = delta + place * WIDTH
+
+    # g / largest has a norm near 1; the squares of tiny gradients themselves would vanish.
+    length = tl.zeros([ROWS, 1], tl.float32)
+    if BLOCK >= WIDTH:
+        inside = live & (span < WIDTH)
+        g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, span, SHARES, UNIT, MAXIMIZE)
+        if RULE == "normalized":
+            largest = tl.max(tl.abs(g), 1)[:, None]
+            g = g / tl.where(largest > 0, largest, 1.0)
+            length = tl.sqrt(tl.sum(g * g, 1)[:, None])
+        d = _moved(
+            delta, exp_avg, exp_avg_sq, place * WIDTH + span, real & (span < WIDTH), inside, g, length, t, size,
+            log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
+        )  # fmt: skip
+        norm = tl.max(tl.abs(d), 1)[:, None] if NORM == "linf" else tl.sqrt(tl.sum(d * d, 1)[:, None])
+        tl.store(at + span, _projected(d, norm, radius, NORM), mask=inside)
+    else:
+        largest = tl.zeros([ROWS, 1], tl.float32)
+        if RULE == "normalized":
+            for start in range(0, WIDTH, BLOCK):
+                inside = live & (start + span < WIDTH)
+                g = _gradient(
+                    grad, row_stride, column_stride, tokens, row, real, inside, start + span, SHARES, UNIT, MAXIMIZE
+                )
+                largest = tl.maximum(largest, tl.max(tl.abs(g), 1)[:, None])
+            largest = tl.where(largest > 0, largest, 1.0)
+            for start in range(0, WIDTH, BLOCK):
+                inside = live & (start + span < WIDTH)
+                g = _gradient(
+                    grad, row_stride, column_stride, tokens, row, real, inside, start + span, SHARES, UNIT, MAXIMIZE
+                )
+                g = g / largest
+                length += tl.sum(g * g, 1)[:, None]
+            length = tl.sqrt(length)
+        norm = tl.zeros([ROWS, 1], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            column = start + span
+            inside = live & (column < WIDTH)
+            g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE)
+            if RULE == "normalized":
+                g = g / largest
+            d = _moved(
+                delta, exp_avg, exp_avg_sq, place * WIDTH + column, real & (column < WIDTH), inside, g, length, t,
+                size, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
+            )  # fmt: skip
+            tl.store(at + column, d, mask=inside)
+            if NORM == "linf":
+                norm = tl.maximum(norm, tl.max(tl.abs(d), 1)[:, None])
+            else:
+                norm += tl.sum(d * d, 1)[:, None]
+        if NORM != "linf":
+            norm = tl.sqrt(norm)
+        if NORM != "none":  # again over the rows that must shrink: they were written a moment ago and lie in L2
+            tl.debug_barrier()
+            for start in range(0, WIDTH, BLOCK):
+                column = start + span
+                inside = live & (norm > radius) & (column < WIDTH)
+                d = tl.load(at + column, mask=inside, other=0.0)
+                tl.store(at + column, _projected(d, norm, radius, NORM), mask=inside)
+
+    tl.store(norms + place, norm, mask=real)
+    if NORM != "none":
+        count = tl.sum(tl.sum((live & (norm > radius)).to(tl.int32), 1), 0)
+        tl.atomic_add(clipped + site, count, mask=count > 0, sem="relaxed")
+
+
+def _runs(grads: list[Tensor]) -> Iterator[tuple[int, list[Tensor], bool]]:
+    """(first site, gradients, whether their columns lie side by side), one for each launch.
+
+    The sites of a launch share a dtype and that answer; in an attack all of them do, and there is one launch.
+    """
+    first = 0
+    for i in range(1, len(grads) + 1):
+        a = grads[first]
+        if (
+            i == len(grads)
+            or i - first == SITES
+            or grads[i].dtype != a.dtype
+            or (grads[i].stride(1) == 1) != (a.stride(1) == 1)
+        ):
+            yield first, grads[first:i], a.stride(1) == 1
+            first = i
+
+
+def plan(width: int) -> tuple[int, int, int]:
+    """The fixed table by width: rows of a program, columns it holds, threads.
+
+    A thread holds 16 elements: delta, both moments and the gradient are then 64 registers, and four 16-byte loads
+    of each float32 tensor are in flight at once. Narrow rows share a program of 64 threads or more.
+    """
+    columns = min(launch.power_of_two(width), WIDEST)
+    rows = max(1, min(64, 1024 // columns))
+    return rows, columns, max(64, rows * columns // SHARE)
+
+
+def pgd_update_(
+    delta: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    grads: list[Tensor],
+    tokens: Tensor,
+    step: Tensor,
+    step_size: Tensor,
+    epsilon: Tensor,
+    norms: Tensor,
+    clipped: Tensor,
+    rule: str,
+    norm: str,
+    maximize: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of `rule` on delta [S,R,H] and the projection; see `lpa_kernels.ops.pgd_update_`."""
+    _, rows, width = delta.shape
+    if not delta.numel():
+        norms.zero_()
+        return
+    rows_each, columns, threads = plan(width)
+    tokens, epsilon = tokens.contiguous(), epsilon.contiguous()
+    with launch.on(delta):
+        for first, some, unit in _runs(grads):
+            _update[(triton.cdiv(rows, rows_each), len(some))](
+                delta,
+                exp_avg,
+                exp_avg_sq,
+                tuple(some),
+                tuple(grad.stride(0) for grad in some),
+                tuple(grad.stride(1) for grad in some),
+                tokens,
+                step,
+                step_size,
+                epsilon,
+                norms,
+                clipped,
+                first,
+                rows,
+                math.log(beta1) if beta1 else -math.inf,
+                math.log(beta2) if beta2 else -math.inf,
+                beta1,
+                beta2,
+                1 - beta1,
+                1 - beta2,
+                eps,
+                weight_decay,
+                WIDTH=width,
+                SHARES=tokens.shape[1],
+                RULE=rule,
+                NORM=norm,
+                MAXIMIZE=maximize,
+                UNIT=unit,
+                EPSILON_STRIDE=int(epsilon.dim() > 0),
+                ROWS=rows_each,
+                BLOCK=columns,
+                num_warps=launch.warps(threads),
+            )
+
+
+def unsupported(
+    delta: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    grads: list[Tensor],
+    tokens: Tensor,
+    step: Tensor,
+    step_size: Tensor,
+    epsilon: Tensor,
+    norms: Tensor,
+    clipped: Tensor,
+    rule: str,
+    norm: str,
+    *_: object,
+) -> str | None:
+    """Why the kernel cannot take this call, or None."""
+    if rule not in ("adamw", "normalized", "sign"):
+        return f"rule={rule!r}; it has 'adamw', 'normalized' and 'sign'"
+    if norm not in ("l2", "linf", "none"):
+        return f"norm={norm!r}; it has 'l2', 'linf' and 'none'"
+    for tensor in (delta, exp_avg, exp_avg_sq, norms):
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+            return "delta, its moments and norms must be float32 and contiguous"
+    for grad in grads:
+        if grad.dtype not in launch.FLOATS:
+            return f"a gradient is {grad.dtype}; it takes float32, bf16 and fp16"
+    return launch.refuse(delta, exp_avg, exp_avg_sq, *grads, tokens, step, step_size, epsilon, norms, clipped)
