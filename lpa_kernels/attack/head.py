@@ -64,18 +64,23 @@ def selected_rows(model: nn.Module, layout: PackedLayout, run_head: bool = True)
         handle.remove()
 
 
-def selected_logits(model: nn.Module, layout: PackedLayout, packed: bool = True) -> Tensor:
+def selected_logits(model: nn.Module, layout: PackedLayout, packed: bool = True, run_head: bool = True) -> Tensor:
     """[N, V]: one forward pass over the layout, and the logits that predict its labels.
 
     Args:
         packed: whether the layout is from `pack`; False calls the model plainly, with the tokens alone, which is
             right for `unshared` layouts and lets the library choose its fastest causal attention.
+        run_head: False gives the hidden states [N, H] that the head would get.
     """
     extra: dict[str, Tensor] = {}
     if packed:
         extra = {"attention_mask": layout.attention_mask, "position_ids": layout.position_ids}
-    with packed_masks(layout) if packed else nullcontext(), selected_rows(model, layout) as rows:
-        return rows.logits(model(input_ids=layout.input_ids, use_cache=False, **extra))
+    with packed_masks(layout) if packed else nullcontext(), selected_rows(model, layout, run_head) as rows:
+        logits = rows.logits(model(input_ids=layout.input_ids, use_cache=False, **extra))
+    if run_head:
+        return logits
+    assert rows.hidden is not None
+    return rows.hidden
 
 
 def output_head(model: nn.Module) -> nn.Module:

@@ -86,7 +86,7 @@ def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
 
 
 def unshared(batch: PairBatch) -> PackedLayout:
-    """Every text in a row of its own, rejected ones first: for models that cannot be packed.
+    """Every text that has labels in a row of its own: for models that cannot be packed.
 
     Positions run from 0, `branch` is 0 or -1, and plain causal attention over right-padded rows is right for it.
 
@@ -94,8 +94,7 @@ def unshared(batch: PairBatch) -> PackedLayout:
         ValueError: no text has a label.
     """
     rejected, chosen = _length(batch.rejected_mask), _length(batch.chosen_mask)
-    nothing = torch.zeros_like(rejected)
-    return _lay_out(batch, rejected, chosen, nothing, torch.ones_like(rejected, dtype=torch.bool), 1)
+    return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), (rejected > 0) & (chosen > 0), 1)
 
 
 def _arange(like: Tensor) -> Tensor:
@@ -144,7 +143,7 @@ def _lay_out(
     place_rejected = row[:, None] * length + position
     place_chosen = chosen_row[:, None] * length + position + torch.where(in_prefix, 0, shift[:, None])
     in_rejected, in_chosen = position < rejected[:, None], position < chosen[:, None]
-    alone = in_prefix | apart[:, None]
+    alone = in_prefix | (apart | (rejected == 0) | (chosen == 0))[:, None]
     grid = _fit(batch.grid, widest, -1)
 
     def spread(from_rejected: Tensor, from_chosen: Tensor, fill: int) -> Tensor:

@@ -16,6 +16,7 @@ from .batch import PairBatch
 from .head import selected_logits
 from .masks import IMPLEMENTATIONS, packed_masks
 from .packing import CHOSEN, PREFIX, REJECTED, PackedLayout, pack, unshared
+from .sites import decoder_layers
 
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
@@ -61,7 +62,7 @@ def can_pack(model: nn.Module, length: int = 0) -> Verdict:
     key = (getattr(_config(model), "_attn_implementation", None), str(_dtypes(model)), str(_adapter(model)))
     known = _verdicts.setdefault(model, {})
     if key not in known:
-        reason = _read(model) or _probe(model)
+        reason = _refusal(model)
         known[key] = Verdict(not reason, reason)
     verdict = known[key]
     limit = _length_limit(_config(model)) if verdict else None
@@ -85,6 +86,15 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters()}
 
 
+def _refusal(model: nn.Module) -> str:
+    try:
+        return _read(model) or _probe(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model does not like about such a call is a reason not to make it
+        return f"the probe raised {type(error).__name__}: {error}"
+
+
 def _read(model: nn.Module) -> str:
     """Why the model cannot be packed as far as it says so itself; "" if it does not."""
     get: Any = getattr(model, "get_base_model", None)
@@ -104,18 +114,10 @@ def _read(model: nn.Module) -> str:
         return "its forward takes no position_ids"
     if getattr(config, "alibi", False):
         return "its positions are alibi biases, by index"
-    for module in _blocks(base, config):
+    for module in decoder_layers(base).modules():
         if isinstance(module, nn.modules.conv._ConvNd | nn.RNNBase):
             return f"its blocks contain a {type(module).__name__}, which reads neighbours by index"
     return ""
-
-
-def _blocks(model: nn.Module, config: Any) -> Iterator[nn.Module]:
-    """Every module inside the decoder's blocks."""
-    depth = getattr(config, "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            yield from module.modules()
 
 
 def _length_limit(config: Any) -> int | None:
@@ -134,25 +136,20 @@ def _length_limit(config: Any) -> int | None:
 
 def _probe(model: nn.Module) -> str:
     """Why the model, run on two pairs, cannot be packed; "" if it can."""
-    try:
-        with _at_rest(model), _short_windows(_config(model)) as windows:
-            batch, step = _pairs(model)
-            layout = pack(batch)
-            with packed_masks(layout) as calls:
-                base = selected_logits(model, layout)
-            if not calls.count:
-                return "it does not make its masks with the library's mask functions"
-            if windows - calls.local_sizes:
-                return "it has windows or chunks that are not in the library's mask functions"
-            return _isolation(model, layout, base, step) or _parity(model, batch, layout, base)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever the model does not like about such a call is a reason not to make it
-        return f"the probe raised {type(error).__name__}: {error}"
+    with _at_rest(model), _short_windows(_config(model)) as windows:
+        batch = _pairs(model)
+        layout = pack(batch)
+        with packed_masks(layout) as calls:
+            base = selected_logits(model, layout)
+        if not calls.count:
+            return "it does not make its masks with the library's mask functions"
+        if windows - calls.local_sizes:
+            return "it has windows or chunks that are not in the library's mask functions"
+        return _isolation(model, layout, base) or _parity(model, batch, layout, base)
 
 
-def _pairs(model: nn.Module) -> tuple[PairBatch, int]:
-    """Two ragged pairs (prompts of 7 and 5 tokens, completions of 5 and 3, of 2 and 4), and the step between tokens."""
+def _pairs(model: nn.Module) -> PairBatch:
+    """Two ragged pairs: prompts of 7 and 5 tokens, completions of 5 and 3, of 2 and 4."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     step = max((embeddings.num_embeddings - 2) // 32, 1)  # all over the vocabulary
     texts = torch.zeros(4, 12, dtype=torch.long)
@@ -165,15 +162,15 @@ def _pairs(model: nn.Module) -> tuple[PairBatch, int]:
     texts = (1 + texts * step) % embeddings.num_embeddings
     attack = torch.zeros(2, 12, dtype=torch.bool)
     batch = PairBatch(texts[::2], labels[::2], texts[1::2], labels[1::2], attack)
-    return batch.to(embeddings.weight.device), step
+    return batch.to(embeddings.weight.device)
 
 
-def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor, step: int) -> str:
+def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor) -> str:
     """Why the completions are not independent of each other; "" if they are."""
 
     def moved(change: Tensor, rows: Tensor) -> float:
         """How far the logits of `rows` move when the tokens in `change` do."""
-        ids = torch.where(change, (layout.input_ids + step) % (32 * step), layout.input_ids)
+        ids = torch.where(change, layout.input_ids[:, :1], layout.input_ids)
         return float((selected_logits(model, replace(layout, input_ids=ids)) - base)[rows].abs().max())
 
     leak = max(
@@ -182,8 +179,7 @@ def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor, step: int) 
     )
     if leak == 0:
         return ""
-    second_row = torch.zeros_like(layout.branch, dtype=torch.bool)
-    second_row[1] = True
+    second_row = torch.arange(len(layout.branch), device=base.device)[:, None] == 1
     noise = moved(second_row, layout.example == 0)
     if leak <= 4 * noise:
         return ""
