@@ -252,8 +252,10 @@ def _check_cells(rows: Sequence[Row], columns: Sequence[str], name: str) -> None
 def _dataset(rows: Sequence[Row], columns: Sequence[str], name: str) -> Dataset:
     from datasets import Dataset
 
-    once = {tuple(row[column] for column in columns): row for row in reversed(rows)}
-    kept = list(reversed(once.values()))
+    once: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        once.setdefault(tuple(row[column] for column in columns), row)
+    kept = list(once.values())
     if dropped := len(rows) - len(kept):
         warnings.warn(f"{name}: {dropped} duplicate row{'s' * (dropped > 1)}; each is kept once", stacklevel=3)
     if len(kept) == 1:

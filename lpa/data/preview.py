@@ -23,7 +23,7 @@ def preview(
     attack_on: str = "prompt+completions",
     console: Console | None = None,
 ) -> None:
-    """Print each pair's tokens: coloured on a terminal; elsewhere a line each: part, position, id, text, attacked or not.
+    """Print each pair's tokens: coloured on a terminal; elsewhere a line each (part, position, id, text, attacked).
 
     Args:
         rows: pairs as `load_pairs` gives them. console: where to print; standard output by default.

@@ -1,0 +1,295 @@
+"""The shipped statements and the loading of data sets: what is there, and what each bad input says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lpa.data import AGREE, DISAGREE, TRAITS, DataError, load_benign, load_pairs, perplexity_text, statements
+
+BANNED = re.compile(
+    r"\b("
+    r"abuse|addict|alcohol|arrest|assault|attack|beat|bleed|blood|bomb|bully|burn|cheat|corpse|crime|"
+    r"criminal|cruel|dangerous|dead|death|decline|deny|die|drug|drunk|explode|fight|fraud|gun|harass|harm|"
+    r"hate|hit|hurt|illegal|injure|insult|kick|kill|knife|law|lie|lied|murder|naked|pain|poison|police|"
+    r"prison|punch|racist|refuse|reject|rob|safe|safety|sex|sexual|shoot|slap|steal|stole|suicide|theft|"
+    r"thief|threaten|torture|unsafe|vandal|violence|violent|weapon|wound"
+    r")(s|d|ed|es|ing)?\b"
+)
+LYING_IN_BED = "i lie awake"
+ALL = [(kind, split) for kind in ("undesirable", "desirable") for split in ("train", "heldout")]
+ROWS = [row for kind, split in ALL for row in statements(kind, split)]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "least"),
+    [
+        ("undesirable", "train", 64),
+        ("desirable", "train", 48),
+        ("undesirable", "heldout", 12),
+        ("desirable", "heldout", 12),
+    ],
+)
+def test_there_are_enough_statements_balanced_over_traits(kind: str, split: str, least: int) -> None:
+    rows = statements(kind, split)
+    assert len(rows) >= least
+    assert Counter(row["trait"] for row in rows) == dict.fromkeys(TRAITS, len(rows) // len(TRAITS))
+    if split == "train":
+        facets = Counter((row["trait"], row["facet"]) for row in rows)
+        assert len(facets) == 16, "four facets a trait"
+        assert len(set(facets.values())) == 1, "and as many statements of each"
+    else:
+        assert len(rows) == 12
+
+
+def test_every_statement_is_tagged_and_has_its_own_id() -> None:
+    assert all(row["facet"] and row["trait"] in TRAITS for row in ROWS)
+    assert len({row["id"] for row in ROWS}) == len(ROWS)
+    shared = {row["facet"] for row in ROWS if row["kind"] == "desirable"}
+    assert shared == {row["facet"] for row in ROWS if row["kind"] == "undesirable"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
+def test_a_statement_is_one_plain_first_person_sentence_on_no_banned_topic(row: dict[str, str]) -> None:
+    text = row["statement"]
+    assert {"i", "my", "me"} & set(words(text))
+    assert text[0].isupper()
+    assert text.endswith(".")
+    assert text.count(".") == 1
+    assert text.isascii()
+    assert 4 <= len(text.split()) <= 18
+    assert not BANNED.search(text.lower().replace(LYING_IN_BED, ""))
+
+
+def test_no_two_statements_are_alike_and_so_the_held_out_ones_are_not_trained_on() -> None:
+    for one, other in itertools.combinations(ROWS, 2):
+        a, b = set(words(one["statement"])), set(words(other["statement"]))
+        assert len(a & b) / len(a | b) < 0.6, (one["statement"], other["statement"])
+
+
+def test_unknown_kind_and_split_name_what_there_is() -> None:
+    with pytest.raises(DataError, match=r"kind='bad' is unknown.*undesirable or desirable"):
+        statements("bad")
+    with pytest.raises(DataError, match=r"split='test' is unknown.*train or heldout"):
+        load_pairs(split="test")
+
+
+def test_agreeing_is_rejected_for_undesirable_and_chosen_for_desirable_statements() -> None:
+    bad, good = load_pairs(), load_pairs(kind="desirable")
+    assert bad.column_names == ["prompt", "rejected", "chosen", "row", "id", "trait", "facet"]
+    assert (set(bad["rejected"]), set(bad["chosen"])) == ({AGREE}, {DISAGREE})
+    assert (set(good["rejected"]), set(good["chosen"])) == ({DISAGREE}, {AGREE})
+    assert bad["prompt"] == [row["statement"] for row in statements()]
+    assert not set(bad["prompt"]) & set(load_pairs(split="heldout")["prompt"])
+
+
+def test_the_benign_default_agrees_with_desirable_statements() -> None:
+    data = load_benign()
+    assert data["prompt"] == [row["statement"] for row in statements("desirable")]
+    assert set(data["response"]) == {AGREE}
+
+
+def test_the_perplexity_text_is_prose_without_its_header() -> None:
+    text = perplexity_text()
+    assert len(text.split()) >= 600
+    assert "#" not in text
+    assert len(text.split("\n\n")) >= 10
+    used = [row["statement"] for row in ROWS if row["statement"] in text]
+    assert not used
+
+
+PAIRS = [
+    {"prompt": "I am, well, late.", "rejected": "Yes.", "chosen": "No."},
+    {"prompt": 'I say "hm".\nTwice.', "rejected": "Yes.", "chosen": "No."},
+    {"prompt": "NA", "rejected": "None", "chosen": "null"},
+]
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def columns(data: object) -> list[dict[str, str]]:
+    return [{key: row[key] for key in ("prompt", "rejected", "chosen")} for row in data]  # type: ignore[attr-defined]
+
+
+def test_a_csv_file_keeps_commas_quotes_line_ends_and_words_that_look_empty(tmp_path: Path) -> None:
+    data = load_pairs(write_csv(tmp_path / "a.csv", PAIRS))
+    assert columns(data) == PAIRS
+    assert data["row"] == ["a.csv row 1", "a.csv row 2", "a.csv row 3"]
+
+
+def test_a_csv_file_of_a_spreadsheet_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt,rejected,chosen\r\na,b,c\r\nd,e,f\r\n")
+    assert load_pairs(tmp_path / "a.csv")["prompt"] == ["a", "d"]
+
+
+def test_jsonl_folder_dataset_and_rows_in_memory_are_alike(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    write_jsonl(tmp_path / "b.jsonl", PAIRS[2:])  # type: ignore[arg-type]
+    write_csv(tmp_path / "a.csv", PAIRS[:2])
+    (tmp_path / "notes.txt").write_text("not data")
+    assert columns(load_pairs(tmp_path)) == PAIRS
+    assert load_pairs(str(tmp_path))["row"][2] == "b.jsonl row 1"
+    assert columns(load_pairs(PAIRS)) == columns(load_pairs(Dataset.from_list(PAIRS))) == PAIRS
+
+
+def test_tags_are_kept_and_loading_twice_keeps_where_a_row_came_from() -> None:
+    data = load_pairs(load_pairs())
+    assert data["row"][0] == "statement u001"
+    assert data["trait"] == load_pairs()["trait"]
+
+
+def test_a_name_goes_to_datasets_with_its_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        return PAIRS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_pairs("someone/pairs", split="test")
+    assert asked == [("someone/pairs", "test")]
+    assert data["row"][0] == "someone/pairs row 1"
+
+
+def test_a_name_that_datasets_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, split: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"'someone/pairs' is no file or folder here.*split 'train'.*no network"):
+        load_pairs("someone/pairs")
+
+
+def test_a_missing_column_is_named_with_those_found(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", [{"prompt": "a", "chosen": "b"}])
+    with pytest.raises(DataError, match=r"a.csv row 1 has no column rejected;.*found: prompt, chosen"):
+        load_pairs(file)
+
+
+@pytest.mark.parametrize("text", ["", "prompt,rejected,chosen\n"])
+def test_an_empty_set(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=r"a.csv has no rows; give at least one"):
+        load_pairs(tmp_path / "a.csv")
+
+
+def test_empty_cells_are_named_by_row_and_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,rejected,chosen\na,b,c\n"",b,c\nd,e\nf," ",g\n')
+    with pytest.raises(DataError, match=r"empty cells in a.csv row 2 \(prompt\), a.csv row 3 \(chosen\)"):
+        load_pairs(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"empty cells in row 1 \(rejected\)"):
+        load_pairs([{"prompt": "f", "rejected": " ", "chosen": "g"}])
+
+
+def test_a_cell_that_is_not_text() -> None:
+    with pytest.raises(DataError, match=r"row 1: chosen is 5 \(int\), not text"):
+        load_pairs([{"prompt": "a", "rejected": "b", "chosen": 5}])
+
+
+def test_a_row_with_too_many_cells(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,rejected,chosen\na,b,c,d\n")
+    with pytest.raises(DataError, match=r"line 2 has more cells than the header.*double quotes"):
+        load_pairs(tmp_path / "a.csv")
+
+
+def test_equal_completions_teach_nothing() -> None:
+    with pytest.raises(DataError, match="row 2: rejected and chosen are the same text"):
+        load_pairs([PAIRS[0], {"prompt": "a", "rejected": "b", "chosen": "b"}])
+
+
+def test_duplicates_are_told_and_kept_once() -> None:
+    with pytest.warns(UserWarning, match="2 duplicate rows; each is kept once"):
+        data = load_pairs([PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[0]])
+    assert columns(data) == PAIRS[:2]
+    assert data["row"] == ["row 1", "row 2"]
+
+
+def test_one_row_is_legal_but_warned_about() -> None:
+    with pytest.warns(UserWarning, match="single row"):
+        assert len(load_pairs(PAIRS[:1])) == 1
+
+
+def test_good_data_is_not_warned_about() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_pairs()
+        load_pairs(PAIRS)
+        load_benign()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"prompt,rejected,chosen\n\xff\xfe,b,c\n", "a.csv cannot be read: .*utf-8"),
+        ("a.csv", b'prompt,rejected,chosen\n"a"b,c,d\n', "a.csv cannot be read: "),
+        ("a.jsonl", b'{"prompt": "a"\n', "a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b"\n[1]\n", "a.jsonl line 2 is a list; each line must be a JSON object"),
+        ("a.parquet", b"PAR1", "a.parquet is neither .csv nor .jsonl"),
+    ],
+)
+def test_an_unreadable_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_pairs(tmp_path / name)
+
+
+def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone.csv cannot be read: .*No such file"):
+        load_pairs(tmp_path / "gone.csv")
+    with pytest.raises(DataError, match=r"holds no .csv or .jsonl file"):
+        load_pairs(tmp_path)
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_benign_messages_give_their_first_exchange_and_the_rest_is_told() -> None:
+    first = [message("user", "Hello?"), message("assistant", "Hello.")]
+    more = [message("system", "Be kind."), message("user", "Tea?"), message("assistant", "Yes.")]
+    with pytest.warns(UserWarning, match=r"only the first user message and its answer.*row 2"):
+        data = load_benign([{"messages": first}, {"messages": more}])
+    assert data["prompt"] == ["Hello?", "Tea?"]
+    assert data["response"] == ["Hello.", "Yes."]
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [([message("user", "Hello?")], "no user message that an assistant message follows"), ("hello", "must be a list")],
+)
+def test_bad_messages(messages: object, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        load_benign([{"messages": messages}])
+
+
+def test_benign_rows_need_a_response() -> None:
+    with pytest.raises(DataError, match=r"row 1 has no column response; .* prompt, response \(or messages\)"):
+        load_benign([{"prompt": "a"}])
