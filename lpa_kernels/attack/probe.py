@@ -171,7 +171,7 @@ def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor) -> str:
     def moved(change: Tensor, rows: Tensor) -> float:
         """How far the logits of `rows` move when the tokens in `change` do."""
         ids = torch.where(change, layout.input_ids[:, :1], layout.input_ids)
-        return float((selected_logits(model, replace(layout, input_ids=ids)) - base)[rows].abs().max())
+        return float((selected_logits(model, replace(layout, input_ids=ids)) - base)[rows.to(base.device)].abs().max())
 
     leak = max(
         moved(layout.branch == REJECTED, ~layout.rejected),
@@ -179,7 +179,7 @@ def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor) -> str:
     )
     if leak == 0:
         return ""
-    second_row = torch.arange(len(layout.branch), device=base.device)[:, None] == 1
+    second_row = torch.arange(len(layout.branch), device=layout.branch.device)[:, None] == 1
     noise = moved(second_row, layout.example == 0)
     if leak <= 4 * noise:
         return ""
@@ -194,7 +194,7 @@ def _parity(model: nn.Module, batch: PairBatch, layout: PackedLayout, base: Tens
         return ""
     if _dtypes(model) <= {torch.float32, torch.float64} and plain.device.type == "cpu":
         return f"packed logits differ from separate passes' by {float(error):.1e} of {float(plain.abs().max()):.1e}"
-    index = torch.arange(layout.shape[1], device=plain.device).expand(layout.shape)
+    index = torch.arange(layout.shape[1], device=layout.branch.device).expand(layout.shape)
     wrong = (
         replace(layout, branch=layout.branch.clamp(max=PREFIX)),
         replace(layout, position_ids=index),
