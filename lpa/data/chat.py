@@ -50,10 +50,13 @@ class ChatEncoder:
         self.system_prompt = system_prompt
         limit = getattr(tokenizer, "model_max_length", None) or _NO_LIMIT
         self.max_length: int | None = max_length or (int(limit) if limit < _NO_LIMIT else None)
+        # A blank system prompt has no text to fold or to protect, but where the template has the role it must see it:
+        # some put a system message of their own where there is none.
+        self._has_system = bool(system_prompt and system_prompt.strip())
         self._folded = system_prompt is not None and self._drops_system()
         self._control = _control_tokens(tokenizer)
-        self._probe = self._segments(_PROMPT)
-        self._probe_text = "".join(segment.text for segment in self._probe)
+        self._segments(_PROMPT)  # says now if the template leaves something out
+        self._probe_text = self._render(self._stand_ins(_PROMPT))
         self._probe_tokens = self._plain(self._probe_text)
         self._gap = self._completion_gap()
         self._known: dict[tuple[bool, str], tuple[tuple[int, ...], bool]] = {}
@@ -111,7 +114,8 @@ class ChatEncoder:
         if answer is not None:
             messages = [*messages, {"role": "assistant", "content": answer}]
         if not self.tokenizer.chat_template:
-            return "\n\n".join(m["content"] for m in messages if m["role"] != "assistant") + "\n" + (answer or "")
+            contents = [m["content"] for m in messages if m["role"] != "assistant" and m["content"]]
+            return "\n\n".join(contents) + "\n" + (answer or "")
         return str(
             self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer is None, enable_thinking=False
@@ -127,15 +131,15 @@ class ChatEncoder:
     def _stand_ins(self, prompt: str) -> list[dict[str, str]]:
         """Messages with stand-ins for the contents, with their white space at the ends: templates may strip it."""
         user = _around(prompt, _PROMPT)
-        if self.system_prompt is None:
-            return self._messages(None, user)
-        system = _around(self.system_prompt, _SYSTEM)
+        if not self._has_system:
+            return self._messages(None if self._folded else self.system_prompt, user)
+        system = _around(self.system_prompt or "", _SYSTEM)
         return self._messages(None, f"{system}\n\n{user}") if self._folded else self._messages(system, user)
 
     def _segments(self, prompt: str) -> list[_Segment]:
         rendered = self._render(self._stand_ins(prompt))
         contents = {_PROMPT: prompt.strip(), _SYSTEM: (self.system_prompt or "").strip()}
-        marks = [_PROMPT] if self.system_prompt is None else [_SYSTEM, _PROMPT]
+        marks = [_SYSTEM, _PROMPT] if self._has_system else [_PROMPT]
         segments, rest = [], rendered
         for mark in marks:
             before, found, rest = rest.partition(mark)
