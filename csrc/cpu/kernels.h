@@ -1,0 +1,38 @@
+// The CPU kernels, once for each instruction set that they are compiled for; no torch in here.
+#pragma once
+
+#include <cstdint>
+
+#include "../update.h"
+
+namespace lpa::cpu {
+
+// One call of token_loss_. N rows, V vocabulary.
+struct TokenLoss {
+  Matrix logits;          // [N, V], column stride 1
+  const int64_t* labels;  // [N], each in [0, V) or ignored
+  const bool* away;       // [N]
+  const float* weight;    // [N], or null to leave the logits alone
+  double threshold;
+  float* losses;          // [N]
+  bool* hits;             // [N]
+  int64_t vocabulary;
+};
+
+constexpr int64_t kIgnored = -100;  // label of a row that does not count
+
+struct Kernels {
+  const char* name;
+  // Rows [begin, end) of the S*R rows of all sites; does not touch `clipped`.
+  void (*update_rows)(const Update& call, const Matrix* grads, int64_t begin, int64_t end);
+  // Rows [begin, end) of the logits.
+  void (*token_loss_rows)(const TokenLoss& call, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_baseline;  // what every CPU of this architecture has
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace lpa::cpu

@@ -1,0 +1,87 @@
+"""The compiled backend: loads csrc where it was built and enters its kernels in the table of backends.
+
+The kernels are `torch.ops.lpa_kernels_native.*`, under the very schemas of schema.py but in a namespace of their own:
+`torch.ops.lpa_kernels.*` stays the one front door that follows `LPA_KERNELS_BACKEND` and falls back where a kernel
+cannot take a call, and no kernel that the dispatcher prefers can get in front of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import registry, schema
+
+OPS = ("pgd_update_", "token_loss_")
+RULES = ("adamw", "normalized", "sign")
+NORMS = ("l2", "linf", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LIBRARY = Path(__file__).with_name("_native.so")
+
+_library = torch.library.Library("lpa_kernels_native", "DEF")
+for _schema in schema.SCHEMAS:
+    if _schema.split("(")[0] in OPS:
+        _library.define(_schema)
+
+
+def _device_refusal(op: str, tensor: Tensor) -> str | None:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(tensor.device.type)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"lpa_kernels_native::{op}", key):
+        return f"it was built without {op} for {tensor.device.type}"
+    return None
+
+
+def _update_refusal(
+    delta: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, grads: list[Tensor], tokens: Tensor,
+    step: Tensor, step_size: Tensor, epsilon: Tensor, norms: Tensor, clipped: Tensor, rule: str, norm: str,
+    *rest: object,
+) -> str | None:  # fmt: skip
+    if rule not in RULES or norm not in NORMS:
+        return f"it has no rule={rule!r} with norm={norm!r}"
+    if not 1 <= tokens.shape[1] <= 2:
+        return f"a row has {tokens.shape[1]} tokens; it takes 1 or 2"
+    state = (delta, exp_avg, exp_avg_sq, step, step_size, epsilon, norms)
+    if any(t is not None and t.dtype != torch.float32 for t in state):
+        return "delta, its moments, step, step_size, epsilon and norms must be float32"
+    if any(t is not None and not t.is_contiguous() for t in (*state, tokens, clipped)):
+        return "a tensor other than the gradients is not contiguous"
+    if any(t is not None and t.device != delta.device for t in (*state, *grads, tokens, clipped)):
+        return "the tensors are on different devices"
+    if any(grad.dtype not in FLOATS for grad in grads):
+        return "a gradient is none of float32, bfloat16, float16"
+    return _device_refusal("pgd_update_", delta)
+
+
+def _loss_refusal(
+    logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
+) -> str | None:
+    if logits.dtype not in FLOATS:
+        return f"logits are {logits.dtype}; it takes float32, bfloat16, float16"
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        return f"the last stride of logits is {logits.stride(1)}, not 1"
+    if weight is not None and weight.dtype != torch.float32:
+        return f"weight is {weight.dtype}, not float32"
+    if not all(t is None or (t.is_contiguous() and t.device == logits.device) for t in (labels, away, weight)):
+        return "labels, away or weight is not contiguous, or not where the logits are"
+    return _device_refusal("token_loss_", logits)
+
+
+def _load() -> None:
+    if not LIBRARY.exists():
+        registry.register_missing(
+            "native", "not built; install with LPA_KERNELS_NATIVE=1 pip install --no-build-isolation ."
+        )
+        return
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        registry.register_missing("native", f"{LIBRARY.name} does not load ({error}); build it again for this torch")
+        return
+    ops = torch.ops.lpa_kernels_native
+    registry.register("pgd_update_", "native", ops.pgd_update_.default, _update_refusal)
+    registry.register("token_loss_", "native", ops.token_loss_.default, _loss_refusal)
+
+
+_load()
