@@ -1,3 +1,3 @@
 """Loads every backend; each registers what it has, or why it is absent."""
 
-from . import reference  # noqa: F401
+from . import native, reference, triton  # noqa: F401

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest --benchmark-only` from the root, and the scripts that write benchmarks/results."""

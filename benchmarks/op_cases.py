@@ -1,0 +1,284 @@
+"""The op benchmarks: each op beside what a user would write otherwise, as functions that do the same work."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpa_kernels import linear_token_loss, perturb, pgd_update_, token_loss_
+from lpa_kernels.ops import registry
+
+LR, EPSILON, BETAS, EPS, DECAY = 1e-3, 6.0, (0.9, 0.999), 1e-8, 0.01
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of doing one thing.
+
+    Attributes:
+        group: what is done, with its shape: cases of one group do the same work.
+        name: how.
+        make: allocates, and returns the function to time.
+        moved: bytes that this way must read and write at the least (0: not counted).
+    """
+
+    group: str
+    name: str
+    make: Callable[[], Callable[[], object]]
+    moved: int = 0
+
+
+def device() -> str:
+    """ "cuda" where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def own_backends(op: str) -> list[str]:
+    """The backends that can run an op on this machine's device, without interpreters."""
+    fast = "triton" if device() == "cuda" else "native"
+    return [b for b in (fast, "reference") if (op, b) in registry._table]
+
+
+def project_eagerly(delta: Tensor) -> None:
+    """The projection of the public code: norms, then a division by the clamped scale."""
+    norms = torch.norm(delta, dim=-1, keepdim=True)
+    delta.div_(torch.clamp(norms / EPSILON, min=1))
+
+
+def adamw_and_projection(delta: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: Tensor) -> None:
+    """One AdamW step and the projection in plain operations; torch.compile's input."""
+    g = torch.where(grad.isnan(), 0, grad)
+    delta.mul_(1 - LR * DECAY)
+    m.lerp_(g, 1 - BETAS[0])
+    v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+    denominator = (v / (1 - BETAS[1] ** step)).sqrt() + EPS
+    delta.sub_(LR * (m / (1 - BETAS[0] ** step)) / denominator)
+    delta.div_((torch.linalg.vector_norm(delta, dim=-1, keepdim=True) / EPSILON).clamp(min=1))
+
+
+def update_cases(sites: int, rows: int, width: int) -> list[Case]:
+    """pgd_update_ on delta [sites, rows, width] with float32 gradients."""
+    where, shape = device(), (sites, rows, width)
+    size = sites * rows * width * 4
+    group = f"pgd_update_ [{sites}, {rows}, {width}] float32"
+
+    def ours(backend: str) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            delta, m, v = (torch.zeros(shape, device=where) for _ in range(3))
+            grads = list(torch.randn(shape, device=where))
+            tokens = torch.arange(rows, device=where)[:, None]
+            step, lr, epsilon = (torch.tensor(x, device=where) for x in (3.0, LR, EPSILON))
+            norms = torch.zeros(shape[:2], device=where)
+            clipped = torch.zeros(sites, dtype=torch.int32, device=where)
+            return lambda: pgd_update_(
+                delta, grads, tokens, exp_avg=m, exp_avg_sq=v, step=step, step_size=lr, epsilon=epsilon,
+                norms=norms, clipped=clipped, backend=backend,
+            )  # fmt: skip
+
+        return make
+
+    def optimizer(**options: bool) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            params = [torch.zeros(shape[1:], device=where, requires_grad=True) for _ in range(sites)]
+            for p in params:
+                p.grad = torch.randn(shape[1:], device=where)
+            adamw = torch.optim.AdamW(params, lr=LR, **options)
+
+            @torch.no_grad()
+            def run() -> None:
+                adamw.step()
+                for p in params:
+                    project_eagerly(p)
+
+            return run
+
+        return make
+
+    def compiled() -> Callable[[], object]:
+        delta, m, v = (torch.zeros(shape, device=where) for _ in range(3))
+        grad, step = torch.randn(shape, device=where), torch.tensor(3.0, device=where)
+        fused = torch.compile(adamw_and_projection)
+        return lambda: fused(delta, m, v, grad, step)
+
+    # read delta, m, v, grad and write delta, m, v; the optimisers' projection reads twice and writes once more
+    return [
+        *(Case(group, f"ours ({b})", ours(b), 7 * size) for b in own_backends("pgd_update_")),
+        Case(group, "torch AdamW foreach + projection", optimizer(foreach=True), 10 * size),
+        Case(group, "torch AdamW fused + projection", optimizer(fused=True), 10 * size),
+        Case(group, "torch.compile", compiled, 7 * size),
+    ]
+
+
+def public_away(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log(1 - p) as two logsumexps and a masked copy, the way LAT code bases compute it; mean over rows."""
+    everything = torch.logsumexp(logits, dim=-1)
+    mask = torch.zeros_like(logits).scatter_(-1, labels.unsqueeze(-1), 1.0)
+    rest = torch.logsumexp(logits * (1 - mask) + mask * -1e10, dim=-1)
+    own = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    loss = everything - rest
+    return torch.where(own - everything < -5.0, 0.0, loss).mean()
+
+
+def loss_cases(rows: int, vocabulary: int, dtype: torch.dtype) -> list[Case]:
+    """Token losses of logits [rows, vocabulary], forward and backward."""
+    where = device()
+    size = rows * vocabulary * dtype.itemsize
+    group = f"token_loss_ [{rows}, {vocabulary}] {str(dtype)[6:]}, forward and backward"
+
+    def data() -> tuple[Tensor, Tensor]:
+        logits = torch.randn(rows, vocabulary, device=where).to(dtype)
+        return logits, torch.randint(0, vocabulary, (rows,), device=where)
+
+    def ours(backend: str, away: bool) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            logits, labels = data()
+            kinds = torch.full((rows,), away, device=where)
+            weight = torch.full((rows,), 1 / rows, device=where)
+            return lambda: token_loss_(logits, labels, kinds, weight, backend=backend)
+
+        return make
+
+    def eager(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            logits, labels = data()
+            logits.requires_grad_()
+            return lambda: torch.autograd.grad(loss(logits, labels), logits)
+
+        return make
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels)
+
+    return [
+        *(Case(group, f"ours, toward ({b})", ours(b, False), 3 * size) for b in own_backends("token_loss_")),
+        *(Case(group, f"ours, away ({b})", ours(b, True), 3 * size) for b in own_backends("token_loss_")),
+        Case(group, "eager F.cross_entropy", eager(cross_entropy)),
+        Case(group, "torch.compile of F.cross_entropy", eager(torch.compile(cross_entropy, dynamic=False))),
+        Case(group, "eager away, two logsumexps", eager(public_away)),
+    ]
+
+
+def linear_loss_cases(rows: int, width: int, vocabulary: int) -> list[Case]:
+    """The loss straight from hidden states [rows, width] and a frozen head [vocabulary, width]."""
+    where = device()
+    group = f"linear_token_loss [{rows}, {width}] x [{vocabulary}, {width}], forward and backward"
+
+    def data() -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.randn(rows, width, device=where, requires_grad=True)
+        return hidden, torch.randn(vocabulary, width, device=where) / width**0.5, torch.randint(0, vocabulary, (rows,))
+
+    def ours() -> Callable[[], object]:
+        hidden, weight, labels = data()
+        away = torch.zeros(rows, dtype=torch.bool, device=where)
+        labels = labels.to(where)
+        return lambda: torch.autograd.grad(linear_token_loss(hidden, weight, labels, away)[0].mean(), hidden)
+
+    def eager() -> Callable[[], object]:
+        hidden, weight, labels = data()
+        labels = labels.to(where)
+        return lambda: torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), labels), hidden)
+
+    cases = [Case(group, "ours", ours), Case(group, "eager F.linear and F.cross_entropy", eager)]
+    if hasattr(F, "linear_cross_entropy"):
+
+        def torchs() -> Callable[[], object]:
+            hidden, weight, labels = data()
+            labels = labels.to(where)
+            return lambda: torch.autograd.grad(F.linear_cross_entropy(hidden, weight, labels), hidden)
+
+        cases.append(Case(group, "F.linear_cross_entropy", torchs))
+    if where == "cuda" and importlib.util.find_spec("liger_kernel"):  # Liger's kernels need a GPU
+
+        def liger() -> Callable[[], object]:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            hidden, weight, labels = data()
+            labels, loss = labels.to(where), LigerFusedLinearCrossEntropyLoss()
+            return lambda: torch.autograd.grad(loss(weight, hidden, labels), hidden)
+
+        cases.append(Case(group, "Liger", liger))
+    return cases
+
+
+def perturb_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
+    """Adding delta to every second token of hidden [tokens, width]."""
+    where = device()
+    group = f"perturb [{tokens}, {width}] {str(dtype)[6:]}"
+    rows = tokens // 2
+    moved = 2 * tokens * width * dtype.itemsize + rows * width * 4
+
+    def data() -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.full((tokens,), -1, device=where)
+        index[::2] = torch.arange(rows, device=where)
+        hidden = torch.randn(tokens, width, device=where).to(dtype)
+        return hidden, torch.randn(rows, width, device=where), index
+
+    def ours(backend: str) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            hidden, delta, index = data()
+            return lambda: perturb(hidden, delta, index, backend=backend)
+
+        return make
+
+    def eager() -> Callable[[], object]:
+        hidden, delta, index = data()
+        mask = index >= 0
+
+        def run() -> Tensor:
+            out = hidden.clone()
+            out[mask] = out[mask] + delta.to(dtype)
+            return out
+
+        return run
+
+    return [
+        *(Case(group, f"ours ({b})", ours(b), moved) for b in own_backends("perturb")),
+        Case(group, "eager, masked", eager),
+    ]
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy on this device: the ceiling of whatever moves memory."""
+    source = torch.randn(1 << 27, device=device())
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(5):
+        times.append(seconds(lambda: target.copy_(source)))
+    return 2 * source.numel() * 4 / sorted(times)[2]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one call takes, on the device."""
+    if device() == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    import time
+
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def all_cases() -> list[Case]:
+    """Every op case, large and small."""
+    return [
+        *update_cases(5, 2304, 4096),
+        *update_cases(5, 220, 576),
+        *loss_cases(256, 128256, torch.float32),
+        *loss_cases(256, 128256, torch.bfloat16),
+        *loss_cases(56, 49152, torch.float32),
+        *linear_loss_cases(2048, 576, 128256),
+        *perturb_cases(4096, 4096, torch.bfloat16),
+        *perturb_cases(300, 576, torch.float32),
+    ]
