@@ -1,0 +1,103 @@
+"""What the defence minimises: the pair's losses under attack, and cross entropy and divergence on benign text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpa_kernels.attack import LatentAttack, LatentPGD, Objective, PairBatch
+from lpa_kernels.attack.objective import kl_rows
+from lpa_kernels.ops import token_loss
+
+PAIR_TERMS = ("toward", "away")
+BENIGN_TERMS = ("sft", "kl")
+
+
+@dataclass(frozen=True)
+class BenignBatch:
+    """Prompts with their wanted answers, right padded: ids [B, L] int64, mask [B, L] bool, True at answer tokens."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def from_dict(cls, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> BenignBatch:
+        """From `BenignCollator`'s keys, benign_ids and benign_mask."""
+        return cls(batch["benign_ids"].to(device), batch["benign_mask"].bool().to(device))
+
+    @property
+    def count(self) -> int:
+        """How many answer tokens are predicted."""
+        return int(self.mask[:, 1:].sum())
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64, the answer tokens."""
+        return self.ids[:, 1:][self.mask[:, 1:]]
+
+    def rows(self, logits: Tensor, public: bool = False) -> Tensor:
+        """Of logits [B, L, V] the rows [N, V] that predict answer tokens; the public code's KL took those at them."""
+        return logits[self.mask] if public else logits[:, :-1][self.mask[:, 1:]]
+
+
+def plain_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits [B, L, V] of one plain pass without a cache."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def pair_terms(
+    pgd: LatentPGD, batch: PairBatch, attack: LatentAttack | None, objective: Objective, counts: tuple[float, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mirrored objective under an attack: toward chosen, away from rejected.
+
+    Args:
+        counts: tokens that the means divide by, (rejected, chosen) as everywhere in the attack.
+
+    Returns:
+        the weighted sum, with gradients for the weights, and each term, detached.
+    """
+    rows = pgd.rows(batch, attack)
+    favoured = ~rows.rejected
+    losses, _ = token_loss(
+        rows.logits, rows.labels, objective.scored_away(favoured), objective.threshold, backend=pgd.backend
+    )
+    return objective.combine(losses, favoured, rows.example, rows.size, (counts[1], counts[0]))
+
+
+def benign_terms(
+    model: Any, batch: BenignBatch, coefs: Mapping[str, float], count: float, kl: str, base: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy ("sft") and divergence from the base model ("kl") on benign answers, as weighted in coefs.
+
+    The standard divergence is KL(base || model), a mean over answer tokens. The public one reads the rows at the answer
+    tokens instead of those before them, is KL(model || base) averaged over the vocabulary too, and is divided by its
+    own value, so that its gradient has no size of its own; logged is the undivided one.
+
+    Args:
+        count: answer tokens that the means divide by.
+        base: logits [N, V] of the base model at `batch.rows`, needed for "kl".
+    """
+    logits = plain_logits(model, batch.ids)
+    total = logits.new_zeros((), dtype=torch.float32)
+    terms: dict[str, Tensor] = {}
+    if "sft" in coefs:
+        terms["sft"] = F.cross_entropy(batch.rows(logits).float(), batch.labels, reduction="sum") / count
+        total = total + coefs["sft"] * terms["sft"]
+    if "kl" in coefs:
+        assert base is not None
+        rows = batch.rows(logits, public=kl == "public")
+        log_base = base.float().log_softmax(-1)
+        if kl == "public":
+            log_new = rows.float().log_softmax(-1)
+            terms["kl"] = (log_new.exp() * (log_new - log_base)).mean()
+            total = total + coefs["kl"] * terms["kl"] / (terms["kl"].detach() + 1e-8)
+        else:
+            terms["kl"] = kl_rows(log_base, rows).sum() / count
+            total = total + coefs["kl"] * terms["kl"]
+    return total, {name: term.detach() for name, term in terms.items()}

@@ -1,0 +1,118 @@
+"""What a run needs before its first step: the model with its adapters, and its data as tokens."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .config import LPAConfig
+from .data import BenignCollator, PairCollator, encode_benign, encode_pairs, load_benign, load_pairs
+from .models import context_length
+
+logger = logging.getLogger(__name__)
+
+
+def check_head(model: Any) -> None:
+    """Raise ValueError where the model has no LM head."""
+    get = getattr(model, "get_output_embeddings", None)
+    if get is None or get() is None:
+        raise ValueError(f"{type(model).__name__} has no LM head; a causal language model is needed")
+
+
+def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
+    """The model to train: with LoRA of the config, with any `peft_config`, as it is (adapters there), or in full.
+
+    Raises:
+        ValueError: a `peft_config` for a model that has adapters already.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("the model has adapters already; give either those or a peft_config")
+        return model
+    if peft_config is None:
+        if not config.lora:
+            return model
+        peft_config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type, unused-ignore]
+            lora_dropout=config.lora_dropout,
+            target_modules=_targets(model, config.lora_targets),
+        )
+    return get_peft_model(model, peft_config)
+
+
+def _targets(model: Any, wanted: Sequence[str]) -> str | list[str]:
+    if list(wanted) == ["all-linear"]:
+        return "all-linear"
+    have = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if absent := [name for name in wanted if name.rpartition(".")[2] not in have]:
+        # half of the blocks' weights without an adapter would be another method, so all of them get one
+        logger.warning("%s has no modules %s; every linear layer gets an adapter", type(model).__name__, absent)
+        return "all-linear"
+    return list(wanted)
+
+
+def trained_share(model: Any) -> tuple[int, int]:
+    """(weights that are trained, all weights)."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
+
+
+def pairs_as_tokens(
+    dataset: Any, model: Any, tokenizer: Any, config: LPAConfig, collator: Callable[..., Any] | None
+) -> tuple[Any, Callable[..., Any], list[int]]:
+    """(data set, collator, length of each row in tokens). A collator of one's own gets the data set as it is.
+
+    Raises:
+        ValueError: no rows, missing columns, or a row longer than the context.
+    """
+    if collator is None:
+        if tokenizer is None:
+            raise ValueError("give processing_class (a tokenizer), or a data_collator that needs none")
+        limit = config.max_length or context_length(model)
+        dataset = encode_pairs(
+            load_pairs(dataset), tokenizer, system_prompt=config.system_prompt or None, max_length=limit
+        )
+        collator = PairCollator(tokenizer, attack_on=config.attack_on)
+    if dataset is None or len(dataset) == 0:
+        raise ValueError("the data set of pairs is empty; give at least one row")
+    return dataset, collator, _lengths(dataset, ("rejected_tokens", "chosen_tokens"))
+
+
+def benign_as_tokens(
+    dataset: Any, model: Any, tokenizer: Any, config: LPAConfig, collator: Callable[..., Any] | None
+) -> tuple[Any, Callable[..., Any], list[int]]:
+    """The same for benign examples (columns prompt and response)."""
+    if collator is None:
+        if tokenizer is None:
+            raise ValueError("give processing_class (a tokenizer), or a benign_collator that needs none")
+        system = config.benign_system_prompt
+        if system is None and dataset is None:
+            system = config.system_prompt
+        limit = config.max_length or context_length(model)
+        dataset = encode_benign(load_benign(dataset), tokenizer, system_prompt=system or None, max_length=limit)
+        collator = BenignCollator(tokenizer)
+    if dataset is None or len(dataset) == 0:
+        raise ValueError("the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0")
+    return dataset, collator, _lengths(dataset, ("response_tokens",))
+
+
+def _lengths(dataset: Any, completions: Sequence[str]) -> list[int]:
+    if not {"prompt_tokens", *completions} <= set(getattr(dataset, "column_names", ())):
+        return [0] * len(dataset)
+    columns = [[len(tokens) for tokens in dataset[name]] for name in ("prompt_tokens", *completions)]
+    return [prompt + max(rest) for prompt, *rest in zip(*columns, strict=True)]
+
+
+def warn_if_small(rows: int, batch: int) -> None:
+    """Tell that a batch holds some rows more than once."""
+    if rows < batch:
+        warnings.warn(
+            f"the data set has {rows} row{'s' * (rows > 1)} and a batch {batch}: each batch holds rows more than once",
+            stacklevel=3,
+        )

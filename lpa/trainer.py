@@ -1,0 +1,380 @@
+"""LPATrainer: transformers' Trainer with a latent attack before every few model updates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from lpa_kernels.attack import LatentAttack, LatentPGD, Objective, PairBatch
+from lpa_kernels.attack.modes import frozen_eval
+from lpa_kernels.attack.reference import adapters_off
+from lpa_kernels.attack.sites import decoder_layers
+
+from .config import LPAConfig, default_sites
+from .losses import BENIGN_TERMS, PAIR_TERMS, BenignBatch, benign_terms, pair_terms, plain_logits
+from .prepare import add_adapters, benign_as_tokens, check_head, pairs_as_tokens, warn_if_small
+from .record import StepRecord
+from .sampler import LPABatchSampler
+
+logger = logging.getLogger(__name__)
+
+
+class StopTraining(Exception):
+    """Raised inside the loop to leave it at the last LPA step's end."""
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch and what is kept for it over the updates of an LPA step: its attack and base logits [N, V]."""
+
+    pairs: PairBatch
+    benign: BenignBatch | None = None
+    attack: LatentAttack | None = None
+    base: Tensor | None = None
+
+
+class LPATrainer(Trainer):
+    """Trains a model to keep its answers while an adversary pushes its hidden states.
+
+    One LPA step takes one global batch: every micro-batch is attacked once (in eval mode, weights frozen), and the
+    model is then updated `defence_steps` times, each micro-batch under its own attack in every one of them.
+    transformers' loop sees the micro-batches `defence_steps` times over, so callbacks, logging, schedules and
+    checkpoints are its own; `global_step` counts model updates, and checkpoints are made at the ends of LPA steps only.
+
+    Logged every LPA step: "attack_toward_first", "_last" and the same for "away" (the adversary's losses at its first
+    and last inner step), "defence_toward", "_away", "_sft", "_kl", "_total" (the last update's losses, the total being
+    their plain sum), "norm/SITE" (mean over attacked tokens), "boundary_fraction", "seconds_attack", "_defence",
+    "_other", "tokens_per_second" (tokens of both texts times the passes made over them), and "lpa_step".
+
+    Args:
+        model: a causal language model, or what `lpa.models.load` takes.
+        args: settings.
+        train_dataset: pairs (columns prompt, rejected, chosen), or anything `lpa.data.load_pairs` takes; by default the
+            shipped statements.
+        processing_class: the tokenizer.
+        peft_config: adapters to train instead of the config's LoRA.
+        benign_dataset: prompt and response, for the sft and kl terms; by default the shipped desirable statements.
+        ref_model: the base model of the kl term where the trained one has no adapters to switch off.
+        data_collator, benign_collator: for data of one's own kind; they give the keys of `PairCollator` and
+            `BenignCollator`, and the data sets are then left as they are.
+
+    Raises:
+        ValueError: no LM head, an empty or malformed data set, a row longer than the context, or a kl term without a
+            base model.
+        FloatingPointError (from `train`): losses or gradients that are not finite; the weights are then those of the
+            last update before, and no checkpoint is written.
+    """
+
+    args: LPAConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: LPAConfig | None = None,
+        train_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        benign_dataset: Any = None,
+        ref_model: Any = None,
+        data_collator: Callable[..., Any] | None = None,
+        benign_collator: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
+        args = args or LPAConfig()
+        if isinstance(model, (str, Path)):
+            from .models import load
+
+            model, tokenizer = load(model)
+            processing_class = processing_class or tokenizer
+        check_head(model)
+        dataset, collator, self.lengths = pairs_as_tokens(train_dataset, model, processing_class, args, data_collator)
+        self.benign: Any = None
+        if any(name in args.coefs for name in BENIGN_TERMS):
+            self.benign, self.benign_collator, self.benign_lengths = benign_as_tokens(
+                benign_dataset, model, processing_class, args, benign_collator
+            )
+        set_seed(args.seed)  # new adapters are random
+        model = add_adapters(model, args, peft_config)
+        if "kl" in args.coefs and ref_model is None and not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                f"kl_coef={args.kl_coef} needs the base model, and without adapters there is none; "
+                "give ref_model, train adapters, or set kl_coef to 0"
+            )
+        if args.n_gpu > 1:
+            logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
+            args._n_gpu = 1
+        super().__init__(
+            model=model, args=args, data_collator=collator, train_dataset=dataset, processing_class=processing_class,
+            **options,
+        )  # fmt: skip
+        for callback in list(self.callback_handler.callbacks):
+            if isinstance(callback, (ProgressCallback, PrinterCallback)) or "Notebook" in type(callback).__name__:
+                self.remove_callback(callback)
+        self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
+        pair_coefs = {name: value for name, value in args.coefs.items() if name in PAIR_TERMS}
+        self.objective = Objective(coefs=pair_coefs) if pair_coefs else None
+        warn_if_small(len(dataset), self._sampler(self.lengths, 0).batch_size)
+        self.interrupted = False
+        self._pgd: LatentPGD | None = None
+        self._micro: list[MicroBatch] = []
+        self._index = 0
+        self._counts = (0.0, 0.0, 0.0)
+        self._record: StepRecord | None = None
+        self._metrics: dict[str, float] = {}
+        self._stop_asked = self._save_later = self._stop_later = False
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def _sampler(self, lengths: list[int], seed: int) -> LPABatchSampler:
+        args = self.args
+        return LPABatchSampler(
+            lengths,
+            micro_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            repeats=args.defence_steps,
+            lpa_steps=args.lpa_steps,
+            seed=seed,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches, each LPA step's `defence_steps` times over."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.benign is not None:
+            self._benign_sampler = self._sampler(self.benign_lengths, seed + 1)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._sampler(self.lengths, seed),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The micro-batches of one update; those of a new LPA step are taken over and counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._index = 0
+        if self._update == 0:
+            self._begin_lpa_step(batches)
+        elif not self._micro:
+            raise ValueError(
+                f"the checkpoint is of model update {self.state.global_step}, which ends no LPA step of "
+                f"defence_steps={self.args.defence_steps}; resume with the defence_steps it was made with"
+            )
+        return batches, None
+
+    @property
+    def _update(self) -> int:
+        """Which update of the LPA step is next, from 0."""
+        return self.state.global_step % self.args.defence_steps
+
+    @property
+    def lpa_step(self) -> int:
+        """LPA steps that are done."""
+        return self.state.global_step // self.args.defence_steps
+
+    # ---- one LPA step ----------------------------------------------------------------------------------------------
+
+    def _begin_lpa_step(self, batches: list[Any]) -> None:
+        device = self.args.device
+        pairs = [PairBatch.from_dict(batch) for batch in batches]
+        benign: list[BenignBatch | None] = [None] * len(pairs)
+        if self.benign is not None:
+            rows = self._benign_sampler.micro_batches(self.lpa_step)
+            benign = [BenignBatch.from_dict(self.benign_collator([self.benign[i] for i in each])) for each in rows]
+        own = [*map(sum, zip(*(p.counts for p in pairs), strict=True)), sum(b.count for b in benign if b)]
+        counts = self.accelerator.reduce(torch.tensor([*own, self._stop_asked], device=device))
+        rejected, chosen, answers, stop = counts.tolist()
+        if stop:
+            raise StopTraining
+        self._counts = (rejected, chosen, answers)
+        self._record = StepRecord(self.args, pairs, benign, device)
+        self._micro = [
+            MicroBatch(p.to(device), None if b is None else BenignBatch(b.ids.to(device), b.mask.to(device)))
+            for p, b in zip(pairs, benign, strict=True)
+        ]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch of one update: attacked first where it is new, then forward and backward under its attack."""
+        micro, record = self._micro[self._index], self._record
+        assert record is not None
+        if self._update == 0:
+            if self._stop_asked and self.args.world_size == 1:
+                raise StopTraining
+            with record.timed("attack"):
+                self._attack(micro, self._index)
+        with record.timed("defence"):
+            model.train()
+            total, terms = _through(model, self.model, lambda: self._losses(micro))
+            # DDP averages the ranks' gradients, and the loss is a sum over all of them
+            total = total * self.args.world_size
+            self.accelerator.backward(total)
+        record.add_defence(self._update, terms)
+        self._index += 1
+        return total.detach()
+
+    @property
+    def pgd(self) -> LatentPGD:
+        """The attack, on the model as it is wrapped now."""
+        if self._pgd is None or self._pgd.model is not self.model:
+            options = self.args.attack_options | {"steps": max(self.args.steps, 1)}
+            sites = self.args.sites or default_sites(len(decoder_layers(self.model)))
+            self._pgd = LatentPGD(self.model, [int(s) if s.isdigit() else s for s in map(str, sites)], **options)
+        return self._pgd
+
+    def _attack(self, micro: MicroBatch, index: int) -> None:
+        number = index * self.args.world_size + self.args.process_index
+        # All that is random in an LPA step follows from its number, so that a resumed run is the same run.
+        seed = (self.args.seed * 1_000_003 + self.lpa_step) * 65_537 + number
+        torch.manual_seed(seed)
+        if self.objective is not None and self.args.steps:
+            self.pgd.generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
+            try:
+                micro.attack = self.pgd.attack(micro.pairs, self._normalisers(micro)[:2])
+            except FloatingPointError as error:
+                raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
+            assert self._record is not None
+            self._record.add_attack(micro.attack)
+        if micro.benign is not None and "kl" in self.args.coefs:
+            with torch.no_grad(), self._base_model() as base:
+                micro.base = micro.benign.rows(plain_logits(base, micro.benign.ids), public=self.args.kl == "public")
+
+    @contextmanager
+    def _base_model(self) -> Iterator[Any]:
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        with frozen_eval(self.model), adapters_off(self.model):
+            yield self.model
+
+    def _normalisers(self, micro: MicroBatch) -> tuple[float, float, float]:
+        """Tokens that the means over rejected, chosen and benign completions divide by."""
+        if self.args.normaliser == "global":
+            return self._counts
+        return (*micro.pairs.counts, 0 if micro.benign is None else micro.benign.count)
+
+    def _losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of a micro-batch, and its terms by name."""
+        rejected, chosen, answers = self._normalisers(micro)
+        total: Any = 0.0
+        terms: dict[str, Tensor] = {}
+        if self.objective is not None:
+            total, terms = pair_terms(self.pgd, micro.pairs, micro.attack, self.objective, (rejected, chosen))
+        if micro.benign is not None:
+            own = {name: value for name, value in self.args.coefs.items() if name in BENIGN_TERMS}
+            part, more = benign_terms(self.model, micro.benign, own, answers, self.args.kl, micro.base)
+            total, terms = total + part, terms | more
+        return total, terms
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
+            raise FloatingPointError(
+                f"LPA step {self.lpa_step + 1}, update {self._update + 1}: the gradient's norm is {float(norm)}; the "
+                "weights are those before it. Look for NaN in the model's weights, lower learning_rate, or load the "
+                "model in bfloat16 or float32 instead of float16"
+            )
+        return norm
+
+    def _end_lpa_step(self) -> None:
+        """Gather what is logged, and let go of the attacks and the optimiser's state."""
+        if self._record is None:
+            return
+        self._metrics = self._record.metrics(self.accelerator, self.lpa_step)
+        self._record, self._micro = None, []
+        if self.args.reset_optimizer:
+            self.optimizer.state.clear()
+
+    # ---- the loop's joints -----------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class, with saving and stopping put off to the end of the LPA step."""
+        if self._update:
+            self._save_later |= self.control.should_save
+            self._stop_later |= self.control.should_training_stop or self.control.should_epoch_stop
+            self.control.should_save = self.control.should_training_stop = self.control.should_epoch_stop = False
+        else:
+            self.control.should_save |= self._save_later
+            self.control.should_training_stop |= self._stop_later
+            self._save_later = self._stop_later = False
+            self._end_lpa_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the base class, with the LPA step's numbers added to those of the update that ends it."""
+        if "loss" in logs:
+            logs.update(self._metrics)
+            self._metrics = {}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: transformers' estimate is for one pass over one text, which is not what happens here."""
+        return 0
+
+    def request_stop(self) -> None:
+        """Stop at the end of the last whole LPA step and save it; weights of a begun attack are not yet changed."""
+        self._stop_asked = True
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
+        """As the base class. After `request_stop` it returns early, with `interrupted` True and a checkpoint saved."""
+        self.interrupted = self._stop_asked = self._save_later = self._stop_later = False
+        self._record, self._micro = None, []
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        except StopTraining:
+            self.interrupted = True
+            self._record, self._micro = None, []
+            self.model.zero_grad(set_to_none=True)
+            if self.state.global_step and not self.checkpoint_folder(self.state.global_step).is_dir():
+                self._save_checkpoint(self.model, None)
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, float("nan"), {"lpa_steps": self.lpa_step})
+
+    def checkpoint_folder(self, global_step: int) -> Path:
+        """Where the checkpoint of a model update is or would be."""
+        return Path(self.args.output_dir) / f"checkpoint-{global_step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Only at the ends of LPA steps, where nothing of a begun step has to be kept."""
+        if self._update:
+            self._save_later = True
+            return
+        super()._save_checkpoint(model, trial)
+
+
+def _through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Any]) -> Any:
+    """Run `compute` as the forward pass of `module` called through its wrapper.
+
+    DDP prepares its gradient exchange in its own forward, which passes of the inner module would go past.
+    """
+    if wrapper is module:
+        return compute()
+    held = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if held is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = held
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        return compute()
+
+    module.__dict__["forward"] = forward
+    try:
+        return wrapper(None)
+    finally:
+        restore()
