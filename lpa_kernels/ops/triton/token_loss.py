@@ -9,12 +9,14 @@ from torch import Tensor
 
 from . import launch
 
-SHARE = 32  # elements of a tile that a thread holds
 ROW_THREADS = 1024  # one program a multiprocessor, so that the rows in flight stay in L2 between the two sweeps
 PART_THREADS = 128
 MOST_PARTS = 64
+LOADS = 4  # 16-byte loads that a thread has in flight
 
-_LOWEST = tl.constexpr(-3.4028234e38)  # finite, so that exp(-inf - lowest) is 0 and never NaN
+_LOWEST = tl.constexpr(-1e38)  # finite, so that the exponential of -inf less the lowest is 0 and never NaN
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 _IGNORED = tl.constexpr(-100)
 
 
@@ -33,24 +35,70 @@ def _softplus(x):
 
 
 @triton.jit
-def _scan(logits, start, stop, vocabulary, label, VECTOR: tl.constexpr, LANES: tl.constexpr):
-    """(largest, sum of exp(z - largest)) over logits[start:stop] without the label's.
+def _power(largest):
+    """The whole power of two in which a sum of exponentials, the largest of them exp(largest), is counted."""
+    return tl.ceil(largest * _LOG2E)
 
-    Every group of VECTOR neighbours, one 16-byte load of one thread, keeps its own pair: 1 + 1/VECTOR exponentials
-    an element, and no word between threads before the end.
+
+@triton.jit
+def _exp(z, power):
+    """exp(z) in units of 2^power. The product is fused and the power whole, so that only the exponent's last bit
+    is rounded; `exp(z - largest)` would cost two instructions more an element."""
+    return tl.exp2(tl.fma(z, tl.full(z.shape, _LOG2E, tl.float32), tl.broadcast_to(-power, z.shape)))
+
+
+@triton.jit
+def _read(logits, column, bound):
+    return tl.load(logits + column, mask=column < bound, other=float("-inf"))
+
+
+@triton.jit
+def _fold(
+    logits, column, bound, label, largest, total, STEP: tl.constexpr, LABEL: tl.constexpr
+):  # fmt: skip
+    """Four tiles [LANES, VECTOR] taken into each lane's (largest, sum); with LABEL, the label is left out.
+
+    All four are needed for the largest, which keeps four loads in flight.
     """
+    a = _read(logits, column, bound).to(tl.float32)
+    b = _read(logits, column + STEP, bound).to(tl.float32)
+    c = _read(logits, column + 2 * STEP, bound).to(tl.float32)
+    d = _read(logits, column + 3 * STEP, bound).to(tl.float32)
+    if LABEL:
+        a = tl.where(column == label, float("-inf"), a)
+        b = tl.where(column + STEP == label, float("-inf"), b)
+        c = tl.where(column + 2 * STEP == label, float("-inf"), c)
+        d = tl.where(column + 3 * STEP == label, float("-inf"), d)
+    new = tl.maximum(largest, tl.max(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), 1))
+    power = _power(new)[:, None]
+    part = tl.sum((_exp(a, power) + _exp(b, power)) + (_exp(c, power) + _exp(d, power)), 1)
+    return new, total * tl.exp2(_power(largest) - _power(new)) + part
+
+
+@triton.jit
+def _scan(logits, start, stop, bound, label, VECTOR: tl.constexpr, LANES: tl.constexpr):
+    """(largest, sum of exponentials in units of 2^_power(largest)) over logits[start:stop] without the label's.
+
+    `bound` is the vocabulary, or 0 for a row that is not to be read. A lane, one thread with 16-byte loads of VECTOR
+    neighbours, keeps its own pair: no word passes between threads before the end. The tile of the label comes
+    first, so that no other has to look for it.
+    """
+    step: tl.constexpr = LANES * VECTOR
     span = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     largest = tl.full([LANES], _LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
-    for base in range(start, stop, LANES * VECTOR):
-        column = base + span
-        z = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-        z = tl.where(column == label, float("-inf"), z)
-        new = tl.maximum(largest, tl.max(z, 1))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new[:, None]), 1)
-        largest = new
+    count = tl.cdiv(tl.minimum(stop, bound) - start, 4 * step)
+    here = (label >= start) & (label < stop)
+    first = tl.where(here, (label - start) // (4 * step), 0)
+    column = start + first * (4 * step) + span
+    largest, total = _fold(logits, column, bound, label, largest, total, step, True)
+    for i in range(1, count):
+        tile = first + i
+        tile = tl.where(tile < count, tile, tile - count)
+        column = start + tile * (4 * step) + span
+        largest, total = _fold(logits, column, bound, label, largest, total, step, False)
     peak = tl.max(largest, 0)
-    return peak, tl.sum(total * tl.exp(largest - peak), 0)
+    return peak, tl.sum(total * tl.exp2(_power(largest) - _power(peak)), 0)
 
 
 @triton.jit
@@ -62,7 +110,7 @@ def _own(logits, label, vocabulary):
 @triton.jit
 def _close(own, peak, total, label, away, threshold):
     """(loss, hit, d loss / d s) of a row; s is the label's logit minus the logsumexp of the others."""
-    s = (own - peak) - tl.log(total)
+    s = (own - _power(peak) * _LN2) - tl.log(total)
     toward = _softplus(-s)
     off = (label == _IGNORED) | (away & (-toward < threshold))
     loss = tl.where(off, 0.0, tl.where(away, _softplus(s), toward))
@@ -72,19 +120,38 @@ def _close(own, peak, total, label, away, threshold):
 
 
 @triton.jit
+def _replace(logits, z, column, vocabulary, share, power):
+    g = -share * _exp(z.to(tl.float32), power)
+    tl.store(logits + column, g.to(z.dtype), mask=column < vocabulary)
+
+
+@triton.jit
 def _write(
     logits, start, stop, vocabulary, label, peak, total, slope, VECTOR: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """The gradient over logits[start:stop]: slope at the label, -slope * exp(z - logsumexp) elsewhere."""
+    """The gradient over logits[start:stop]: slope at the label, -slope * exp(z - logsumexp) elsewhere.
+
+    Backwards, since what the first sweep read last is the likeliest to be in the caches still.
+    """
+    step: tl.constexpr = LANES * VECTOR
     span = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    power = _power(peak)
     share = slope / tl.where(total == 0, 1.0, total)
-    # A row that is off is not read; exp(-inf) makes the zeros that it gets.
-    readable = tl.where(slope != 0, vocabulary, 0)
-    for base in range(start, stop, LANES * VECTOR):
-        column = base + span
-        z = tl.load(logits + column, mask=column < readable, other=float("-inf")).to(tl.float32)
-        g = tl.where(column == label, slope, -share * tl.exp(z - peak))
-        tl.store(logits + column, g.to(logits.dtype.element_ty), mask=column < vocabulary)
+    # A row that is off is not read; the exponential of -inf makes the zeros that it gets.
+    bound = tl.where(slope != 0, vocabulary, 0)
+    count = tl.cdiv(stop - start, 4 * step)
+    for i in range(count):
+        column = start + (count - 1 - i) * (4 * step) + span
+        a = _read(logits, column, bound)
+        b = _read(logits, column + step, bound)
+        c = _read(logits, column + 2 * step, bound)
+        d = _read(logits, column + 3 * step, bound)
+        _replace(logits, a, column, vocabulary, share, power)
+        _replace(logits, b, column + step, vocabulary, share, power)
+        _replace(logits, c, column + 2 * step, vocabulary, share, power)
+        _replace(logits, d, column + 3 * step, vocabulary, share, power)
+    tl.debug_barrier()  # some thread has just written the label's place with the others
+    tl.store(logits + label, slope.to(logits.dtype.element_ty), mask=(label >= start) & (label < stop))
 
 
 @triton.jit
@@ -97,9 +164,9 @@ def _row(
     logits += row.to(tl.int64) * stride
     label = tl.load(labels + row)
     own = _own(logits, label, vocabulary)
-    stop = tl.where(label == _IGNORED, 0, vocabulary)
+    bound = tl.where(label == _IGNORED, 0, vocabulary)
     column = label.to(tl.int32)
-    peak, total = _scan(logits, 0, stop, vocabulary, column, VECTOR, LANES)
+    peak, total = _scan(logits, 0, vocabulary, bound, column, VECTOR, LANES)
     loss, hit, slope = _close(own, peak, total, label, tl.load(away + row) != 0, threshold)
     tl.store(losses + row, loss)
     tl.store(hits + row, hit)
@@ -118,8 +185,8 @@ def _scan_part(
     logits += row.to(tl.int64) * stride
     label = tl.load(labels + row)
     start = part * span
-    stop = tl.where(label == _IGNORED, 0, tl.minimum(start + span, vocabulary))
-    peak, total = _scan(logits, start, stop, vocabulary, label.to(tl.int32), VECTOR, LANES)
+    bound = tl.where(label == _IGNORED, 0, vocabulary)
+    peak, total = _scan(logits, start, start + span, bound, label.to(tl.int32), VECTOR, LANES)
     size = tl.num_programs(0) * tl.num_programs(1)
     place = parts + row * tl.num_programs(1) + part
     tl.store(place, peak)
@@ -145,7 +212,7 @@ def _finish_part(
     total = tl.load(place + size, mask=lane < count, other=0.0)
     own = tl.load(parts + 2 * size + row * count)
     peak = tl.max(largest, 0)
-    total = tl.sum(total * tl.exp(largest - peak), 0)
+    total = tl.sum(total * tl.exp2(_power(largest) - _power(peak)), 0)
     loss, hit, slope = _close(own, peak, total, label, tl.load(away + row) != 0, threshold)
     tl.store(losses + row, loss, mask=part == 0)
     tl.store(hits + row, hit, mask=part == 0)
@@ -156,7 +223,7 @@ def _finish_part(
         _write(logits, start, stop, vocabulary, label.to(tl.int32), peak, total, slope, VECTOR, LANES)
 
 
-def parts(rows: int, vocabulary: int, multiprocessors: int) -> int:
+def parts(rows: int, vocabulary: int, vector: int, multiprocessors: int) -> int:
     """How many programs share a row.
 
     One, where there are rows for every multiprocessor: between a row's two sweeps only one row a multiprocessor is
@@ -167,7 +234,7 @@ def parts(rows: int, vocabulary: int, multiprocessors: int) -> int:
     """
     if rows >= multiprocessors:
         return 1
-    return min(triton.cdiv(vocabulary, PART_THREADS * SHARE), 4 * multiprocessors // rows, MOST_PARTS)
+    return min(triton.cdiv(vocabulary, PART_THREADS * LOADS * vector), 4 * multiprocessors // rows, MOST_PARTS)
 
 
 def token_loss_(
@@ -182,21 +249,20 @@ def token_loss_(
     labels, away = labels.contiguous(), away.contiguous()
     weight = weight if weight is None else weight.contiguous()
     stride, gradient, vector = logits.stride(0), weight is not None, 16 // logits.element_size()
-    count = parts(rows, vocabulary, launch.multiprocessors(logits.device))
+    count = parts(rows, vocabulary, vector, launch.multiprocessors(logits.device))
     with launch.on(logits):
         if count == 1:
-            tile = min(launch.power_of_two(vocabulary), ROW_THREADS * SHARE)
+            lanes = min(max(64, launch.power_of_two(vocabulary) // (LOADS * vector)), ROW_THREADS)
             _row[(rows,)](
                 logits, labels, away, weight, losses, hits, stride, vocabulary, threshold,
-                GRADIENT=gradient, VECTOR=vector, LANES=max(1, tile // vector),
-                num_warps=launch.warps(max(64, tile // SHARE)),
+                GRADIENT=gradient, VECTOR=vector, LANES=lanes, num_warps=launch.warps(lanes),
             )  # fmt: skip
         else:
-            tile = PART_THREADS * SHARE
+            tile = PART_THREADS * LOADS * vector
             span = triton.cdiv(vocabulary, count * tile) * tile
             count = triton.cdiv(vocabulary, span)
             scratch = torch.empty((3, rows, count), dtype=torch.float32, device=logits.device)
-            shape = {"VECTOR": vector, "LANES": tile // vector, "num_warps": launch.warps(PART_THREADS)}
+            shape = {"VECTOR": vector, "LANES": PART_THREADS, "num_warps": launch.warps(PART_THREADS)}
             _scan_part[(rows, count)](logits, labels, scratch, stride, vocabulary, span, **shape)
             _finish_part[(rows, count if gradient else 1)](
                 logits, labels, away, weight, losses, hits, scratch, rows, count, stride, vocabulary, span, threshold,

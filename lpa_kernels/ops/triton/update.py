@@ -13,7 +13,7 @@ from torch import Tensor
 from . import launch
 
 SITES = 16  # gradients one launch can read; each is three arguments of the kernel
-WIDEST = 8192  # widest row held in registers; wider ones are moved in chunks and projected in a second sweep
+WIDEST = 4096  # widest row held in registers; a wider one is moved in chunks
 SHARE = 16  # elements a thread holds
 
 
@@ -34,32 +34,43 @@ def _gradient(
     g = tl.zeros(inside.shape, tl.float32)
     for share in tl.static_range(SHARES):
         token = tl.load(tokens + row * SHARES + share, mask=real, other=-1)
-        offset = token * row_stride + (column if UNIT else column * column_stride)
+        # Four at a time, as the float32 tensors are read: eight bf16 would cost a trip through shared memory.
+        offset = tl.max_contiguous(token * row_stride + column, [1, 4]) if UNIT else (
+            token * row_stride + column * column_stride
+        )
         g += tl.load(grad + offset, mask=inside & (token >= 0), other=0.0).to(tl.float32)
     g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # false for NaN too
     return -g if MAXIMIZE else g
 
 
 @triton.jit
+def _state(delta, exp_avg, exp_avg_sq, offset, mask, RULE: tl.constexpr):
+    """delta and its moments, asked for before anything that waits for `tokens`."""
+    d = tl.load(delta + offset, mask=mask, other=0.0)
+    m = tl.load(exp_avg + offset, mask=mask, other=0.0) if RULE == "adamw" else d
+    v = tl.load(exp_avg_sq + offset, mask=mask, other=0.0) if RULE == "adamw" else d
+    return d, m, v
+
+
+@triton.jit
 def _moved(
-    delta, exp_avg, exp_avg_sq, offset, inside, live, g, length, t, size,
+    d, m, v, g, exp_avg, exp_avg_sq, offset, inside, length, t, size,
     log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE: tl.constexpr,
 ):  # fmt: skip
-    """delta after the step and before the projection; writes the moments. Rows that are not live stay."""
-    old = tl.load(delta + offset, mask=inside, other=0.0)
+    """delta after the step and before the projection; writes the moments. What is not `inside` stays."""
     if RULE == "adamw":
-        m = beta1 * tl.load(exp_avg + offset, mask=live, other=0.0) + rest1 * g
-        tl.store(exp_avg + offset, m, mask=live)
-        v = beta2 * tl.load(exp_avg_sq + offset, mask=live, other=0.0) + rest2 * g * g
-        tl.store(exp_avg_sq + offset, v, mask=live)
+        m = beta1 * m + rest1 * g
+        tl.store(exp_avg + offset, m, mask=inside)
+        v = beta2 * v + rest2 * g * g
+        tl.store(exp_avg_sq + offset, v, mask=inside)
         scale = size / _one_minus_power(log_beta1, t)
         root = 1 / tl.sqrt(_one_minus_power(log_beta2, t))
-        d = old * (1 - size * weight_decay) - scale * m / (tl.sqrt(v) * root + eps)
+        new = d * (1 - size * weight_decay) - scale * m / (tl.sqrt(v) * root + eps)
     elif RULE == "normalized":
-        d = old - size * tl.where(length > 0, g / length, 0.0)
+        new = d - size * tl.where(length > 0, g / length, 0.0)
     else:
-        d = old - size * tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
-    return tl.where(live, d, old)
+        new = d - size * tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
+    return tl.where(inside, new, d)
 
 
 @triton.jit
@@ -101,6 +112,8 @@ def _update(
     # g / largest has a norm near 1; the squares of tiny gradients themselves would vanish.
     length = tl.zeros([ROWS, 1], tl.float32)
     if BLOCK >= WIDTH:
+        offset = place * WIDTH + span
+        d, m, v = _state(delta, exp_avg, exp_avg_sq, offset, real & (span < WIDTH), RULE)
         inside = live & (span < WIDTH)
         g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, span, SHARES, UNIT, MAXIMIZE)
         if RULE == "normalized":
@@ -108,48 +121,46 @@ def _update(
             g = g / tl.where(largest > 0, largest, 1.0)
             length = tl.sqrt(tl.sum(g * g, 1)[:, None])
         d = _moved(
-            delta, exp_avg, exp_avg_sq, place * WIDTH + span, real & (span < WIDTH), inside, g, length, t, size,
+            d, m, v, g, exp_avg, exp_avg_sq, offset, inside, length, t, size,
             log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
         )  # fmt: skip
         norm = tl.max(tl.abs(d), 1)[:, None] if NORM == "linf" else tl.sqrt(tl.sum(d * d, 1)[:, None])
         tl.store(at + span, _projected(d, norm, radius, NORM), mask=inside)
     else:
-        largest = tl.zeros([ROWS, 1], tl.float32)
+        partial = tl.zeros([ROWS, BLOCK], tl.float32)
+        largest = tl.full([ROWS, 1], 1.0, tl.float32)
         if RULE == "normalized":
             for start in range(0, WIDTH, BLOCK):
-                inside = live & (start + span < WIDTH)
-                g = _gradient(
-                    grad, row_stride, column_stride, tokens, row, real, inside, start + span, SHARES, UNIT, MAXIMIZE
-                )
-                largest = tl.maximum(largest, tl.max(tl.abs(g), 1)[:, None])
+                column = start + span
+                inside = live & (column < WIDTH)
+                g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE)
+                partial = tl.maximum(partial, tl.abs(g))
+            largest = tl.max(partial, 1)[:, None]
             largest = tl.where(largest > 0, largest, 1.0)
+            partial = tl.zeros([ROWS, BLOCK], tl.float32)
             for start in range(0, WIDTH, BLOCK):
-                inside = live & (start + span < WIDTH)
-                g = _gradient(
-                    grad, row_stride, column_stride, tokens, row, real, inside, start + span, SHARES, UNIT, MAXIMIZE
-                )
+                column = start + span
+                inside = live & (column < WIDTH)
+                g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE)
                 g = g / largest
-                length += tl.sum(g * g, 1)[:, None]
-            length = tl.sqrt(length)
-        norm = tl.zeros([ROWS, 1], tl.float32)
+                partial += g * g
+            length = tl.sqrt(tl.sum(partial, 1)[:, None])
+            partial = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, WIDTH, BLOCK):
             column = start + span
+            offset = place * WIDTH + column
+            d, m, v = _state(delta, exp_avg, exp_avg_sq, offset, real & (column < WIDTH), RULE)
             inside = live & (column < WIDTH)
             g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE)
-            if RULE == "normalized":
-                g = g / largest
+            g = g / largest if RULE == "normalized" else g
             d = _moved(
-                delta, exp_avg, exp_avg_sq, place * WIDTH + column, real & (column < WIDTH), inside, g, length, t,
-                size, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
+                d, m, v, g, exp_avg, exp_avg_sq, offset, inside, length, t, size,
+                log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
             )  # fmt: skip
             tl.store(at + column, d, mask=inside)
-            if NORM == "linf":
-                norm = tl.maximum(norm, tl.max(tl.abs(d), 1)[:, None])
-            else:
-                norm += tl.sum(d * d, 1)[:, None]
-        if NORM != "linf":
-            norm = tl.sqrt(norm)
-        if NORM != "none":  # again over the rows that must shrink: they were written a moment ago and lie in L2
+            partial = tl.maximum(partial, tl.abs(d)) if NORM == "linf" else partial + d * d
+        norm = tl.max(partial, 1)[:, None] if NORM == "linf" else tl.sqrt(tl.sum(partial, 1)[:, None])
+        if NORM != "none":  # once more over a row that must shrink, and no other; it still lies in the caches
             tl.debug_barrier()
             for start in range(0, WIDTH, BLOCK):
                 column = start + span
@@ -182,12 +193,17 @@ def _runs(grads: list[Tensor]) -> Iterator[tuple[int, list[Tensor], bool]]:
 
 
 def plan(width: int) -> tuple[int, int, int]:
-    """The fixed table by width: rows of a program, columns it holds, threads.
+    """The fixed table by width: rows of a program, columns it holds at once, threads.
 
-    A thread holds 16 elements: delta, both moments and the gradient are then 64 registers, and four 16-byte loads
-    of each float32 tensor are in flight at once. Narrow rows share a program of 64 threads or more.
+    Up to 4096 a row is held whole, 16 elements a thread: delta, both moments and the gradient are 64 registers, and
+    the 80 of the whole kernel let three programs of 256 threads share a multiprocessor, so that one loads while
+    another reduces or writes. Narrow rows share a program of 64 threads. A wider row held whole would need 512
+    threads or more of over 64 registers, which leaves one program a multiprocessor and nothing to overlap; it goes
+    in chunks, and is read again, from the caches, only where the projection shortens it.
     """
-    columns = min(launch.power_of_two(width), WIDEST)
+    columns = launch.power_of_two(width)
+    if columns > WIDEST:
+        return 1, 2048, 256
     rows = max(1, min(64, 1024 // columns))
     return rows, columns, max(64, rows * columns // SHARE)
 
