@@ -1,5 +1,6 @@
 """Drop-in replacements, one file a foreign code base."""
 
-from .latent_at import clear_hooks, fused_latent_pgd
+from .continuous_advtrain import EmbeddingSpaceAttack
+from .latent_at import clear_hooks, fused_latent_pgd, patch_latent_at
 
-__all__ = ["clear_hooks", "fused_latent_pgd"]
+__all__ = ["EmbeddingSpaceAttack", "clear_hooks", "fused_latent_pgd", "patch_latent_at"]

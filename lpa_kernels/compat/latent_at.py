@@ -2,130 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..attack import LatentAttack, LatentPGD, PairBatch
-from ..attack.hooks import rows_by_length
-from ..attack.sites import Site, hidden_of, in_block, unwrapped, with_hidden
-from ..ops import perturb, project_
+from ..attack import LatentPGD, PairBatch
+from ..attack.sites import Site, in_block, unwrapped
+from .latent_at_hooks import CustomHook, GDAdversary, clear_hooks, install, make_room, say_once
+from .patch import Patch, find_in, foreign_module, same_parameters
 
-_HOOKS = "_lpa_latent_hooks"  # where a model keeps the hooks that are in place
+NAMES = ("projected_gradient_descent", "clear_hooks", "GDAdversary")  # what `patch_latent_at` replaces
+ACCUMULATION = ("each", "upstream")
 
 
-class GDAdversary(nn.Module):
-    """A perturbation by position, with the attributes of the public class of this name.
+def _inner(model: nn.Module) -> nn.Module:
+    """The language model itself, under wrappers that show nothing of it (DistributedDataParallel).
 
-    Unlike there it is kept in float32, added out of place, and reads the outputs of modules that return tuples.
-
-    Args:
-        dim: width.
-        epsilon: radius.
-        attack_mask: [B, S] bool.
+    Raises:
+        ValueError: there is none.
     """
-
-    def __init__(
-        self, dim: int, epsilon: float, attack_mask: Tensor, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.device = device
-        self.epsilon = epsilon
-        self.attack_mask = attack_mask.bool().to(device)
-        self.attack = nn.Parameter(torch.zeros(*attack_mask.shape, dim, device=device, dtype=dtype or torch.float32))
-
-    def forward(self, output: Any) -> Any:
-        """`output` with the perturbation added at the attacked positions; a single position passes untouched."""
-        hidden = hidden_of(output, "the hooked module")
-        size, attacked = self.attack_mask.shape
-        length = hidden.numel() // hidden.shape[-1] // (hidden.shape[0] if hidden.dim() > 2 else size)
-        if length == 1 and attacked != 1:  # generation with a cache: the perturbation is in the cached states
-            return output
-        if hidden.dim() > 2 and hidden.shape[0] != size:
-            raise ValueError(
-                f"the attack is on a batch of {size}; the model was called with a batch of {hidden.shape[0]}"
-            )
-        if self.attack.device != hidden.device:
-            self.to(hidden.device)
-            self.attack_mask = self.attack_mask.to(hidden.device)
-            self.device = hidden.device
-        cells = torch.arange(size * attacked, device=hidden.device).view(size, attacked)
-        rows = rows_by_length(torch.where(self.attack_mask, cells, -1), length)
-        flat = perturb(hidden.reshape(-1, hidden.shape[-1]), self.attack.flatten(0, 1), rows)
-        return with_hidden(output, flat.view(hidden.shape))
-
-    def clip_attack(self) -> None:
-        """Bring every position's perturbation back inside the ball."""
-        project_(self.attack.data, self.epsilon)
+    inner: Any = model
+    while not hasattr(inner, "get_input_embeddings"):
+        inner = getattr(inner, "module", None)
+        if inner is None:
+            raise ValueError(f"{type(model).__name__} is no causal language model: it has no get_input_embeddings()")
+    return inner
 
 
-class CustomHook:
-    """One perturbed module: `.module`, `.hook_fn` (its `GDAdversary`), and `.enabled`, which may be toggled."""
-
-    def __init__(self, module: nn.Module, hook_fn: nn.Module) -> None:
-        self.module = module
-        self.hook_fn = hook_fn
-        self.enabled = True
-        self._handle = module.register_forward_hook(self._hook)
-
-    def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.hook_fn(output) if self.enabled else output
-
-    def remove(self) -> None:
-        """Take the hook off its module for good."""
-        self._handle.remove()
-
-
-def clear_hooks(model: nn.Module) -> None:
-    """Take every hook of `fused_latent_pgd` off the model, enabled or not."""
-    for hook in model.__dict__.pop(_HOOKS, []):
-        hook.remove()
-
-
-def _remove_enabled(model: nn.Module) -> None:
-    """A new attack takes the place of those in force; disabled ones stay, so that every micro-batch keeps its own."""
-    hooks: list[CustomHook] = model.__dict__.setdefault(_HOOKS, [])
-    for hook in hooks:
-        if hook.enabled:
-            hook.remove()
-    hooks[:] = [hook for hook in hooks if not hook.enabled]
-
-
-def _labels(batch: Mapping[str, Any], key: str) -> Tensor | None:
-    value = batch.get(key)
-    if isinstance(value, list):
+def _labels(batch: Mapping[str, Any], side: str) -> Tensor | None:
+    value = batch.get(f"{side}_labels")
+    if isinstance(value, (list, tuple)):
         flat = [label for row in value for label in (row if isinstance(row, (list, tuple)) else [row])]
         return torch.tensor(flat)
     return value
 
 
-def pair_batch(batch: Mapping[str, Any], add_completions_pgd: bool, device: Any) -> PairBatch:
+def pair_batch(
+    batch: Mapping[str, Any], coefs: Mapping[str, float], add_completions_pgd: bool, device: Any
+) -> PairBatch:
     """A batch of the public code as a `PairBatch`: adv is what the adversary goes toward, def what it avoids.
 
+    Args:
+        coefs: the terms that are computed; what none of them needs may be missing from the batch.
+
     Raises:
-        KeyError: adv_tokens or adv_labels_mask (or, with add_completions_pgd, prompt_mask) is missing.
+        KeyError: something that is needed is missing.
     """
-    needed = ["adv_tokens", "adv_labels_mask"] + (["prompt_mask", "def_labels_mask"] if add_completions_pgd else [])
+    preference = "dpo" in coefs
+    wanted = {"adv": preference or "toward" in coefs, "def": preference or "away" in coefs}
+    needed = [f"{side}_{what}" for side, want in wanted.items() if want for what in ("tokens", "labels_mask")]
+    if add_completions_pgd:
+        needed += ["prompt_mask", "adv_labels_mask", "def_labels_mask"]
+    elif "prompt_mask" not in batch:
+        needed.append("adv_labels_mask")
     for key in needed:
         if key not in batch:
             raise KeyError(f"the batch has no {key!r}; its keys are {sorted(batch)}")
-    rejected_mask = batch["adv_labels_mask"].bool()
-    chosen_ids = batch.get("def_tokens", batch["adv_tokens"])
-    chosen_mask = batch["def_labels_mask"].bool() if "def_tokens" in batch else torch.zeros_like(rejected_mask)
-    attack_mask = batch["prompt_mask"].bool() if "prompt_mask" in batch else rejected_mask
+    masks = {k: batch[k].bool() for k in ("prompt_mask", "adv_labels_mask", "def_labels_mask") if k in batch}
+    attack_mask = masks.get("prompt_mask", masks.get("adv_labels_mask"))
     if add_completions_pgd:
-        attack_mask = attack_mask | rejected_mask | chosen_mask
+        attack_mask = masks["prompt_mask"] | masks["adv_labels_mask"] | masks["def_labels_mask"]
+    assert attack_mask is not None
+
+    def half(side: str, other: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not wanted[side]:
+            tokens = batch[f"{other}_tokens"]
+            return tokens, torch.zeros_like(tokens, dtype=torch.bool), None
+        # a preference loss scores the tokens themselves, as there
+        return batch[f"{side}_tokens"], masks[f"{side}_labels_mask"], None if preference else _labels(batch, side)
+
+    rejected, chosen = half("adv", "def"), half("def", "adv")
     return PairBatch(
-        batch["adv_tokens"],
-        rejected_mask,
-        chosen_ids,
-        chosen_mask,
-        attack_mask,
-        _labels(batch, "adv_labels"),
-        _labels(batch, "def_labels") if "def_tokens" in batch else None,
-    ).to(device)
+        rejected[0], rejected[1], chosen[0], chosen[1], attack_mask, rejected[2], chosen[2]
+    ).to(device)  # fmt: skip
+
+
+def _counts(pairs: PairBatch) -> tuple[int, int] | None:
+    """Labels that are not ignored (-100), which is what the public means divide by; None where all count."""
+    if pairs.rejected_labels is None and pairs.chosen_labels is None:
+        return None
+    return int((pairs.labels("rejected") != -100).sum()), int((pairs.labels("chosen") != -100).sum())
 
 
 def lat_sites(model: nn.Module, model_layers_module: str, layer: int | str | Sequence[int | str]) -> list[Site]:
@@ -135,6 +97,7 @@ def lat_sites(model: nn.Module, model_layers_module: str, layer: int | str | Seq
         ValueError: model_layers_module is not in the model, or a layer is out of range.
     """
     layers = [layer] if isinstance(layer, (int, str)) else list(layer)
+    inner: Any = _inner(model)
     sites = []
     for index in (x for x in layers if isinstance(x, int)):
         try:
@@ -145,7 +108,7 @@ def lat_sites(model: nn.Module, model_layers_module: str, layer: int | str | Seq
             ) from error
         sites.append(Site(f"mlp:{index}", in_block(block, index, "mlp"), index))
     if "embedding" in layers:
-        sites.append(Site("embedding", unwrapped(model.get_input_embeddings()), None))  # type: ignore[operator]
+        sites.append(Site("embedding", unwrapped(inner.get_input_embeddings()), None))
     if not sites or len(sites) != len(layers):
         raise ValueError(f"layer={layer!r} must hold layer numbers and at most one 'embedding'")
     return sites
@@ -157,16 +120,22 @@ def _coefs(loss_coefs: Mapping[str, float]) -> dict[str, float]:
     return {k: v for k, v in loss_coefs.items() if k in ("toward", "away") and v > 0}
 
 
-def install(model: nn.Module, attack: LatentAttack, epsilon: float) -> list[CustomHook]:
-    """Put an attack in force on the model, one `CustomHook` a site, until `clear_hooks` or the next attack."""
-    wrappers = []
-    for site in attack.sites:
-        delta = attack.delta(site.name)
-        adversary = GDAdversary(delta.shape[-1], epsilon, attack.grid >= 0, device=delta.device)
-        adversary.attack.data = delta
-        wrappers.append(CustomHook(site.module, adversary))
-    model.__dict__.setdefault(_HOOKS, []).extend(wrappers)
-    return wrappers
+def _autocast(value: torch.dtype | str | None, device: Any) -> torch.dtype | None:
+    """The dtype of the inner loop's autocast: "public" is what `torch.autocast("cuda")` gives, on CUDA alone.
+
+    Raises:
+        ValueError: neither a dtype, "public" nor None.
+    """
+    if value == "public":
+        return torch.get_autocast_dtype("cuda") if torch.device(device).type == "cuda" else None
+    if isinstance(value, str):
+        raise ValueError(f"autocast={value!r} is unknown; use a torch.dtype, 'public' or None")
+    return value
+
+
+def _logged(step: Mapping[str, float], log_loss: bool | None) -> dict[str, float]:
+    names = ("toward", "away", "dpo", "total", "l2_norm") if log_loss else ("l2_norm",)
+    return {f"adv_{k}": v for k, v in step.items() if k in names}
 
 
 def fused_latent_pgd(
@@ -190,49 +159,154 @@ def fused_latent_pgd(
     backend: str = "auto",
     merge_adapters: bool = False,
     capture_graph: bool | str = "auto",
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | str | None = None,
+    accumulation: str = "each",
 ) -> tuple[dict[str, float] | list[dict[str, float]], list[CustomHook]]:
     """`projected_gradient_descent` of latent-adversarial-training (arXiv 2407.15549): same call, same results.
 
     The differences: the width and the embedding are read from the model; NaN gradients and `clip_grad` are treated
-    over all sites jointly; earlier attacks that are disabled (`wrapper.enabled = False`) stay usable, so that with
-    gradient accumulation every micro-batch keeps its own.
+    over all sites jointly, not the last one alone; the model runs in eval mode; earlier attacks that are disabled
+    (`wrapper.enabled = False`) stay usable, so that with gradient accumulation every micro-batch keeps its own.
+    The perturbations are forward hooks: no module of the model changes its name.
 
     Args:
         batch: adv_tokens, def_tokens, adv_labels_mask, def_labels_mask [B, S], optionally prompt_mask (without it
-            the attack mask is adv_labels_mask) and explicit adv_labels / def_labels.
+            the attack mask is adv_labels_mask) and explicit adv_labels / def_labels (lists or tensors, -100 ignored).
+        model: of transformers or PEFT, possibly under DistributedDataParallel.
         model_layers_module: the name of the list of blocks, such as "model.layers".
         layer: layer numbers (their feed-forward modules) and/or "embedding".
         epsilon, learning_rate, pgd_iterations: radius, step size and number of inner steps.
         loss_coefs: "toward" and "away", or "dpo".
+        l2_regularization: weight of the penalty on the perturbations' norms.
+        device: where the batch goes; `accelerator.device` where an accelerator is given.
+        clip_grad: clip the perturbations' gradients to this norm, jointly.
         add_completions_pgd: attack the completions too, not only the prompt.
-        engine, backend, merge_adapters, capture_graph, autocast: as in `LatentPGD`.
+        engine, backend, merge_adapters, capture_graph: as in `LatentPGD`.
+        autocast: a dtype to run the inner loop under, or "public" for what the public code does (on CUDA,
+            `torch.autocast("cuda")`: float16 unless set otherwise); by default none.
+        accumulation: "each" lets every micro-batch keep its attack; "upstream" takes earlier attacks off the model
+            even if they are disabled, as the public code does, for comparison.
 
     Returns:
         (losses, wrappers): the last step's losses ("adv_toward", "adv_away", "adv_total", "adv_l2_norm"), or with
-        return_loss_over_time those of every step; and one `CustomHook` a site, in force on the model.
+        return_loss_over_time those of every step; and one `CustomHook` a site, in force on the model for as long as
+        they are kept.
+
+    Raises:
+        KeyError: the batch lacks a key. ValueError: a bad setting. FloatingPointError: the losses are not finite.
     """
+    if accumulation not in ACCUMULATION:
+        raise ValueError(f"accumulation={accumulation!r} is unknown; use one of {', '.join(ACCUMULATION)}")
+    _check_caller()
+    coefs, scale = _coefs(loss_coefs), 1.0
     if accelerator is not None:
         device = accelerator.device
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    _remove_enabled(inner)
+        scale = 1 / (getattr(accelerator, "gradient_accumulation_steps", None) or 1)  # what its backward divides by
+    if clip_grad is not None:
+        say_once("clip_grad clips the gradients of all perturbations jointly; the public code clips the last alone")
+    inner = _inner(model)
+    make_room(inner, accumulation)
     pgd = LatentPGD(
         inner,
         lat_sites(model, model_layers_module, layer),
         epsilon=epsilon,
         step_size=learning_rate,
         steps=pgd_iterations,
-        coefs=_coefs(loss_coefs),
+        coefs={name: value * scale for name, value in coefs.items()},
         l2_penalty=float(l2_regularization),
         clip_grad=clip_grad,
         engine=engine,
         backend=backend,
         merge_adapters=merge_adapters,
         capture_graph=capture_graph,
-        autocast=autocast,
+        autocast=_autocast(autocast, device),
     )
-    attack = pgd.attack(pair_batch(batch, bool(add_completions_pgd), device))
-    wrappers = install(inner, attack, epsilon)
-    names = ("toward", "away", "dpo", "total", "l2_norm")
-    history = [{f"adv_{k}": v for k, v in step.items() if k in names} for step in attack.losses] if log_loss else [{}]
+    pairs = pair_batch(batch, coefs, bool(add_completions_pgd), device)
+    attack = pgd.attack(pairs, _counts(pairs))
+    wrappers = install(attack, epsilon)
+    history = [_logged(step, log_loss) for step in attack.losses] if log_loss or l2_regularization else []
+    history = history or [{} for _ in range(pgd_iterations)]
     return (history if return_loss_over_time else history[-1]), wrappers
+
+
+def _check_caller() -> None:
+    """Say it where the calling module clears hooks with a function that does not know ours."""
+    caller = sys._getframe(2).f_globals
+    theirs = caller.get("clear_hooks")
+    if callable(theirs) and not getattr(theirs, "__module__", "").startswith("lpa_kernels"):
+        say_once(
+            f"{caller.get('__name__')}.clear_hooks does not know the hooks of fused_latent_pgd, which leave the model "
+            "when the returned wrappers are dropped, or at the next attack. To clear them at once: "
+            "`from lpa_kernels import clear_hooks`, or use lpa_kernels.patch_latent_at()"
+        )
+
+
+def patch_latent_at(package_or_module: str | ModuleType | None = None, **options: Any) -> Patch:
+    """Let the public trainer use `fused_latent_pgd`, unmodified: replace what it finds under its own names.
+
+    Args:
+        package_or_module: the package or module that has `projected_gradient_descent` and `clear_hooks`, itself or
+            its name; "latent_at" by default.
+        options: keyword-only arguments of `fused_latent_pgd` for every call (`engine`, `autocast`, `accumulation`...).
+
+    Returns:
+        A handle: `.undo()` puts everything back and takes the attacks made meanwhile off their models. It is also a
+        context manager that does so at its end, after an exception too.
+
+    Raises:
+        ImportError: no such package. TypeError: neither a name nor a module, or an unknown option.
+        ValueError: it lacks the functions, or their parameters are not those known here.
+        RuntimeError: it is patched already. In all cases nothing has been changed.
+    """
+    known = [p.name for p in inspect.signature(fused_latent_pgd).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"patch_latent_at() has no option {name!r}; the options are {', '.join(known)}")
+    module = foreign_module("latent_at" if package_or_module is None else package_or_module)
+    found = find_in(module, NAMES)
+    for name in NAMES[:2]:
+        if not found[name]:
+            raise ValueError(f"{module.__name__} has no {name}; expected latent-adversarial-training or a fork of it")
+    ours = (fused_latent_pgd, clear_hooks, GDAdversary)
+    if any(value in ours or hasattr(value, "_lpa_patch") for values in found.values() for value in values):
+        raise RuntimeError(f"{module.__name__} is patched already; call .undo() of the first patch before another one")
+    for theirs in found["clear_hooks"]:
+        same_parameters("clear_hooks", theirs, clear_hooks)
+    for theirs in found["GDAdversary"]:
+        same_parameters("GDAdversary", theirs, GDAdversary)
+    attacks: WeakSet[CustomHook] = WeakSet()
+    pairs: list[tuple[Any, Any]] = [(theirs, GDAdversary) for theirs in found["GDAdversary"]]
+    pairs += [(theirs, _replacing_clear(theirs)) for theirs in found["clear_hooks"]]
+    pairs += [(theirs, _replacing_pgd(theirs, options, attacks)) for theirs in found["projected_gradient_descent"]]
+
+    def forget() -> None:
+        for hook in list(attacks):
+            hook.remove()
+
+    return Patch(module, pairs, forget)
+
+
+def _replacing_pgd(theirs: Callable[..., Any], options: Mapping[str, Any], attacks: WeakSet[CustomHook]) -> Any:
+    signature = same_parameters("projected_gradient_descent", theirs, fused_latent_pgd)
+
+    def projected_gradient_descent(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()  # a fork may have its own
+        losses, wrappers = fused_latent_pgd(**bound.arguments, **options)
+        attacks.update(wrappers)
+        return losses, wrappers
+
+    projected_gradient_descent.__doc__ = fused_latent_pgd.__doc__
+    projected_gradient_descent.__signature__ = signature  # type: ignore[attr-defined]
+    projected_gradient_descent._lpa_patch = True  # type: ignore[attr-defined]
+    return projected_gradient_descent
+
+
+def _replacing_clear(theirs: Callable[[nn.Module], None]) -> Any:
+    def clear(model: nn.Module) -> None:
+        theirs(model)  # hooks of other makers
+        clear_hooks(model)
+
+    clear.__name__ = "clear_hooks"
+    clear._lpa_patch = True  # type: ignore[attr-defined]
+    return clear

@@ -1,0 +1,170 @@
+"""Drop-in for sophie-xhonneux/Continuous-AdvTrain (CAT, CAPO; arXiv 2405.15589): its attack on the embeddings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attack.head import output_head
+from ..attack.modes import frozen_eval
+from ..ops import perturb, pgd_update_, token_loss
+
+logger = logging.getLogger(__name__)
+
+# their name of an optimiser -> our rule and the betas that torch's optimiser of that name has
+RULES = {"sign": ("sign", (0.9, 0.999)), "adam": ("adam", (0.9, 0.999)), "rms": ("rmsprop", (0.9, 0.99))}
+
+
+class EmbeddingSpaceAttack:
+    """Finds a perturbation of the prompt's embeddings that makes the targets likely, without their [B, S, V] one-hots.
+
+    The same losses and perturbations as theirs, from the rows of logits that predict a target alone, in float32.
+    What is put right: `relative_lr=True` raises AttributeError there (it reads `self.eps` before that is set) and
+    makes the step `lr * eps * mean embedding norm` here; a target of token id 0 is not attacked there, and counts
+    here; an unknown init_type or optimiser is an error here, as is "suffix", which raises in their first step. The
+    caller's opt_config is not changed, the model runs in eval mode, and every parameter's requires_grad comes back.
+
+    Args:
+        embed_weights: [V, H] embedding matrix.
+        response_key, suffix_tokens: not used, as there.
+        tokenizer: kept, not used.
+        iters: number of steps.
+        opt_config: {"type": "sign" | "adam" | "rms", "lr": step size}; by default sign with 0.01.
+        eps: radius as a share of the mean norm of the rows of embed_weights.
+        init_type: "instruction".
+        relative_lr: the lr is a share of the radius.
+        debug: 1 logs the first and the best loss, 2 those of every step.
+
+    Raises:
+        ValueError: an unknown init_type or optimiser. NotImplementedError: init_type="suffix".
+    """
+
+    def __init__(
+        self,
+        embed_weights: Tensor,
+        response_key: Any,
+        tokenizer: Any,
+        iters: int = 8,
+        opt_config: Mapping[str, Any] | None = None,
+        eps: float = 0.01,
+        init_type: str = "instruction",
+        suffix_tokens: int = 10,
+        relative_lr: bool = False,
+        debug: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if init_type == "suffix":
+            raise NotImplementedError("init_type='suffix': theirs has no projection on the simplex either")
+        if init_type != "instruction":
+            raise ValueError(f"init_type={init_type!r} is unknown; use 'instruction'")
+        if args or kwargs:
+            logger.warning("EmbeddingSpaceAttack ignores the arguments %s, as theirs does", [*args, *kwargs])
+        self.embed_weights = embed_weights
+        self.tokenizer = tokenizer
+        self.vocab_size, self.embedding_size = embed_weights.shape
+        self.embedding_norm = torch.linalg.vector_norm(embed_weights.detach(), dim=-1, dtype=torch.float32).mean()
+        self.eps = eps * self.embedding_norm
+        self.iters, self.init_type, self.suffix_tokens, self.debug = iters, init_type, suffix_tokens, debug
+        self.opt_config: dict[str, Any] = {"type": "sign", "lr": 0.01} if opt_config is None else dict(opt_config)
+        if self.opt_config.get("type") not in RULES:
+            raise ValueError(f"opt_config={self.opt_config} has an unknown type; use one of {', '.join(RULES)}")
+        if relative_lr:
+            self.opt_config["lr"] = self.opt_config["lr"] * self.eps
+
+    def attack(
+        self, model: nn.Module, input_ids: Tensor, target_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[float], list[int]]:
+        """Run the inner loop on one batch.
+
+        Args:
+            input_ids, attention_mask: [B, L], padded on either side.
+            target_ids: [B, L], the token ids of the target, -100 elsewhere.
+
+        Returns:
+            embeddings [B, L, H], perturbation [B, L, H] in the embeddings' dtype, its mask [B, L, 1] (1 where a
+            token is real and no target) in input_ids' dtype; the loss of each step, before its update; and how many
+            examples had every target as the most probable token.
+
+        Raises:
+            ValueError: there is no target, or no position to attack.
+        """
+        scored = target_ids >= 0
+        open_to_attack = ~scored & attention_mask.bool()
+        if not bool(scored[:, 1:].any()) or not bool(open_to_attack.any()):
+            raise ValueError("target_ids has no target after position 0, or leaves no token of the prompt to attack")
+        embeds = self.get_embeddings(input_ids)
+        tokens = open_to_attack.flatten().nonzero()
+        rows = torch.full((input_ids.numel(),), -1, dtype=torch.long, device=input_ids.device)
+        rows[tokens[:, 0]] = torch.arange(tokens.shape[0], device=input_ids.device)
+        delta = torch.zeros(1, tokens.shape[0], embeds.shape[-1], device=embeds.device)
+        losses, affirmative = self._loop(model, embeds, delta, rows, tokens, scored, target_ids, attention_mask)
+        found = torch.zeros_like(embeds).flatten(0, 1)
+        found[tokens[:, 0]] = delta[0].to(found.dtype)
+        self._log(losses)
+        return embeds, found.view(embeds.shape), open_to_attack.to(input_ids.dtype)[:, :, None], losses, affirmative
+
+    def _loop(
+        self, model: nn.Module, embeds: Tensor, delta: Tensor, rows: Tensor, tokens: Tensor, scored: Tensor,
+        target_ids: Tensor, attention_mask: Tensor,
+    ) -> tuple[list[float], list[int]]:  # fmt: skip
+        rule, betas = RULES[self.opt_config["type"]]
+        moments = [torch.zeros_like(delta) for _ in range(2)] if rule != "sign" else [None, None]
+        places, labels = scored[:, 1:].nonzero(), target_ids[:, 1:][scored[:, 1:]]
+        example, toward = places[:, 0], torch.zeros_like(labels, dtype=torch.bool)
+        index = example * target_ids.shape[1] + places[:, 1]
+        losses, affirmative = [], []
+        flat = embeds.flatten(0, 1)
+        with frozen_eval(model), torch.enable_grad(), rows_before_head(model, index):
+            for step in range(1, self.iters + 1):
+                leaf = perturb(flat, delta[0], rows).requires_grad_()
+                output = model(inputs_embeds=leaf.view(embeds.shape), attention_mask=attention_mask, use_cache=False)
+                loss, hits = token_loss(output.logits.flatten(0, -2), labels, toward)
+                (grad,) = torch.autograd.grad(loss.mean(), leaf)
+                missed = torch.zeros(len(target_ids), dtype=torch.long, device=labels.device)
+                affirmative.append((missed.index_add_(0, example, (~hits).long()) == 0).sum())
+                losses.append(loss.detach().mean())
+                pgd_update_(
+                    delta, [grad], tokens, exp_avg=moments[0], exp_avg_sq=moments[1], step=step,
+                    step_size=self.opt_config["lr"], epsilon=self.eps.to(delta.device), rule=rule, norm="l2",
+                    betas=betas, weight_decay=0.0,
+                )  # fmt: skip
+        if not losses:
+            return [], []
+        return torch.stack(losses).tolist(), torch.stack(affirmative).tolist()
+
+    def _log(self, losses: list[float]) -> None:
+        if self.debug > 0 and losses:
+            logger.info("embedding attack: first loss %.4f, best %.4f", losses[0], min(losses))
+        if self.debug > 1:
+            logger.info("embedding attack: losses %s", losses)
+
+    def get_embeddings(self, ids: Tensor) -> Tensor:
+        """[B, L, H] embeddings of ids [B, L]; a negative id counts as 0, as there."""
+        return torch.nn.functional.embedding(
+            ids.clamp(min=0).to(self.embed_weights.device), self.embed_weights.detach()
+        )
+
+    def get_adv_embeddings(self, input_embeds: Tensor, adv_perturbation: Tensor, adv_perturbation_mask: Tensor) -> Any:
+        """The perturbed embeddings [B, L, H]."""
+        return input_embeds + adv_perturbation * adv_perturbation_mask
+
+
+@contextmanager
+def rows_before_head(model: nn.Module, index: Tensor) -> Iterator[None]:
+    """Within it the model's head gets [1, N, H]: the hidden states of the tokens in index [N], not all of [B, L, H]."""
+
+    def select(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0].flatten(0, 1)
+        return (hidden.index_select(0, index.to(hidden.device))[None], *inputs[1:])
+
+    handle = output_head(model).register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
