@@ -1,0 +1,194 @@
+"""The inner-loop benchmarks: one attack, or one LPA step, by each engine and by the conventional loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.op_cases import device, project_eagerly, public_away
+from lpa_kernels import LatentPGD, PairBatch, token_loss
+from lpa_kernels.attack.sites import resolve_sites
+
+LORA = {"r": 64, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
+EPSILON, STEP_SIZE = 6.0, 1e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model (random weights) and a batch of pairs.
+
+    Attributes:
+        name: what it stands for.
+        config: of a Llama.
+        sites: where to attack.
+        pairs, prompt, rejected, chosen: how many pairs, and the length of each part in tokens.
+        dtype: of the weights; adapters are float32, as peft makes them.
+    """
+
+    name: str
+    config: dict[str, Any]
+    sites: tuple[str, ...]
+    pairs: int
+    prompt: int
+    rejected: int
+    chosen: int
+    dtype: torch.dtype = torch.float32
+
+
+SMALL = Shape(
+    "hidden 256, 8 layers, vocabulary 32000; prompt 130, completions 6 and 8, batch 2",
+    {
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "vocab_size": 32000,
+    },
+    ("embedding", "mlp:2", "mlp:4", "mlp:6"), 2, 130, 6, 8,
+)  # fmt: skip
+SMOLLM2 = Shape(
+    "SmolLM2-135M's shape, 30 layers; prompt 42, completions 6 and 8, batch 4",
+    {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    ("embedding", "mlp:7", "mlp:15", "mlp:22", "mlp:28"), 4, 42, 6, 8,
+)  # fmt: skip
+LONG = Shape(
+    "hidden 256, 2 layers, vocabulary 128256; prompt 64, completions 256 and 256, batch 4",
+    {
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    ("embedding", "mlp:1"), 4, 64, 256, 256,
+)  # fmt: skip
+SHAPES = {"small": SMALL, "smollm2": SMOLLM2, "long": LONG}
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    """The random model of a shape with LoRA of rank 64, whose second factors are not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = SHAPES[name]
+    torch.manual_seed(0)
+    with torch.device(device()):
+        base = LlamaForCausalLM(LlamaConfig(**shape.config)).to(shape.dtype)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    for key, p in model.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(p, std=0.01)
+    return model
+
+
+@cache
+def batch_of(name: str) -> PairBatch:
+    """A random batch of a shape; prompt and completions are attacked."""
+    shape = SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = shape.config["vocab_size"]
+    prompt = torch.randint(3, vocabulary, (shape.pairs, shape.prompt), generator=generator)
+
+    def text(length: int) -> tuple[Tensor, Tensor]:
+        completion = torch.randint(3, vocabulary, (shape.pairs, length), generator=generator)
+        ids = torch.cat([prompt, completion], 1)
+        return ids, torch.arange(ids.shape[1]).expand(ids.shape) >= shape.prompt
+
+    rejected_ids, rejected_mask = text(shape.rejected)
+    chosen_ids, chosen_mask = text(shape.chosen)
+    width = shape.prompt + max(shape.rejected, shape.chosen)
+    attack_mask = torch.ones(shape.pairs, width, dtype=torch.bool)
+    return PairBatch(rejected_ids, rejected_mask, chosen_ids, chosen_mask, attack_mask).to(device())
+
+
+def conventional(name: str, steps: int) -> Callable[[], object]:
+    """The loop as LAT code bases run it: two passes, all logits, one AdamW over one dense delta a site, no autocast."""
+    model, batch, shape = model_of(name), batch_of(name), SHAPES[name]
+    mask = batch.attack_mask
+
+    def run() -> None:
+        deltas: list[Tensor] = []
+        handles = []
+        for site in resolve_sites(model, shape.sites):
+            delta = torch.zeros(*mask.shape, shape.config["hidden_size"], device=mask.device, requires_grad=True)
+            deltas.append(delta)
+
+            def hook(module: nn.Module, args: Any, out: Tensor, delta: Tensor = delta) -> Tensor:
+                attacked = mask[:, : out.shape[1]]
+                out = out.clone()
+                out[attacked] = out[attacked] + delta[:, : out.shape[1]][attacked].to(out.dtype)
+                return out
+
+            handles.append(site.module.register_forward_hook(hook))
+        for p in model.parameters():
+            p.requires_grad_(False)
+        optimizer = torch.optim.AdamW(deltas, lr=STEP_SIZE)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for ids, labels, away in (
+                (batch.rejected_ids, batch.rejected_mask, False),
+                (batch.chosen_ids, batch.chosen_mask, True),
+            ):
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1][labels[:, 1:]]
+                wanted = ids[:, 1:][labels[:, 1:]]
+                loss = public_away(logits, wanted) if away else F.cross_entropy(logits, wanted)
+                (0.5 * loss).backward()
+                loss.item()
+            for delta in deltas:
+                if torch.isnan(delta.grad).any():  # type: ignore[arg-type]
+                    delta.grad[torch.isnan(delta.grad)] = 0  # type: ignore[index, arg-type]
+            optimizer.step()
+            with torch.no_grad():
+                for delta in deltas:
+                    project_eagerly(delta)
+        for handle in handles:
+            handle.remove()
+        for key, p in model.named_parameters():
+            p.requires_grad_("lora_" in key)
+
+    return run
+
+
+def ours(name: str, steps: int, **options: Any) -> Callable[[], object]:
+    """The same attack by `LatentPGD`."""
+    pgd = _pgd(name, steps, **options)
+    return lambda: pgd.attack(batch_of(name))
+
+
+def lpa_step(name: str, steps: int, **options: Any) -> Callable[[], object]:
+    """One LPA step: the attack and four model updates under it."""
+    pgd = _pgd(name, steps, **options)
+    model, batch = model_of(name), batch_of(name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=8e-5)
+
+    def run() -> None:
+        attack = pgd.attack(batch)
+        for _ in range(4):
+            rows = pgd.rows(batch, attack)
+            losses, _ = token_loss(rows.logits, rows.labels, rows.rejected, inplace=True)
+            losses.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def _pgd(name: str, steps: int, **options: Any) -> LatentPGD:
+    model = model_of(name)
+    return LatentPGD(model, SHAPES[name].sites, epsilon=EPSILON, step_size=STEP_SIZE, steps=steps, **options)
+
+
+WAYS: dict[str, Callable[[str, int], Callable[[], object]]] = {
+    "conventional": conventional,
+    "reference engine": lambda name, steps: ours(name, steps, engine="reference"),
+    "packed engine": lambda name, steps: ours(name, steps, engine="packed"),
+    "packed engine, merged adapters": lambda name, steps: ours(name, steps, engine="packed", merge_adapters=True),
+}
+LPA_STEPS: dict[str, Callable[[str, int], Callable[[], object]]] = {
+    "reference engine": lambda name, steps: lpa_step(name, steps, engine="reference"),
+    "packed engine": lambda name, steps: lpa_step(name, steps, engine="packed"),
+}
