@@ -143,9 +143,9 @@ def test_each_template_renders_its_own_way() -> None:
         assert text_of(kind).replace("<s> ", "<s>") == f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\nI am late. [/INST]"
 
 
-@pytest.mark.parametrize("system", [None, "", SYSTEM])
-def test_ordinary_text_gets_the_tokens_of_the_rendered_whole(tokenizer: Any, system: str | None) -> None:
-    prompt = "I am late,  and \n\nso are you."
+@pytest.mark.parametrize("prompt", ["I am late,  and \n\nso are you.", " \n I am late. \n\n"])
+@pytest.mark.parametrize("system", [None, "", SYSTEM, "  Hm. "])
+def test_ordinary_text_gets_the_tokens_of_the_rendered_whole(tokenizer: Any, system: str | None, prompt: str) -> None:
     tokens = encode_pair(tokenizer, prompt, AGREE, DISAGREE, system_prompt=system)["prompt_tokens"]
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
@@ -172,6 +172,13 @@ def test_there_is_exactly_one_bos() -> None:
         tokens = encode_pair(tokenizer, "I am late.", AGREE, DISAGREE, system_prompt=SYSTEM)
         assert tokens["prompt_tokens"][0] == tokenizer.bos_token_id, kind
         assert sum(tokens.values(), []).count(tokenizer.bos_token_id) == 1, kind  # noqa: RUF017
+
+
+def test_a_template_that_renders_two_bos_keeps_one() -> None:
+    tokenizer = build("<s>{{ bos_token }}{{ messages[-1]['content'] }}</s>", ["<s>", "</s>"], bos_token="<s>")
+    assert (
+        tokenizer.decode(encode_pair(tokenizer, "I am late.", AGREE, DISAGREE)["prompt_tokens"]) == "<s>I am late.</s>"
+    )
 
 
 def test_completions_follow_the_prompt_and_end_without_eos(tokenizer: Any) -> None:
