@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +33,7 @@ class PackedLayout:
         select_rows, select_positions: [N] int64, the row, and the index in it, of the hidden state that predicts each
             label.
         labels: [N] int64.  rejected: [N] bool.  example: [N] int64, the pair.
-        masks: attention masks made for this layout so far (`packed_masks` fills it).
+        masks: attention masks made for this layout so far, and how each is made (`packed_masks` fills it).
     """
 
     input_ids: Tensor
@@ -46,7 +47,7 @@ class PackedLayout:
     labels: Tensor
     rejected: Tensor
     example: Tensor
-    masks: dict[object, Tensor] = field(default_factory=dict, init=False, repr=False)
+    masks: dict[object, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,8 +74,6 @@ def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
     Raises:
         ValueError: `bucket` is not positive, or no text has a label.
     """
-    if bucket < 1:
-        raise ValueError(f"bucket is {bucket}; expected a positive number of tokens")
     rejected, chosen = _length(batch.rejected_mask), _length(batch.chosen_mask)
     width = min(batch.rejected_ids.shape[1], batch.chosen_ids.shape[1])
     same = batch.rejected_ids[:, :width] == batch.chosen_ids[:, :width]
@@ -85,16 +84,19 @@ def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
     return _lay_out(batch, rejected, chosen, prefix, apart, bucket)
 
 
-def unshared(batch: PairBatch) -> PackedLayout:
+def unshared(batch: PairBatch, bucket: int = 1) -> PackedLayout:
     """Every text that has labels in a row of its own: for models that cannot be packed.
 
     Positions run from 0, `branch` is 0 or -1, and plain causal attention over right-padded rows is right for it.
 
+    Args:
+        bucket: L is rounded up to a multiple of it.
+
     Raises:
-        ValueError: no text has a label.
+        ValueError: `bucket` is not positive, or no text has a label.
     """
     rejected, chosen = _length(batch.rejected_mask), _length(batch.chosen_mask)
-    return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), (rejected > 0) & (chosen > 0), 1)
+    return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), (rejected > 0) & (chosen > 0), bucket)
 
 
 def _arange(like: Tensor) -> Tensor:
@@ -107,6 +109,12 @@ def _length(mask: Tensor) -> Tensor:
     return (_arange(mask) * mask).amax(1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.long)
 
 
+def _round_up(length: Tensor, bucket: int) -> Tensor:
+    if bucket < 1:
+        raise ValueError(f"bucket is {bucket}; expected a positive number of tokens")
+    return (length + bucket - 1) // bucket * bucket
+
+
 def _too_long(rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, bucket: int) -> Tensor:
     """[B] bool: the pairs to split so that rows x length is least. All rows are as long as the longest one."""
     shared = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
@@ -115,7 +123,7 @@ def _too_long(rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, b
     limits = limits[limits >= single.amax()]
     split = shared[None] > limits[:, None]
     rows = len(shared) + (split | apart).sum(1)
-    cost = rows * (-(limits // -bucket) * bucket)
+    cost = rows * _round_up(limits, bucket)
     # the least cost, and of equal ones the longest row, which shares most
     best = (cost * (int(limits.max()) + 1) - limits).argmin()
     return split[best]
@@ -128,7 +136,7 @@ def _lay_out(
     pairs = len(batch)
     prefix = torch.where(apart, 0, prefix)
     packed = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
-    length = -(int(packed.max()) // -bucket) * bucket
+    length = int(_round_up(packed.max(), bucket))
     if length == 0:
         raise ValueError("no text of the batch has a label: rejected_mask and chosen_mask are False from position 1 on")
     rows = pairs + int(apart.sum())
