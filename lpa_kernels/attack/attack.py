@@ -30,6 +30,7 @@ class LatentAttack:
         clipped: [S] int32, how many rows the projections shortened, over all steps.
         engine: which engine ran ("reference", "packed", "unshared"), and `reason` why not the packed one.
         layout: how the batch was laid out for one pass, None for the reference engine.
+        captured: "yes" where the steps were replays of a captured graph, else why not.
         enabled: False makes `applied` and hooks do nothing.
     """
 
@@ -43,6 +44,7 @@ class LatentAttack:
     engine: str = "reference"
     reason: str = ""
     layout: PackedLayout | None = None
+    captured: str = "the engine is 'reference'"
     enabled: bool = True
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -78,10 +80,8 @@ class LatentAttack:
 
     @property
     def boundary_fraction(self) -> float:
-        """The share of rows, over all sites, that the last projection brought back to the boundary."""
-        if self.row_norms.numel() == 0:
-            return 0.0
-        return float((self.row_norms > self.epsilon).float().mean())
+        """The share of the rows that moved, over all sites, that the last projection brought back to the boundary."""
+        return float((self.row_norms > self.epsilon).sum() / (self.row_norms > 0).sum().clamp(min=1))
 
     def to(self, device: torch.device | str) -> LatentAttack:
         """Move the perturbations, to keep many attacks off the GPU between their uses; returns this attack."""

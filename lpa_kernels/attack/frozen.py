@@ -19,8 +19,8 @@ def frozen_depth(sites: Sequence[Site]) -> int:
     return min((layer for layer in layers if layer is not None), default=0) if None not in layers else 0
 
 
-class _Replay:
-    """Stands for a block's forward: what the last frozen block gave in the first pass, whatever comes in."""
+class Replay:
+    """Stands for a block's forward: whatever comes in, `output`, which the last frozen block gave in the first pass."""
 
     def __init__(self) -> None:
         self.output: Any = None
@@ -54,13 +54,15 @@ def can_freeze(model: nn.Module, depth: int) -> bool:
 
 
 @contextmanager
-def frozen_blocks(model: nn.Module, depth: int) -> Iterator[None]:
+def frozen_blocks(model: nn.Module, depth: int) -> Iterator[Replay]:
     """From the second pass on, the lowest `depth` blocks hand on what the last of them gave in the first.
+
+    Yields what they hand on, which may be exchanged after the first pass.
 
     Exact where a block passes nothing to later ones but its output; `can_freeze` finds that out.
     """
     blocks = list(decoder_layers(model))[:depth]
-    replay = _Replay()
+    replay = Replay()
     own = [block.__dict__.get("forward") for block in blocks]
 
     def restore() -> None:
@@ -78,7 +80,7 @@ def frozen_blocks(model: nn.Module, depth: int) -> Iterator[None]:
 
     handle = blocks[-1].register_forward_hook(record)
     try:
-        yield
+        yield replay
     finally:
         handle.remove()
         restore()

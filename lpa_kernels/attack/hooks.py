@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,15 @@ from .sites import Site, hidden_of, with_hidden
 Rows = Callable[[Tensor], Tensor | None]
 
 
-def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: list[Tensor] | None = None) -> Any:
+def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: dict[str, Tensor] | None = None) -> Any:
     """A forward hook that adds delta [R, H] to the module's hidden states [..., H], out of place.
 
     Args:
         delta: read at every call, so that it may be replaced between calls.
         rows: from the hidden states to the row of each of their tokens ([T] int64, -1: none), or None for a call
             that is to pass untouched.
-        keep: where the perturbed hidden states [T, H] go, as tensors that require a gradient; None to keep nothing.
+        keep: where the perturbed hidden states [T, H] go by name, as tensors that require a gradient; those of the
+            first call, since checkpointed blocks are called again by the backward pass. None to keep nothing.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -36,7 +37,7 @@ def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: li
         if keep is not None:
             if not out.requires_grad:
                 out.requires_grad_()
-            keep.append(out)
+            keep.setdefault(name, out)
         return with_hidden(output, out.view(hidden.shape))
 
     return hook
@@ -48,19 +49,73 @@ def _same(delta: Tensor) -> Tensor:
 
 @contextmanager
 def perturbed(
-    sites: Sequence[Site], deltas: Sequence[Tensor], rows: Rows, keep: dict[str, list[Tensor]] | None = None
+    sites: Sequence[Site], deltas: Sequence[Tensor], rows: Rows, keep: dict[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """While active, every site's output is perturbed by its delta [R, H]."""
+    """While active, every site's output is perturbed by its delta [R, H].
+
+    Where activations are checkpointed, the backward pass runs blocks again and must do so under this too.
+    """
     handles = []
     try:
         for site, delta in zip(sites, deltas, strict=True):
-            kept = None if keep is None else keep.setdefault(site.name, [])
-            hook = perturbing_hook(site.name, partial(_same, delta), rows, kept)
+            hook = perturbing_hook(site.name, partial(_same, delta), rows, keep)
             handles.append(site.module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def kept_for_recompute(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """`context()` is on within, and again whenever a block that is checkpointed within runs for its gradients.
+
+    For backward passes that run after the block ends. Covers the checkpointing of transformers' models.
+    """
+    within = True
+
+    def kept(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def again(*inputs: Any, **named: Any) -> Any:
+                with ExitStack() as stack:
+                    if not within:
+                        stack.enter_context(context())
+                    return function(*inputs, **named)
+
+            return checkpoint(again, *args, **kwargs)
+
+        return run
+
+    with context(), swapped(model, "_gradient_checkpointing_func", kept):
+        try:
+            yield
+        finally:
+            within = False
+
+
+@contextmanager
+def swapped(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, the attribute `name` of every module that has one of its own is what `change` makes of it."""
+    held = [(module, module.__dict__[name]) for module in model.modules() if name in module.__dict__]
+    try:
+        for module, value in held:
+            module.__dict__[name] = change(value)
+        yield
+    finally:
+        for module, value in held:
+            module.__dict__[name] = value
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor | None = None) -> list[Tensor]:
+    """d output / d inputs, as expanded zeros where an input takes no part.
+
+    Raises:
+        RuntimeError: none does.
+    """
+    found = torch.autograd.grad(output, inputs, grad_outputs=grad_output, allow_unused=True)
+    if all(grad is None for grad in found):
+        raise RuntimeError("no gradient reaches any site: something on the way to the logits detaches hidden states")
+    return [i.new_zeros(()).expand(i.shape) if grad is None else grad for grad, i in zip(found, inputs, strict=True)]
 
 
 def fixed_rows(token_rows: Tensor) -> Rows:

@@ -141,13 +141,23 @@ def _mask(
         _fingerprint(mask_function, batch_size),
     )
     if key not in layout.masks:
-        with torch.inference_mode(False):  # a mask first asked for there must serve a pass with gradients later
-            seen = _evaluate(layout, mask_function).to(device)
-            if implementation == "eager":
-                zero = torch.zeros((), dtype=dtype, device=device)
-                seen = torch.where(seen, zero, torch.finfo(dtype).min)
-        layout.masks[key] = seen
-    return layout.masks[key]
+
+        def make(layout: PackedLayout) -> Tensor:
+            with torch.inference_mode(False):  # a mask first asked for there must serve a pass with gradients later
+                seen = _evaluate(layout, mask_function).to(device)
+                if implementation == "eager":
+                    zero = torch.zeros((), dtype=dtype, device=device)
+                    seen = torch.where(seen, zero, torch.finfo(dtype).min)
+                return seen
+
+        layout.masks[key] = make(layout), make
+    return layout.masks[key][0]
+
+
+def refill_masks(layout: PackedLayout) -> None:
+    """Make the masks of a layout again, where they are, after its tensors were changed in place."""
+    for mask, make in layout.masks.values():
+        mask.copy_(make(layout))
 
 
 def _evaluate(layout: PackedLayout, mask_function: Callable[..., Tensor]) -> Tensor:

@@ -43,7 +43,7 @@ class Objective:
             (one of them, alone): preference losses of the pair (arXiv 2305.18290 eq. 7; 2310.12036 eq. 17, log
             probabilities averaged over tokens) against the model without adapters and perturbation. "kl": mean over
             all completion tokens of KL(unperturbed || perturbed); a negative weight drives the two apart.
-        l2_penalty: weight of the sum over sites of norm2(delta) / sqrt(B * La * H).
+        l2_penalty: weight of the sum over sites of norm2(delta) / sqrt(B * La * H), attacked positions or not.
         beta, label_smoothing, reference_free: of "dpo" and "ipo".
     """
 
@@ -62,6 +62,12 @@ class Objective:
             raise ValueError(f"coefs={dict(self.coefs)} weighs nothing; give at least one term a weight other than 0")
         if self.preference and len(set(self.terms) - {"kl"}) > 1:
             raise ValueError(f"coefs={dict(self.coefs)} mixes {self.preference!r} with other losses of the same pair")
+        if not self.beta > 0 or not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"beta={self.beta} must be positive and label_smoothing={self.label_smoothing} in [0, 0.5)"
+            )
+        if self.l2_penalty < 0:
+            raise ValueError(f"l2_penalty={self.l2_penalty} must not be negative")
 
     @property
     def terms(self) -> list[str]:
@@ -92,7 +98,7 @@ class Objective:
         favoured: Tensor,
         example: Tensor,
         size: int,
-        counts: tuple[float, float] | tuple[Tensor, Tensor],
+        counts: tuple[float, float] | Tensor,
         reference: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted objective of token losses [N] (without "kl" and the penalty), and its terms by name.
@@ -131,9 +137,10 @@ class Objective:
             sign = sign / tokens[halves]
         return losses.new_zeros(size).index_add_(0, example, sign)
 
-    def penalty(self, deltas: list[Tensor], elements: int) -> Tensor:
-        """Sum over sites of norm2(delta) / sqrt(elements), without its weight; its gradient at 0 is 0."""
-        return torch.stack([torch.linalg.vector_norm(d).to(deltas[0].device) for d in deltas]).sum() / elements**0.5
+    def penalty(self, deltas: list[Tensor], positions: Tensor) -> Tensor:
+        """Sum over sites of norm2(delta) / sqrt(positions * H), without its weight; its gradient at 0 is 0."""
+        norms = [torch.linalg.vector_norm(d.float()).to(positions.device) / d.shape[-1] ** 0.5 for d in deltas]
+        return torch.stack(norms).sum() / positions.sqrt()
 
 
 def kl_rows(base_log_probs: Tensor, logits: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ..ops import linear_token_loss, token_loss_
 from ..ops.reference import gather_grad
 from .attack import LatentAttack
-from .frozen import frozen_blocks, frozen_depth
-from .head import output_head, plain_head, selected_rows
-from .hooks import fixed_rows, perturbed
-from .masks import packed_masks
+from .frozen import frozen_blocks
+from .head import output_head, plain_head, selected_logits
+from .hooks import fixed_rows, gradients, kept_for_recompute, perturbed
 from .objective import PairRows
 from .packing import PackedLayout
 from .reference import adapters_off
@@ -28,11 +27,7 @@ CHUNK_FROM = 1 << 27  # logits (N x V) from which the head is run in chunks
 
 def layout_rows(model: nn.Module, layout: PackedLayout, size: int, packed: bool, run_head: bool = True) -> PairRows:
     """`PairRows` of one pass over a layout; with run_head=False the head's inputs [N, H] stand for the logits."""
-    extra = {"attention_mask": layout.attention_mask, "position_ids": layout.position_ids} if packed else {}
-    with packed_masks(layout) if packed else nullcontext(), selected_rows(model, layout, run_head) as rows:
-        output = model(input_ids=layout.input_ids, use_cache=False, **extra)
-    values = rows.logits(output) if run_head else rows.hidden
-    assert values is not None
+    values = selected_logits(model, layout, packed, run_head)
     return PairRows(values, layout.labels, layout.rejected, layout.example, size)
 
 
@@ -40,7 +35,9 @@ def attacked_rows(
     model: nn.Module, layout: PackedLayout, size: int, packed: bool, attack: LatentAttack | None
 ) -> PairRows:
     """`layout_rows` under an attack, with gradients for the weights: what the defence computes its losses from."""
-    with nullcontext() if attack is None else attack.applied(fixed_rows(layout.token_rows)):
+    if attack is None:
+        return layout_rows(model, layout, size, packed)
+    with kept_for_recompute(model, lambda: attack.applied(fixed_rows(layout.token_rows))):
         return layout_rows(model, layout, size, packed)
 
 
@@ -90,22 +87,19 @@ class InnerStep:
 
     def __call__(self) -> None:
         """Run the step; the losses go into the state's history."""
-        kept: dict[str, list[Tensor]] = {}
-        state, layout = self.state, self.layout
+        kept: dict[str, Tensor] = {}
+        state, layout, penalty = self.state, self.layout, self.pgd.objective.l2_penalty
         with perturbed(self.pgd.sites, state.deltas, fixed_rows(layout.token_rows), kept):
             rows = layout_rows(self.pgd.model, layout, state.size, self.packed, run_head=not self.chunked)
-        hidden = [kept[site.name][0] for site in self.pgd.sites]
-        output, grad_output, losses, hits, kl = self._loss(rows)
+            output, grad_output, losses, hits, kl = self._loss(rows)
+            grads = gradients(output, [kept[site.name] for site in self.pgd.sites], grad_output)
         _, terms = self._combine(losses)
         if kl is not None:
             terms["kl"] = kl
         terms["total"] = torch.stack([term.double() for term in terms.values()]).sum()
-        if self.pgd.objective.l2_penalty:
-            terms["l2_norm"] = self.pgd.objective.penalty(state.deltas, state.elements)
-        found = torch.autograd.grad(output, hidden, grad_outputs=grad_output, allow_unused=True)
-        grads = [h.new_zeros(()).expand(h.shape) if g is None else g for g, h in zip(found, hidden, strict=True)]
         tokens = layout.row_tokens
-        if self.pgd.objective.l2_penalty:
+        if penalty:
+            terms["l2_norm"] = self.pgd.objective.penalty(state.deltas, state.positions)
             grads, tokens = self._penalised(grads), state.own_rows
         state.record(terms, losses, hits, rows)
         state.update(self.pgd, grads, tokens)
@@ -119,11 +113,10 @@ class InnerStep:
             losses, hits = linear_token_loss(
                 rows.logits, head.weight, labels, self.away, objective.threshold, bias=head.bias, backend=backend
             )
-            weights = self._weights(losses) if self.weights is None else self.weights
-            return losses, weights, losses.detach(), hits, None
+            return losses, self._weights(losses) if self.weights is None else self.weights, losses.detach(), hits, None
         logits = rows.logits
         # the gradient takes the logits' place, unless the operation that made them needs them for its own backward
-        grad = logits.detach().clone() if hasattr(logits.grad_fn, "_saved_result") else logits.detach()
+        grad = logits.detach().clone() if _saved(logits) else logits.detach()
         kl = extra = None
         if self.clean is not None:
             log_probs = grad.float().log_softmax(-1)
@@ -139,19 +132,29 @@ class InnerStep:
 
     def _penalised(self, grads: list[Tensor]) -> list[Tensor]:
         """Row gradients [R, H] with that of the penalty: delta / norm2(delta), 0 at 0."""
-        scale = self.pgd.objective.l2_penalty / self.state.elements**0.5
         rows = []
         for grad, delta in zip(grads, self.state.deltas, strict=True):
-            norm = torch.linalg.vector_norm(delta)
-            unit = torch.where(norm > 0, delta / norm, torch.zeros_like(delta))
+            values = delta.float()
+            norm = torch.linalg.vector_norm(values)
+            unit = torch.where(norm > 0, values / norm, torch.zeros_like(values))
+            scale = self.pgd.objective.l2_penalty / (self.state.positions.to(grad.device) * delta.shape[-1]).sqrt()
             rows.append(gather_grad(grad, self.layout.row_tokens.to(grad.device)) + scale * unit)
         return rows
+
+
+def _saved(logits: Tensor) -> bool:
+    """Whether the operation that made the logits keeps them for its backward (a tanh does, a product does not)."""
+    node = logits.grad_fn
+    while node is not None and "View" in node.name():
+        node = node.next_functions[0][0]
+    return hasattr(node, "_saved_result")
 
 
 def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout, packed: bool) -> None:
     """The inner loop on a layout. `packed`: whether it is of `pack`, or of `unshared`."""
     step = InnerStep(pgd, state, layout, packed)
     step.prepare()
-    with frozen_blocks(pgd.model, frozen_depth(pgd.sites)) if pgd.can_freeze() else nullcontext():
+    depth = pgd.frozen_depth()
+    with frozen_blocks(pgd.model, depth) if depth else nullcontext():
         for _ in range(pgd.steps):
             step()

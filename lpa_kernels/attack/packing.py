@@ -47,7 +47,9 @@ class PackedLayout:
     labels: Tensor
     rejected: Tensor
     example: Tensor
-    masks: dict[object, tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=dict, init=False, repr=False)
+    masks: dict[object, tuple[Tensor, Callable[[PackedLayout], Tensor]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -6,18 +6,20 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops.reference import RULES, gather_grad
-from . import packed, reference
+from ..ops.reference import RULES
+from ..ops.registry import requested
+from . import capture, packed, reference
 from .attack import LatentAttack
 from .batch import PairBatch
 from .frozen import can_freeze, frozen_depth
+from .hooks import kept_for_recompute
 from .modes import inner_mode
 from .objective import Objective, PairRows
 from .packing import PackedLayout, pack, unshared
@@ -64,7 +66,8 @@ class LatentPGD:
         state_dtype: of the perturbations and moments.
         beta, label_smoothing, reference_free, threshold: see `Objective`.
         merge_adapters: merge LoRA into the weights for the inner loop (weights come back bit for bit).
-        capture_graph: capture one step in a CUDA graph: "auto", True or False.
+        capture_graph: capture one step in a CUDA graph and replay it: True (an error where that is impossible), False,
+            or "auto" (where possible; `LatentAttack.captured` says why not).
         autocast: a dtype to run the model under autocast in; by default none, whatever is active outside.
 
     Raises:
@@ -105,8 +108,15 @@ class LatentPGD:
                 raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
         if not epsilon > 0 or not step_size > 0 or steps < 1:
             raise ValueError(f"epsilon={epsilon}, step_size={step_size} and steps={steps} must be positive")
+        if clip_grad is not None and not clip_grad > 0:
+            raise ValueError(f"clip_grad={clip_grad} must be positive, or None")
+        if random_start and not math.isfinite(epsilon):
+            raise ValueError(f"random_start needs a ball to start in, and epsilon is {epsilon}")
+        if not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype={state_dtype} is no float dtype")
         if capture_graph not in ("auto", True, False):
             raise ValueError(f"capture_graph={capture_graph!r} is unknown; use 'auto', True or False")
+        requested(backend)
         self.model = model
         self.sites = resolve_sites(model, sites)
         self.epsilon, self.step_size, self.steps = epsilon, step_size, steps
@@ -119,12 +129,24 @@ class LatentPGD:
             label_smoothing=label_smoothing,
             reference_free=reference_free,
         )
+        if stop_below is not None and not self.objective.needs(True):
+            raise ValueError(f"stop_below={stop_below} goes by the 'toward' loss, and coefs={coefs} leave it out")
+        if merge_adapters and self.objective.needs_reference:
+            raise ValueError(
+                f"merge_adapters=True leaves no model without adapters for {self.objective.preference!r} to refer to; "
+                "use reference_free=True or merge_adapters=False"
+            )
         self.engine, self.backend = engine, backend
         self.clip_grad, self.stop_below = clip_grad, stop_below
         self.random_start, self.relative, self.state_dtype = random_start, relative, state_dtype
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.merge_adapters, self.capture_graph, self.autocast = merge_adapters, capture_graph, autocast
         self._widths: list[tuple[int, torch.device]] | None = None
+
+    @property
+    def halves(self) -> tuple[bool, bool]:
+        """Whether the rejected and the chosen completion take part."""
+        return self.objective.needs(True), self.objective.needs(False)
 
     def widths(self) -> list[tuple[int, torch.device]]:
         """Width and device of each site, measured by one small pass of the model."""
@@ -146,15 +168,6 @@ class LatentPGD:
                 self.epsilon, self.steps, self.step_size, self.reach(width), width,
             )  # fmt: skip
 
-    def clip_jointly(self, grads: list[Tensor], tokens: Tensor) -> list[Tensor]:
-        """Row gradients [R, H] of every site, scaled so that their joint norm is at most `clip_grad`."""
-        assert self.clip_grad is not None
-        rows = [gather_grad(grad, tokens.to(grad.device)) for grad in grads]
-        rows = [torch.where(row.isfinite(), row, 0) for row in rows]
-        norms = torch.stack([row.norm().to(rows[0].device) for row in rows])
-        scale = (self.clip_grad / (norms.norm() + 1e-6)).clamp(max=1)
-        return [row * scale.to(row.device) for row in rows]
-
     def attack(self, batch: PairBatch | Mapping[str, Any], counts: tuple[float, float] | None = None) -> LatentAttack:
         """Find the perturbations of one batch.
 
@@ -172,9 +185,7 @@ class LatentPGD:
         """
         pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)
         own = pairs.counts
-        for name, count, needed in zip(
-            ("rejected", "chosen"), own, map(self.objective.needs, (True, False)), strict=True
-        ):
+        for name, count, needed in zip(("rejected", "chosen"), own, self.halves, strict=True):
             if needed and count == 0:
                 raise ValueError(f"{name}_mask has no completion token after position 0; there is nothing to score")
         if not bool(pairs.attack_mask.any()):
@@ -182,15 +193,18 @@ class LatentPGD:
         with inner_mode(self.model, self.merge_adapters, self.autocast):
             state = AttackState(self, pairs, counts or own)
             if self.relative:
-                state.set_relative_radius(self.epsilon, reference.hidden_norms(self.model, self.sites, pairs))
+                hidden_norms = reference.hidden_norms(self.model, self.sites, pairs)
+                state.set_relative_radius(self.epsilon, self.norm, hidden_norms)
             if self.random_start:
                 state.start_randomly(self.norm, self.generator)
-            plan = self.plan(pairs)
-            if plan.layout is None:
-                reference.run(self, pairs, state)
-            else:
-                packed.run(self, state, plan.layout, plan.engine == "packed")
-        found = state.finish(self, plan)
+            plan = self.plan(pairs.only(*self.halves))
+            captured = capture.run(self, state, plan.layout if plan.engine == "packed" else None)
+            if captured != capture.YES:
+                if plan.layout is None:
+                    reference.run(self, pairs, state)
+                else:
+                    packed.run(self, state, plan.layout, plan.engine == "packed")
+        found = state.finish(self, plan, captured)
         self._check(found)
         return found
 
@@ -202,8 +216,7 @@ class LatentPGD:
         """
         if self.engine == "reference":
             return Plan("reference", "engine='reference'")
-        needed = batch.only(self.objective.needs(True), self.objective.needs(False))
-        layout = pack(needed)
+        layout = pack(batch)
         verdict = can_pack(self.model, layout.shape[1])
         if verdict:
             return Plan("packed", "", layout)
@@ -212,23 +225,38 @@ class LatentPGD:
         if self.model not in _warned:
             _warned.add(self.model)
             logger.warning("%s runs unshared, two texts a pair: %s", type(self.model).__name__, verdict.reason)
-        return Plan("unshared", verdict.reason, unshared(needed))
+        return Plan("unshared", verdict.reason, unshared(batch))
 
     def rows(self, batch: PairBatch | Mapping[str, Any], attack: LatentAttack | None = None) -> PairRows:
         """The logits that predict completion tokens, under an attack or not, with gradients for the weights.
 
-        The batch is run as `attack` was (or as one would be): the defence's losses come from these rows.
+        The batch is run as `attack` was (or as one would be): the defence's losses come from these rows. Both
+        completions are there, whatever the attack's objective, and activations may be checkpointed.
+
+        Raises:
+            ValueError: the attack is on a batch of another size or attack mask.
         """
         pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)
-        plan = self.plan(pairs) if attack is None else Plan(attack.engine, attack.reason, attack.layout)
+        if attack is None:
+            plan = self.plan(pairs)
+        elif attack.grid.shape != pairs.attack_mask.shape:
+            raise ValueError(
+                f"the attack is on a batch whose attack_mask is {tuple(attack.grid.shape)}; this one's is "
+                f"{tuple(pairs.attack_mask.shape)}"
+            )
+        else:
+            plan = Plan(attack.engine, attack.reason, attack.layout)
+            if plan.layout is not None and not all(self.halves):  # the attack's layout has one completion alone
+                plan = replace(plan, layout=pack(pairs) if plan.engine == "packed" else unshared(pairs))
         if plan.layout is None:
-            with nullcontext() if attack is None else attack.applied():
+            with nullcontext() if attack is None else kept_for_recompute(self.model, attack.applied):
                 return reference.two_pass_rows(self.model, pairs)
         return packed.attacked_rows(self.model, plan.layout, len(pairs), plan.engine == "packed", attack)
 
-    def can_freeze(self) -> bool:
-        """Whether the blocks below the lowest site may be run once an attack."""
-        return frozen_depth(self.sites) > 0 and can_freeze(self.model, frozen_depth(self.sites))
+    def frozen_depth(self) -> int:
+        """How many of the lowest blocks may be run once an attack."""
+        depth = frozen_depth(self.sites)
+        return depth if depth and can_freeze(self.model, depth) else 0
 
     def _check(self, attack: LatentAttack) -> None:
         total = attack.history["total"]

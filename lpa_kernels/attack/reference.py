@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import token_loss
 from .batch import PairBatch
-from .hooks import grid_rows, perturbed, rows_by_length
+from .hooks import gradients, grid_rows, perturbed, rows_by_length
 from .objective import Objective, PairRows, kl_rows
 from .sites import Site, hidden_of
 from .state import AttackState
@@ -91,8 +91,7 @@ def hidden_norms(model: nn.Module, sites: Sequence[Site], batch: PairBatch) -> T
 
 def run(pgd: LatentPGD, batch: PairBatch, state: AttackState) -> None:
     """The inner loop of §3: forward both texts, backward, update, project. `state` is changed in place."""
-    objective, model = pgd.objective, pgd.model
-    halves = (objective.needs(True), objective.needs(False))
+    objective, model, halves = pgd.objective, pgd.model, pgd.halves
     reference = clean = None
     if objective.needs_reference:
         reference = reference_gap(model, batch, objective, pgd.backend)
@@ -103,17 +102,16 @@ def run(pgd: LatentPGD, batch: PairBatch, state: AttackState) -> None:
         leaves = [delta.detach().clone().requires_grad_() for delta in state.deltas]
         with perturbed(pgd.sites, leaves, grid_rows(batch.grid)):
             rows = two_pass_rows(model, batch, halves)
-        away = objective.scored_away(rows.rejected)
-        losses, hits = token_loss(rows.logits, rows.labels, away, objective.threshold, backend=pgd.backend)
-        total, terms = objective.combine(losses, rows.rejected, rows.example, rows.size, state.counts, reference)
-        if clean is not None:
-            terms["kl"] = kl_rows(clean, rows.logits).mean()
-            total = total + objective.coefs["kl"] * terms["kl"]
-        terms["total"] = torch.stack([term.detach().double() for term in terms.values()]).sum()
-        if objective.l2_penalty:
-            terms["l2_norm"] = objective.penalty(leaves, state.elements)
-            total = total + objective.l2_penalty * terms["l2_norm"]
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+            away = objective.scored_away(rows.rejected)
+            losses, hits = token_loss(rows.logits, rows.labels, away, objective.threshold, backend=pgd.backend)
+            total, terms = objective.combine(losses, rows.rejected, rows.example, rows.size, state.counts, reference)
+            if clean is not None:
+                terms["kl"] = kl_rows(clean, rows.logits).mean()
+                total = total + objective.coefs["kl"] * terms["kl"]
+            terms["total"] = torch.stack([term.detach().double() for term in terms.values()]).sum()
+            if objective.l2_penalty:
+                terms["l2_norm"] = objective.penalty(leaves, state.positions)
+                total = total + objective.l2_penalty * terms["l2_norm"]
+            grads = gradients(total, leaves)
         state.record(terms, losses, hits, rows)
-        dense = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
-        state.update(pgd, dense, state.own_rows)
+        state.update(pgd, grads, state.own_rows)

@@ -84,6 +84,8 @@ def resolve_sites(model: nn.Module, sites: str | int | Site | Sequence[str | int
     modules = [site.module for site in found]
     if len({id(module) for module in modules}) != len(modules):
         raise ValueError(f"sites {names} name the same module twice")
+    if len({site.name for site in found}) != len(found):
+        raise ValueError(f"sites {[site.name for site in found]} give one name to two modules")
     return found
 
 

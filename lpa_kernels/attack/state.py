@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..ops import pgd_update_
+from ..ops.reference import gather_grad
 from .attack import LatentAttack
 from .batch import PairBatch
 from .objective import PairRows
@@ -39,27 +42,42 @@ class Group:
     epsilon: Tensor
     step_size: Tensor
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, without the moments that the rule does not keep."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
 
 class AttackState:
-    """The state of one inner loop; `update` is one step of it."""
+    """The state of one inner loop; `update` is one step of it.
 
-    def __init__(self, pgd: LatentPGD, batch: PairBatch, counts: tuple[float, float] | None = None) -> None:
-        device = batch.grid.device
+    Attributes:
+        grid: [B, La] int64, see `PairBatch.grid`. size: B. rows: R. steps: how many the loop has.
+        row_example: [R] int64, the pair of each row. own_rows: [R, 1] int64, its own number.
+        counts: [2] float32, the tokens that the means of "toward" and "away" divide by.
+        positions: [] float32, B x La, which the penalty's mean divides by.
+        step: [] float32, the number of steps begun. index: [1] int64, where the next one's losses go.
+        done: [B] bool, the examples that have stopped.
+        history: name -> [steps] losses and accuracies, each of before its step's update.
+        groups: the perturbations.
+    """
+
+    def __init__(self, pgd: LatentPGD, batch: PairBatch, counts: tuple[float, float]) -> None:
+        device = batch.attack_mask.device
         self.grid = batch.grid
         self.row_example = batch.attack_mask.nonzero()[:, 0]
         self.rows = self.row_example.shape[0]
         self.size = len(batch)
-        toward, away = counts or batch.counts
-        self.counts = (max(float(toward), 1.0), max(float(away), 1.0))
+        self.steps = pgd.steps
+        self.stop_below = pgd.stop_below
         self.own_rows = torch.arange(self.rows, device=device)[:, None]
+        self.counts = torch.tensor([max(float(count), 1.0) for count in counts], device=device)
+        self.positions = torch.full((), float(batch.attack_mask.numel()), device=device)
         self.step = torch.zeros((), dtype=torch.float32, device=device)
         self.index = torch.zeros(1, dtype=torch.long, device=device)
         self.done = torch.zeros(self.size, dtype=torch.bool, device=device)
         self.history: dict[str, Tensor] = {}
-        self.stop_below = pgd.stop_below
-        self.steps = pgd.steps
         widths = pgd.widths()
-        self.elements = batch.attack_mask.numel() * widths[-1][0]
         self.groups = [
             self._group(pgd, [i for i, other in enumerate(widths) if other == key], *key)
             for key in dict.fromkeys(widths)
@@ -89,53 +107,68 @@ class AttackState:
         found = {site: getattr(g, name)[k] for g in self.groups for k, site in enumerate(g.sites)}
         return [found[site] for site in range(len(found))]
 
-    def set_relative_radius(self, epsilon: float, hidden_norms: Tensor) -> None:
-        """Radii relative to the norms [S, R] of the hidden states that are perturbed."""
+    # ---- before the first step ---------------------------------------------------------------------------------
+
+    def set_relative_radius(self, epsilon: float, norm: str, hidden_norms: Tensor) -> None:
+        """Radii relative to the norms [S, R] of the hidden states perturbed, or to their sequence's joint norm."""
+        if norm == "l2_sequence":
+            hidden_norms = torch.stack([self._sequence_norms(row[:, None]) for row in hidden_norms])
+        hidden_norms = hidden_norms.clamp(min=torch.finfo(torch.float32).tiny)  # rows past the end of both texts
         for group in self.groups:
             group.epsilon = (epsilon * hidden_norms[group.sites]).to(group.delta.device).contiguous()
 
     def start_randomly(self, norm: str, generator: torch.Generator | None) -> None:
-        """Uniform in the ball: of each row for "l2", of each coordinate for "linf"; site by site, in order."""
+        """Uniform in the ball: of each coordinate for "linf", of each sequence for "l2_sequence", else of each row."""
         for group in self.groups:
             for k, delta in enumerate(group.delta):
+                drawn = partial(_drawn, generator=generator, device=delta.device)
                 radius = group.epsilon if group.epsilon.dim() == 0 else group.epsilon[k][:, None]
-                device = delta.device if generator is None else generator.device
                 if norm == "linf":
-                    noise = torch.rand(delta.shape, generator=generator, device=device) * 2 - 1
+                    delta.copy_((drawn("rand", delta.shape) * 2 - 1) * radius)
+                    continue
+                noise = drawn("randn", delta.shape)
+                if norm == "l2_sequence":
+                    example = self.row_example.to(delta.device)
+                    size = torch.bincount(example, minlength=self.size) * delta.shape[1]
+                    share = (drawn("rand", size.shape) ** (1 / size.clamp(min=1)))[example]
+                    length = self._sequence_norms(noise)
                 else:
-                    noise = torch.randn(delta.shape, generator=generator, device=device)
-                    length = torch.rand(delta.shape[0], 1, generator=generator, device=device) ** (1 / delta.shape[1])
-                    noise = noise / noise.norm(dim=-1, keepdim=True) * length
-                delta.copy_(noise.to(delta.device) * radius)
+                    share = drawn("rand", delta.shape[:1]) ** (1 / delta.shape[1])
+                    length = noise.norm(dim=-1)
+                delta.copy_(noise * (share / length)[:, None] * radius)
 
-    def live(self, tokens: Tensor) -> Tensor:
-        """`tokens` [R, K] without those of examples that have stopped: such rows are left as they are."""
-        if self.stop_below is None:
-            return tokens
-        return torch.where(self.done[self.row_example][:, None], -1, tokens)
+    def _sequence_norms(self, values: Tensor) -> Tensor:
+        """[R] float32: for each row of values [R, H], the joint Euclidean norm of all rows of its example."""
+        example = self.row_example.to(values.device)
+        squares = torch.zeros(self.size, device=values.device)
+        return squares.index_add(0, example, values.float().square().sum(-1)).sqrt()[example]
+
+    # ---- one step ----------------------------------------------------------------------------------------------
 
     def record(self, terms: dict[str, Tensor], losses: Tensor, hits: Tensor, rows: PairRows) -> None:
         """Write this step's terms and accuracies into the history, on the device; mark the examples that may stop."""
-        for name, mask in (("toward_accuracy", rows.rejected), ("away_accuracy", ~rows.rejected)):
-            terms[name] = torch.where(mask, hits, False).sum() / mask.sum().clamp(min=1)
-        for name, value in terms.items():
+        scored = rows.labels != -100
+        values = dict(terms)
+        for name, mask in (("toward_accuracy", rows.rejected & scored), ("away_accuracy", ~rows.rejected & scored)):
+            values[name] = (hits & mask).sum() / mask.sum().clamp(min=1)
+        for name, value in values.items():
             if name not in self.history:
                 self.history[name] = torch.zeros(self.steps, dtype=value.dtype, device=self.index.device)
             self.history[name].index_copy_(0, self.index, value.detach().reshape(1).to(self.index.device))
+        self.index += 1
         if self.stop_below is not None:
-            toward = rows.rejected & (rows.labels != -100)
+            toward = (rows.rejected & scored).float()
             zeros = torch.zeros(self.size, device=losses.device)
-            total = zeros.index_add(0, rows.example, torch.where(toward, losses, 0))
-            tokens = zeros.index_add(0, rows.example, toward.float())
-            self.done |= total / tokens.clamp(min=1) < self.stop_below
+            total = zeros.index_add(0, rows.example, losses.float() * toward)
+            tokens = zeros.index_add(0, rows.example, toward)
+            self.done |= (total < self.stop_below * tokens).to(self.done.device)
 
     def update(self, pgd: LatentPGD, grads: list[Tensor], tokens: Tensor) -> None:
         """One update of every site. grads: one [T, H] a site; tokens: [R, K], the tokens of each row."""
-        tokens = self.live(tokens)
+        tokens = self._live(tokens)
         if pgd.clip_grad is not None:
-            grads, tokens = pgd.clip_jointly(grads, tokens), self.live(self.own_rows)
+            grads, tokens = clip_jointly(grads, tokens, pgd.clip_grad), self._live(self.own_rows)
         self.step += 1
-        self.index += 1
         for group in self.groups:
             device = group.delta.device
             pgd_update_(
@@ -157,17 +190,23 @@ class AttackState:
             if pgd.norm == "l2_sequence":
                 self._project_sequences(group)
 
+    def _live(self, tokens: Tensor) -> Tensor:
+        """`tokens` [R, K] without those of examples that have stopped: such rows are left as they are."""
+        if self.stop_below is None:
+            return tokens
+        return torch.where(self.done[self.row_example][:, None], -1, tokens)
+
     def _project_sequences(self, group: Group) -> None:
-        example = self.row_example.to(group.delta.device)
         for k, delta in enumerate(group.delta):
-            squares = delta.new_zeros(self.size, dtype=torch.float32)
-            norms = squares.index_add(0, example, delta.float().square().sum(-1)).sqrt()[example]
+            norms = self._sequence_norms(delta)
             radius = group.epsilon if group.epsilon.dim() == 0 else group.epsilon[k]
             group.norms[k].copy_(norms)
             group.clipped[k] += (norms > radius).sum()
             delta.div_((norms / radius).clamp(min=1)[:, None])
 
-    def finish(self, pgd: LatentPGD, plan: Plan) -> LatentAttack:
+    # ---- after the last step -----------------------------------------------------------------------------------
+
+    def finish(self, pgd: LatentPGD, plan: Plan, captured: str) -> LatentAttack:
         """The attack that this loop has found."""
         device = self.grid.device
         epsilon: float | Tensor = float(pgd.epsilon)
@@ -184,4 +223,69 @@ class AttackState:
             engine=plan.engine,
             reason=plan.reason,
             layout=plan.layout,
+            captured=captured,
         )
+
+    # ---- copies of another size, for captured graphs -----------------------------------------------------------
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads, in a fixed order; the history is written alone."""
+        own = [value for value in vars(self).values() if isinstance(value, Tensor) and value is not self.grid]
+        return own + [value for group in self.groups for value in group.tensors.values()]
+
+    def padded(self, rows: int) -> AttackState:
+        """A copy with `rows` rows, of which those beyond this state's belong to no token and stay where they are."""
+        extra = rows - self.rows
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(other, name, value.clone())
+        other.rows = rows
+        other.row_example = padded(self.row_example, 0, extra, 0)
+        other.own_rows = padded(self.own_rows, 0, extra, -1)
+        other.history = {name: value.clone() for name, value in self.history.items()}
+        other.groups = []
+        for group in self.groups:
+            by_row = {name: value.dim() > 1 for name, value in group.tensors.items()}
+            copies: dict[str, Any] = {
+                name: padded(value, 1, extra, 1 if name == "epsilon" else 0) if by_row[name] else value.clone()
+                for name, value in group.tensors.items()
+            }
+            other.groups.append(replace(group, **copies))
+        return other
+
+    def take(self, found: AttackState) -> None:
+        """What a loop on a padded copy of this state has found, copied out."""
+        self.history = {name: value.clone() for name, value in found.history.items()}
+        for group, other in zip(self.groups, found.groups, strict=True):
+            group.delta = other.delta[:, : self.rows].clone()
+            group.norms = other.norms[:, : self.rows].clone()
+            group.clipped = other.clipped.clone()
+
+
+def padded(values: Tensor, dim: int, extra: int, fill: float) -> Tensor:
+    """A copy of `values` with `extra` more entries of `fill` along `dim`."""
+    shape = list(values.shape)
+    shape[dim] = extra
+    return torch.cat([values, values.new_full(shape, fill)], dim)
+
+
+def _drawn(kind: str, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Float32 numbers of `kind` "rand" or "randn", drawn where the generator is, on `device`."""
+    where = device if generator is None else generator.device
+    draw = torch.rand if kind == "rand" else torch.randn
+    return draw(shape, generator=generator, device=where).to(device)
+
+
+def clip_jointly(grads: list[Tensor], tokens: Tensor, limit: float) -> list[Tensor]:
+    """Row gradients [R, H] of every site, scaled so that their joint norm is at most `limit`.
+
+    Args:
+        grads: one [T, H] a site. tokens: [R, K], the tokens of each row. What is not finite counts as 0.
+    """
+    rows = [gather_grad(grad, tokens.to(grad.device)) for grad in grads]
+    rows = [torch.where(row.isfinite(), row, 0) for row in rows]
+    norms = torch.stack([row.norm().to(rows[0].device) for row in rows])
+    scale = (limit / (norms.norm() + 1e-6)).clamp(max=1)
+    return [row * scale.to(row.device) for row in rows]

@@ -1,0 +1,253 @@
+"""Capture one inner step in a CUDA graph and replay it, for every batch whose shape falls into the same bucket."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .frozen import Replay, frozen_blocks
+from .masks import refill_masks
+from .packed import InnerStep, layout_rows
+from .packing import PADDING, PackedLayout
+from .state import AttackState
+
+if TYPE_CHECKING:
+    from .pgd import LatentPGD
+
+logger = logging.getLogger(__name__)
+
+YES = "yes"
+GRAPHS = 8  # kept for a model; the one that was used longest ago goes first
+WARM_UP = 3  # steps before a capture, for what is set up at a first call: kernels, workspaces, allocations
+
+# From a step and what puts its inputs back, a function that runs the step again. One entry a device that has graphs.
+Recorder = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
+
+
+@dataclass
+class Captured:
+    """A step on tensors that stay where they are. Holds no reference to the model, which owns it through a weak key.
+
+    Attributes:
+        inputs: all that the step reads, in the order of `_inputs`.
+        state, layout: the step's own. lower: what the frozen blocks hand on, None where none are frozen.
+        replay: runs the step.
+    """
+
+    inputs: list[Tensor]
+    state: AttackState
+    layout: PackedLayout
+    lower: Any
+    replay: Callable[[], None]
+
+
+_captured: WeakKeyDictionary[nn.Module, OrderedDict[object, Captured | str]] = WeakKeyDictionary()
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_pools: dict[torch.device, Any] = {}  # one for all graphs: nothing in it outlives a replay
+
+
+def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of `step`, after some steps on a side stream; `restore` before each, for they change the state."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _pools:
+        _pools[device] = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            restore()
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: what a data loader's thread does on the device meanwhile is none of this capture's business
+    with torch.cuda.graph(graph, pool=_pools[device], capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
+
+
+def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) -> str:
+    """The inner loop by replays, if it can be: `YES`, or why it has not been run.
+
+    Args:
+        layout: of the packed engine, None for the others.
+
+    Raises:
+        RuntimeError: capture_graph=True and it cannot.
+    """
+    if pgd.capture_graph is False:
+        return "capture_graph=False"
+    reason = _refusal(pgd, state, layout)
+    if not reason:
+        assert layout is not None
+        reason = _run(pgd, state, layout)
+    if not reason:
+        return YES
+    if pgd.capture_graph is True:
+        raise RuntimeError(f"capture_graph=True, but {reason}")
+    told = _told.setdefault(pgd.model, set())
+    if reason not in told:
+        told.add(reason)
+        logger.info("the inner loop of %s is not captured: %s", type(pgd.model).__name__, reason)
+    return reason
+
+
+def _refusal(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) -> str:
+    """Why the loop cannot be captured, as far as that is known beforehand; "" if it may be."""
+    devices = sorted({str(p.device) for p in pgd.model.parameters()})
+    others = sorted(set(pgd.objective.terms) - {"toward", "away"})
+    if layout is None:
+        return "only the packed engine can be"
+    if len(devices) > 1:
+        return f"the model is on several devices, {', '.join(devices)}"
+    if state.own_rows.device.type not in RECORDERS:
+        return f"it runs on {devices[0]}, which has no graphs"
+    if others:
+        return f"the term {others[0]!r} counts rows, and a graph's batches are filled up with rows"
+    if pgd.norm == "l2_sequence":
+        return "norm='l2_sequence' counts rows, and a graph's batches are filled up with rows"
+    return ""
+
+
+def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
+    source = InnerStep(pgd, state.padded(bucketed(state.rows, 32)), padded_layout(layout), True)
+    source.prepare()
+    graphs = _captured.setdefault(pgd.model, OrderedDict())
+    with _lower_blocks(pgd, source) as lower:
+        inputs = _inputs(source, lower)
+        key = _key(pgd, inputs)
+        if key not in graphs:
+            graphs[key] = _record(source, lower)
+            while len(graphs) > GRAPHS:
+                graphs.popitem(last=False)
+        graphs.move_to_end(key)
+        found = graphs[key]
+        if isinstance(found, str):
+            return found
+        if lower is not None:
+            lower.output = found.lower
+        _fill(found, inputs)
+        for _ in range(pgd.steps):
+            found.replay()
+    state.take(found.state)
+    return ""
+
+
+def _record(source: InnerStep, lower: Replay | None) -> Captured | str:
+    """A copy of the step, captured; or why that failed."""
+    state, layout = source.state.padded(source.state.rows), _changed(source.layout, Tensor.clone)
+    step = InnerStep(source.pgd, state, layout, True)
+    step.weights = None if source.weights is None else source.weights.clone()
+    output = None if lower is None else tree_map(_cloned, lower.output)
+    given = _inputs(source, lower)
+    if lower is not None:
+        lower.output = output
+    captured = Captured(_inputs(step, lower), state, layout, output, lambda: None)
+    try:
+        captured.replay = RECORDERS[state.own_rows.device.type](step, lambda: _fill(captured, given))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"the capture failed: {error}"
+    return captured
+
+
+def _fill(captured: Captured, inputs: list[Tensor]) -> None:
+    """Put the inputs of another batch of the same shape in the place of the captured step's."""
+    torch._foreach_copy_(captured.inputs, inputs)
+    refill_masks(captured.layout)
+
+
+def _inputs(step: InnerStep, lower: Replay | None) -> list[Tensor]:
+    """Every tensor that a step reads and that differs between batches, in a fixed order."""
+    found = [*step.state.tensors, *_tensors(step.layout).values(), step.away]
+    found += [] if step.weights is None else [step.weights]
+    return found + ([] if lower is None else [leaf for leaf in tree_leaves(lower.output) if isinstance(leaf, Tensor)])
+
+
+def _key(pgd: LatentPGD, inputs: list[Tensor]) -> object:
+    """What a graph depends on: the shapes, the settings, and where the model's weights are."""
+    settings = (pgd.steps, pgd.norm, pgd.rule, pgd.weight_decay, pgd.clip_grad, pgd.stop_below, pgd.backend)
+    objective = (repr(pgd.objective), pgd.merge_adapters, pgd.autocast)
+    sites = tuple(id(site.module) for site in pgd.sites)
+    attention = getattr(getattr(pgd.model, "config", None), "_attn_implementation", None)
+    weights = hash(tuple(p.data_ptr() for p in pgd.model.parameters()))
+    shapes = tuple((tuple(t.shape), t.dtype) for t in inputs)
+    return settings, objective, sites, attention, weights, shapes
+
+
+@contextmanager
+def _lower_blocks(pgd: LatentPGD, step: InnerStep) -> Iterator[Replay | None]:
+    """The blocks below the lowest site run once, outside of the graph; None where there are none."""
+    depth = pgd.frozen_depth()
+    if not depth:
+        yield None
+        return
+    with frozen_blocks(pgd.model, depth) as replay:
+        with torch.no_grad():
+            layout_rows(pgd.model, step.layout, step.state.size, True, run_head=False)
+        yield replay
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------
+
+
+def bucketed(number: int, least: int) -> int:
+    """`number` rounded up to a multiple of `least` or of about a tenth of itself, whichever is more."""
+    quantum = max(least, 1 << max(number.bit_length() - 4, 0))
+    return -(-number // quantum) * quantum
+
+
+def padded_layout(layout: PackedLayout) -> PackedLayout:
+    """A copy with longer rows, more delta rows (of no token) and more labels (-100), up to the next bucket."""
+    (rows, length), labels, deltas = layout.shape, layout.labels.shape[0], layout.row_tokens.shape[0]
+    width = bucketed(length, 16)
+
+    def longer(values: Tensor, fill: int) -> Tensor:
+        return F.pad(values, (0, width - length), value=fill)
+
+    def more(values: Tensor, fill: int) -> Tensor:
+        return F.pad(values, (0, bucketed(labels, 16) - labels), value=fill)
+
+    tokens = layout.row_tokens
+    moved = torch.where(tokens < 0, -1, tokens // length * width + tokens % length)
+    return replace(
+        layout,
+        input_ids=longer(layout.input_ids, 0),
+        position_ids=longer(layout.position_ids, 0),
+        branch=longer(layout.branch, PADDING),
+        attention_mask=longer(layout.attention_mask, 0),
+        token_rows=longer(layout.token_rows.view(rows, length), -1).flatten(),
+        row_tokens=F.pad(moved, (0, 0, 0, bucketed(deltas, 32) - deltas), value=-1),
+        select_rows=more(layout.select_rows, 0),
+        select_positions=more(layout.select_positions, 0),
+        labels=more(layout.labels, -100),
+        rejected=more(layout.rejected, False),
+        example=more(layout.example, 0),
+    )
+
+
+def _tensors(layout: PackedLayout) -> dict[str, Tensor]:
+    held = {f.name: getattr(layout, f.name) for f in fields(layout)}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+def _changed(layout: PackedLayout, change: Callable[[Tensor], Tensor]) -> PackedLayout:
+    changed: dict[str, Any] = {name: change(value) for name, value in _tensors(layout).items()}
+    return replace(layout, **changed)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
