@@ -67,7 +67,7 @@ def recorded(call: Callable[[], object], warp: int) -> list[tuple[Any, tuple[Any
 
     with (
         mock.patch.object(triton.JITFunction, "run", record),
-        mock.patch.object(launch, "multiprocessors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(launch, "multiprocessors", return_value=MULTIPROCESSORS),
         mock.patch.object(launch, "warps", lambda threads: max(1, threads // warp)),
     ):
         call()
@@ -176,9 +176,7 @@ def hip_cost(name: str, target: str, binary: Any, folder: Path) -> Cost:
     wide = sum("dwordx4" in access for access in accesses)
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     threads = binary.metadata.num_warps * 64
-    return Cost(
-        name, target, threads, number("vgpr_count"), spills, binary.metadata.shared, f"{wide}/{len(accesses)}"
-    )
+    return Cost(name, target, threads, number("vgpr_count"), spills, binary.metadata.shared, f"{wide}/{len(accesses)}")
 
 
 def costs(width: int, vocabulary: int, folder: Path, targets: list[str]) -> list[Cost]:
@@ -210,9 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         found = costs(options.width, options.vocabulary, folder, options.targets)
     for c in found:
-        print(
-            f"{c.kernel:46} {c.target:7} {c.threads:7} {c.registers:5} {c.spills:6} {c.shared:6} {c.wide:>8}"
-        )
+        print(f"{c.kernel:46} {c.target:7} {c.threads:7} {c.registers:5} {c.spills:6} {c.shared:6} {c.wide:>8}")
     spilling = [f"{c.kernel} on {c.target}" for c in found if c.spills and c.target in NO_SPILLS]
     if spilling:
         print("registers spill to memory:", "; ".join(spilling))

@@ -271,9 +271,7 @@ def token_loss_(
     return losses, hits
 
 
-def unsupported(
-    logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
-) -> str | None:
+def unsupported(logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float) -> str | None:
     """Why the kernels cannot take this call, or None."""
     if logits.dtype not in launch.FLOATS:
         return f"logits are {logits.dtype}; it takes float32, bf16 and fp16"

@@ -35,8 +35,10 @@ def _gradient(
     for share in tl.static_range(SHARES):
         token = tl.load(tokens + row * SHARES + share, mask=real, other=-1)
         # Four at a time, as the float32 tensors are read: eight bf16 would cost a trip through shared memory.
-        offset = tl.max_contiguous(token * row_stride + column, [1, 4]) if UNIT else (
-            token * row_stride + column * column_stride
+        offset = (
+            tl.max_contiguous(token * row_stride + column, [1, 4])
+            if UNIT
+            else (token * row_stride + column * column_stride)
         )
         g += tl.load(grad + offset, mask=inside & (token >= 0), other=0.0).to(tl.float32)
     g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # false for NaN too
@@ -45,7 +47,7 @@ def _gradient(
 
 @triton.jit
 def _state(delta, exp_avg, exp_avg_sq, offset, mask, RULE: tl.constexpr):
-    """delta and its moments, asked for before anything that waits for `tokens`."""
+    """delta and its moments (delta again where the rule has none); these loads wait for no other."""
     d = tl.load(delta + offset, mask=mask, other=0.0)
     m = tl.load(exp_avg + offset, mask=mask, other=0.0) if RULE == "adamw" else d
     v = tl.load(exp_avg_sq + offset, mask=mask, other=0.0) if RULE == "adamw" else d
@@ -133,7 +135,9 @@ def _update(
             for start in range(0, WIDTH, BLOCK):
                 column = start + span
                 inside = live & (column < WIDTH)
-                g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE)
+                g = _gradient(
+                    grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE
+                )
                 partial = tl.maximum(partial, tl.abs(g))
             largest = tl.max(partial, 1)[:, None]
             largest = tl.where(largest > 0, largest, 1.0)
@@ -141,7 +145,9 @@ def _update(
             for start in range(0, WIDTH, BLOCK):
                 column = start + span
                 inside = live & (column < WIDTH)
-                g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE)
+                g = _gradient(
+                    grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE
+                )
                 g = g / largest
                 partial += g * g
             length = tl.sqrt(tl.sum(partial, 1)[:, None])
