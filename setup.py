@@ -1,7 +1,7 @@
 """Builds csrc where it is asked for; a plain install is pure Python and needs no compiler.
 
-    LPA_KERNELS_NATIVE=1 pip install --no-build-isolation .     the CPU kernels, and CUDA where torch and nvcc have it
-    LPA_KERNELS_NATIVE=cpu pip install --no-build-isolation .   the CPU kernels alone
+LPA_KERNELS_NATIVE=1 pip install --no-build-isolation .     the CPU kernels, and CUDA where torch and nvcc have it
+LPA_KERNELS_NATIVE=cpu pip install --no-build-isolation .   the CPU kernels alone
 """
 
 import os
@@ -28,7 +28,7 @@ def native(wanted: str) -> dict[str, Any]:
     cuda = wanted == "1" and torch.version.cuda is not None and CUDA_HOME is not None
     sources = ["csrc/ops.cpp", "csrc/cpu/baseline.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"]
     macros = [("TORCH_TARGET_VERSION", OLDEST_TORCH)]
-    flags = {"cxx": ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]}
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]}
     if cuda:
         sources += ["csrc/ops_cuda.cpp", "csrc/cuda/update.cu"]
         macros.append(("USE_CUDA", "1"))

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -50,6 +51,7 @@ inline Update update_of(const Tensor& delta, const std::optional<Tensor>& exp_av
   call.sites = delta.size(0);
   call.rows = delta.size(1);
   call.width = delta.size(2);
+  STD_TORCH_CHECK(call.width < int64_t{1} << 30, "delta is ", call.width, " wide; expected less than 2^30");
   STD_TORCH_CHECK(tokens.dim() == 2 && tokens.size(0) == call.rows, "tokens must be [", call.rows, ", 1 or 2]");
   call.shares = tokens.size(1);
   STD_TORCH_CHECK(call.shares == 1 || call.shares == 2, "tokens has ", call.shares, " columns; expected 1 or 2");
@@ -92,6 +94,8 @@ inline Update update_of(const Tensor& delta, const std::optional<Tensor>& exp_av
   call.maximize = maximize;
   call.beta1 = beta1;
   call.beta2 = beta2;
+  call.log_beta1 = std::log(beta1);
+  call.log_beta2 = std::log(beta2);
   call.eps = eps;
   call.weight_decay = weight_decay;
   return call;

@@ -32,7 +32,7 @@ struct Update {
   bool epsilon_per_row, maximize;
   Rule rule;
   Norm norm;
-  double beta1, beta2, eps, weight_decay;
+  double beta1, beta2, log_beta1, log_beta2, eps, weight_decay;
 };
 
 }  // namespace lpa

@@ -6,9 +6,9 @@
 namespace lpa::cpu {
 namespace {
 
-constexpr int64_t kBlock = 512;  // columns, or logits, handled at once, so that they stay in the first-level cache
-
 // ---- pgd_update_ ----
+
+constexpr int64_t kBlock = 512;  // columns whose gradient is held in float32 at once, in the first-level cache
 
 // out[i] = columns [begin, begin + n) of one row of a matrix; added to what is there if `add`.
 template <class T>
@@ -59,8 +59,8 @@ Constants constants_of(const Update& call) {
   c.sign = call.maximize ? -1.0f : 1.0f;
   c.step_size = *call.step_size;
   if (call.rule != Rule::adamw) return c;
-  c.scale = static_cast<float>(size / -__builtin_expm1(step * __builtin_log(call.beta1)));
-  c.correction = static_cast<float>(1 / __builtin_sqrt(-__builtin_expm1(step * __builtin_log(call.beta2))));
+  c.scale = static_cast<float>(size / -__builtin_expm1(step * call.log_beta1));
+  c.correction = static_cast<float>(1 / __builtin_sqrt(-__builtin_expm1(step * call.log_beta2)));
   c.beta1 = static_cast<float>(call.beta1);
   c.rest1 = static_cast<float>(1 - call.beta1);
   c.beta2 = static_cast<float>(call.beta2);
@@ -203,6 +203,8 @@ void update_rows(const Update& call, const Matrix* grads, int64_t begin, int64_t
 
 // ---- token_loss_ ----
 
+constexpr int64_t kLogits = 2048;  // read twice from the first-level cache: for the maximum, then for the sum
+
 // Logsumexp on the way: the largest logit so far, and the sum of exp(z - top).
 struct LogSum {
   float top = -__builtin_huge_valf();
@@ -240,8 +242,8 @@ void token_loss_row(const TokenLoss& call, int64_t row) {
   call.losses[row] = 0;
   call.hits[row] = false;
   if (label != kIgnored) {
-    for (int64_t begin = 0; begin < size; begin += kBlock) {
-      const int64_t n = size - begin < kBlock ? size - begin : kBlock;
+    for (int64_t begin = 0; begin < size; begin += kLogits) {
+      const int64_t n = size - begin < kLogits ? size - begin : kLogits;
       if (label < begin || label >= begin + n) {
         rest.add(z + begin, n);
       } else {

@@ -59,8 +59,26 @@ LPA_INLINE VFloat square_root(VFloat x) {
 #endif
 }
 
-LPA_INLINE VBits wide(VHalf x) { return __builtin_convertvector(x, VBits); }
-LPA_INLINE VHalf narrow(VBits x) { return __builtin_convertvector(x, VHalf); }
+// 16 bits to 32 and back, for values below 2^16. (GCC 12 takes __builtin_convertvector apart in halves.)
+LPA_INLINE VBits wide(VHalf x) {
+#if LPA_WIDTH == 16
+  return (VBits)_mm512_cvtepu16_epi32((__m256i)x);
+#elif LPA_WIDTH == 8
+  return (VBits)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, VBits);
+#endif
+}
+LPA_INLINE VHalf narrow(VBits x) {
+#if LPA_WIDTH == 16
+  return (VHalf)_mm512_cvtepi32_epi16((__m512i)x);
+#elif LPA_WIDTH == 8
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (VHalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(x, VHalf);
+#endif
+}
 
 // Exact.
 LPA_INLINE VFloat to_float(VFloat x, float) { return x; }

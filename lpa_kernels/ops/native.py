@@ -7,6 +7,7 @@ cannot take a call, and no kernel that the dispatcher prefers can get in front o
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,10 +27,11 @@ for _schema in schema.SCHEMAS:
         _library.define(_schema)
 
 
-def _device_refusal(op: str, tensor: Tensor) -> str | None:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(tensor.device.type)
+@cache
+def _device_refusal(op: str, device_type: str) -> str | None:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"lpa_kernels_native::{op}", key):
-        return f"it was built without {op} for {tensor.device.type}"
+        return f"it was built without {op} for {device_type}"
     return None
 
 
@@ -42,21 +44,20 @@ def _update_refusal(
         return f"it has no rule={rule!r} with norm={norm!r}"
     if not 1 <= tokens.shape[1] <= 2:
         return f"a row has {tokens.shape[1]} tokens; it takes 1 or 2"
-    state = (delta, exp_avg, exp_avg_sq, step, step_size, epsilon, norms)
-    if any(t is not None and t.dtype != torch.float32 for t in state):
-        return "delta, its moments, step, step_size, epsilon and norms must be float32"
-    if any(t is not None and not t.is_contiguous() for t in (*state, tokens, clipped)):
-        return "a tensor other than the gradients is not contiguous"
-    if any(t is not None and t.device != delta.device for t in (*state, *grads, tokens, clipped)):
-        return "the tensors are on different devices"
-    if any(grad.dtype not in FLOATS for grad in grads):
-        return "a gradient is none of float32, bfloat16, float16"
-    return _device_refusal("pgd_update_", delta)
+    device = delta.device
+    for tensor in (delta, exp_avg, exp_avg_sq, step, step_size, epsilon, norms, tokens, clipped):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device == device):
+            return f"a tensor is not contiguous, or not on {device}"
+    for tensor in (delta, exp_avg, exp_avg_sq, step, step_size, epsilon, norms):
+        if tensor is not None and tensor.dtype != torch.float32:
+            return f"delta, its moments, step, step_size, epsilon and norms must be float32, not {tensor.dtype}"
+    for grad in grads:
+        if grad.dtype not in FLOATS or grad.device != device:
+            return f"a gradient is {grad.dtype} on {grad.device}; it takes float32, bfloat16, float16 on {device}"
+    return _device_refusal("pgd_update_", delta.device.type)
 
 
-def _loss_refusal(
-    logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
-) -> str | None:
+def _loss_refusal(logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float) -> str | None:
     if logits.dtype not in FLOATS:
         return f"logits are {logits.dtype}; it takes float32, bfloat16, float16"
     if logits.shape[1] > 1 and logits.stride(1) != 1:
@@ -65,23 +66,24 @@ def _loss_refusal(
         return f"weight is {weight.dtype}, not float32"
     if not all(t is None or (t.is_contiguous() and t.device == logits.device) for t in (labels, away, weight)):
         return "labels, away or weight is not contiguous, or not where the logits are"
-    return _device_refusal("token_loss_", logits)
+    return _device_refusal("token_loss_", logits.device.type)
 
 
-def _load() -> None:
+def _load() -> bool:
     if not LIBRARY.exists():
         registry.register_missing(
             "native", "not built; install with LPA_KERNELS_NATIVE=1 pip install --no-build-isolation ."
         )
-        return
+        return False
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         registry.register_missing("native", f"{LIBRARY.name} does not load ({error}); build it again for this torch")
-        return
+        return False
     ops = torch.ops.lpa_kernels_native
     registry.register("pgd_update_", "native", ops.pgd_update_.default, _update_refusal)
     registry.register("token_loss_", "native", ops.token_loss_.default, _loss_refusal)
+    return True
 
 
-_load()
+BUILT = _load()
