@@ -18,11 +18,12 @@ from transformers.trainer_utils import TrainOutput
 from lpa_kernels.attack import LatentAttack, LatentPGD, Objective, PairBatch
 from lpa_kernels.attack.modes import frozen_eval
 from lpa_kernels.attack.reference import adapters_off
-from lpa_kernels.attack.sites import decoder_layers
 
-from .config import LPAConfig, default_sites
+from .config import LPAConfig
 from .losses import BENIGN_TERMS, PAIR_TERMS, BenignBatch, benign_terms, pair_terms, plain_logits
+from .measure import attack_of
 from .prepare import add_adapters, benign_as_tokens, check_head, pairs_as_tokens, warn_if_small
+from .progress import LPAProgress
 from .record import StepRecord
 from .sampler import LPABatchSampler
 
@@ -120,10 +121,12 @@ class LPATrainer(Trainer):
         for callback in list(self.callback_handler.callbacks):
             if isinstance(callback, (ProgressCallback, PrinterCallback)) or "Notebook" in type(callback).__name__:
                 self.remove_callback(callback)
+        if not args.disable_tqdm:
+            self.add_callback(LPAProgress())
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
         pair_coefs = {name: value for name, value in args.coefs.items() if name in PAIR_TERMS}
         self.objective = Objective(coefs=pair_coefs) if pair_coefs else None
-        warn_if_small(len(dataset), self._sampler(self.lengths, 0).batch_size)
+        warn_if_small(len(dataset), self.batch_size)
         self.interrupted = False
         self._pgd: LatentPGD | None = None
         self._micro: list[MicroBatch] = []
@@ -134,6 +137,11 @@ class LPATrainer(Trainer):
         self._stop_asked = self._save_later = self._stop_later = False
 
     # ---- data ------------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs an LPA step takes, over all ranks."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _sampler(self, lengths: list[int], seed: int) -> LPABatchSampler:
         args = self.args
@@ -228,9 +236,7 @@ class LPATrainer(Trainer):
     def pgd(self) -> LatentPGD:
         """The attack, on the model as it is wrapped now."""
         if self._pgd is None or self._pgd.model is not self.model:
-            options = self.args.attack_options | {"steps": max(self.args.steps, 1)}
-            sites = self.args.sites or default_sites(len(decoder_layers(self.model)))
-            self._pgd = LatentPGD(self.model, [int(s) if s.isdigit() else s for s in map(str, sites)], **options)
+            self._pgd = attack_of(self.model, self.args)
         return self._pgd
 
     def _attack(self, micro: MicroBatch, index: int) -> None:

@@ -1,0 +1,69 @@
+"""The command `lpa`: finds the subcommand and turns errors that a user can do something about into one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# name -> what it does. Each is a module of lpa.commands with `run(arguments) -> exit status`, imported when asked for:
+# torch and transformers take seconds, and help must not.
+COMMANDS = {
+    "train": "train a model by LPA and measure it before and after",
+    "traits": "list the shipped statements, or show their tokens (--preview)",
+    "assets": "list, fetch or verify the embedded model and data sets",
+}
+TRACEBACK_VARIABLE = "LPA_TRACEBACK"
+
+
+def usage() -> str:
+    """What `lpa --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lpa COMMAND [OPTIONS]",
+            "",
+            "Latent Personality Alignment: train chat models that keep their character under attack.",
+            "",
+            *lines,
+            "",
+            "lpa COMMAND --help tells the options of a command.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("lpa-kernels"))
+        return 0
+    if given[0] not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(given[0], COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        print(f"lpa: unknown command {given[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    command = import_module(f"lpa.commands.{given[0]}")
+    try:
+        status: int = command.run(given[1:])
+        return status
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"error: {error}\n({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
+        return 1

@@ -1,0 +1,88 @@
+"""What a training run shows of itself: a bar with the remaining time, and a line for every LPA step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+def step_line(logs: dict[str, float], lpa_steps: int) -> str:
+    """One LPA step in a line."""
+    parts = [f"LPA step {int(logs['lpa_step'])}/{lpa_steps}"]
+    if "attack_toward_first" in logs:
+        parts.append(f"attack toward {logs['attack_toward_first']:.3f} -> {logs['attack_toward_last']:.3f}")
+    if "attack_away_first" in logs:
+        parts.append(f"away {logs['attack_away_first']:.3f} -> {logs['attack_away_last']:.3f}")
+    losses = [f"{name} {logs[f'defence_{name}']:.3f}" for name in ("toward", "away", "sft", "kl")
+              if f"defence_{name}" in logs]  # fmt: skip
+    parts.append(f"defence {' '.join(losses)}")
+    seconds = sum(logs[f"seconds_{phase}"] for phase in ("attack", "defence", "other"))
+    parts.append(f"{seconds:.1f} s")
+    return "  ".join(parts)
+
+
+class LPAProgress(TrainerCallback):
+    """Counts LPA steps and the passes in them; on a terminal as a bar, elsewhere as lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.micro = 0
+
+    def _weights(self, args: Any) -> tuple[int, int]:
+        """Passes of a micro-batch in the first update of an LPA step (with its attack) and in a later one."""
+        return args.steps + 1, 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (state.is_world_process_zero and self.console.is_terminal):
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            speed_estimate_period=600,
+        )  # fmt: skip
+        first, later = self._weights(args)
+        step = args.gradient_accumulation_steps * (first + later * (args.defence_steps - 1))
+        self.task = self.bar.add_task("", total=args.lpa_steps * step)
+        done = state.global_step // args.defence_steps
+        self.bar.update(self.task, completed=done * step)
+        self.bar.start()
+        self._describe(args, state)
+
+    def _describe(self, args: Any, state: Any) -> None:
+        if self.bar is None or self.task is None:
+            return
+        lpa_step, update = divmod(state.global_step, args.defence_steps)
+        part = f"{self.micro + 1}/{args.gradient_accumulation_steps}"
+        doing = f"attacking {part}" if update == 0 else f"update {update + 1}/{args.defence_steps}"
+        self.bar.update(
+            self.task, description=f"LPA step {min(lpa_step + 1, args.lpa_steps)}/{args.lpa_steps} {doing:14}"
+        )
+
+    def _advance(self, args: Any, update: int) -> None:
+        if self.bar is not None and self.task is not None:
+            self.bar.advance(self.task, self._weights(args)[0 if update == 0 else 1])
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(args, state.global_step % args.defence_steps)
+        self.micro += 1
+        self._describe(args, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance(args, (state.global_step - 1) % args.defence_steps)
+        self.micro = 0
+        self._describe(args, state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "lpa_step" in logs:
+            console = self.bar.console if self.bar is not None else self.console
+            console.print(step_line(logs, args.lpa_steps), highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
