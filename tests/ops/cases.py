@@ -110,7 +110,7 @@ def update_case(
         epsilon = math.sqrt(2 * math.log(2 * width) if norm == "linf" else width)
     radius = torch.tensor(epsilon)
     if per_row_epsilon:
-        radius = radius * (0.5 + torch.rand(sites, rows, generator=g))
+        radius = radius * (0.5 + 1.5 * torch.rand(sites, rows, generator=g))
     stateful = rule in ("adamw", "adam", "rmsprop")
     return (
         delta.to(device),

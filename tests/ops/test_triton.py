@@ -57,7 +57,7 @@ def python(*args: str, **environment: str) -> str:
 
 @pytest.mark.skipif(CUDA or launch.INTERPRETED, reason="the kernels run in this process")
 def test_under_the_interpreter():
-    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
+    out = python("-m", "pytest", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", out)
     assert passed, out
     assert int(passed[1]) > 100, out
@@ -118,9 +118,9 @@ def test_update_widths(width, dtype):
 def test_update_rules(rule, norm, width):
     for maximize in (False, True):
         case = update_case(
-            2, 5, width, 9, rule=rule, norm=norm, maximize=maximize, per_row_epsilon=maximize, device=DEVICE
+            1, 5, width, 9, rule=rule, norm=norm, maximize=maximize, per_row_epsilon=not maximize, device=DEVICE
         )
-        assert maximize or norm == "none" or 0 < int(reference_clipped(case)) < 8, "the radius should clip some rows"
+        assert maximize or norm == "none" or 0 < int(reference_clipped(case)) < 4, "the radius should clip some rows"
         run_against_oracle("pgd_update_", "triton", case)
 
 
@@ -202,8 +202,8 @@ def test_update_with_a_zero_radius_gives_zero():
 @pytest.mark.parametrize(
     ("multiprocessors", "rows", "vocabulary"),
     [
-        *((m, *size) for m in (WHOLE, PARTS) for size in ((0, 9), (1, 2), (1, 33), (5, 1000), (3, 5001))),
-        (WHOLE, 2, 70000),
+        *((m, *size) for m in (WHOLE, PARTS) for size in ((0, 9), (1, 2), (1, 33), (5, 1000), (2, 4100))),
+        (WHOLE, 1, 40000),
     ],
 )
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float16])
@@ -221,17 +221,21 @@ def test_loss(rows, vocabulary, dtype, multiprocessors, monkeypatch):
 @pytest.mark.parametrize("multiprocessors", [WHOLE, PARTS])
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("away", [True, False])
-@pytest.mark.parametrize("probability", PROBABILITIES)
-def test_loss_precision(probability, away, dtype, multiprocessors, monkeypatch):
-    """Every row's own relative error, in float64's eyes, however sure the model is of the label or of the rest."""
+def test_loss_precision(away, dtype, multiprocessors, monkeypatch):
+    """Each row's own relative error, in float64's eyes, however sure the model is of the label or of the rest."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    case = loss_case(4, 5000, dtype, probability=probability, away=away, ignored=0.0, device=DEVICE)
+    rows = [
+        loss_case(1, 4100, dtype, probability=p, away=away, ignored=0.0, seed=i, device=DEVICE)
+        for i, p in enumerate(PROBABILITIES)
+    ]
+    case = (*(torch.cat(parts) for parts in list(zip(*rows, strict=True))[:4]), -5.0)
     got, want = copied(case), copied(case, torch.float64)
     losses, _ = implementation("token_loss_", "triton", got)(*got)
     right, _ = reference.token_loss_(*want)
     assert (right > 0).all()
     assert_near(losses / right, torch.ones_like(right), 3e-6, "losses / right")
-    assert_near(got[0], want[0], 3e-6, "gradient", dtype)
+    for row, p in enumerate(PROBABILITIES):
+        assert_near(got[0][row], want[0][row], 3e-6, f"gradient at p={p}", dtype)
 
 
 @kernels
@@ -239,9 +243,9 @@ def test_loss_precision(probability, away, dtype, multiprocessors, monkeypatch):
 def test_loss_below_the_threshold_is_off(multiprocessors, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     for p, off in ((0.9 * math.exp(-5), True), (1.1 * math.exp(-5), False)):
-        case = loss_case(4, 5000, probability=p, away=True, ignored=0.0, device=DEVICE)
+        case = loss_case(2, 4100, probability=p, away=True, ignored=0.0, device=DEVICE)
         losses, hits = implementation("token_loss_", "triton", case)(*case)
-        assert ((losses == 0) & (case[0] == 0).all(1)).tolist() == [off] * 4
+        assert ((losses == 0) & (case[0] == 0).all(1)).tolist() == [off] * 2
         assert not hits.any()
 
 
@@ -250,12 +254,12 @@ def test_loss_below_the_threshold_is_off(multiprocessors, monkeypatch):
 def test_loss_of_strange_rows(multiprocessors, monkeypatch):
     """Forbidden tokens (-inf) are exact; a NaN or a label that is no token is heard of, in its own row alone."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    case = loss_case(6, 9000, ignored=0.0, away=False, device=DEVICE)
+    case = loss_case(6, 4100, ignored=0.0, away=False, device=DEVICE)
     logits, labels = case[:2]
-    labels[:] = torch.tensor([5, 5, 9000, -1, 5, 5])
-    logits[0, 100:8000] = float("-inf")
-    logits[1, 8999] = float("nan")
-    logits[5, 4096:] = 200.0
+    labels[:] = torch.tensor([5, 5, 4100, -1, 5, 5])
+    logits[0, 100:4099] = float("-inf")
+    logits[1, 4099] = float("nan")
+    logits[5, 4090:] = 200.0
     got, want = copied(case), copied(case, torch.float64)
     want[1][2:4] = 5
     losses, hits = implementation("token_loss_", "triton", got)(*got)

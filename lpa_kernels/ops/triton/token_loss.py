@@ -1,5 +1,7 @@
 """token_loss_ in Triton: one sweep over a row of logits for its loss, one more to write the gradient over it."""
 
+# The parameters of a kernel have no Python types.
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch

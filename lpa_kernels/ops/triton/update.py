@@ -1,5 +1,7 @@
 """pgd_update_ in Triton: gradient, rule, norm, projection and count of all sites in one pass and one launch."""
 
+# The parameters of a kernel have no Python types.
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import math
