@@ -1,0 +1,127 @@
+"""`lpa evaluate`: a model and its adapters side by side: harm, benign controls, robustness, utility, collapse."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+_EXAMPLES = """\
+A run of everything, which a stop does not lose (the same command goes on with it):
+  lpa evaluate --model MODEL --adapter runs/lpa --output runs/evaluation
+Two suites on 50 prompts a set:
+  lpa evaluate --adapter runs/lpa --suite harm overrefusal --set strongreject --limit 50
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="lpa evaluate", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    from rich.console import Console
+
+    from ..evaluation import SUITES, Settings, evaluate
+    from ..models import DEFAULT_MODEL
+
+    console = Console()
+    if options.list:
+        for suite in SUITES.values():
+            console.print(f"{suite.name:12} {suite.about}")
+        return 0
+    held = vars(options)
+    chosen: dict[str, Any] = {
+        field.name: held[field.name] for field in fields(Settings) if held.get(field.name) is not None
+    }
+    for name in ("limit", "utility_limit"):
+        if chosen.get(name) == 0:
+            chosen[name] = None
+    if options.system_prompt == "":
+        chosen["system_prompt"] = None
+    if options.judge_prompt:
+        with open(options.judge_prompt, encoding="utf-8") as stream:
+            chosen["judge_prompt"] = stream.read()
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
+    settings = Settings(**values)
+    with _Progress(console) as tick:
+        result = evaluate(
+            options.model or DEFAULT_MODEL,
+            options.adapter,
+            suites=options.suite,
+            output=options.output,
+            settings=settings,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            device=options.device,
+            keep_texts=options.keep_texts,
+            command=shlex.join(["lpa", "evaluate", *arguments]),
+            tick=tick,
+        )
+    wide = console if console.is_terminal else Console(width=200)
+    wide.print(result.table(full=options.full))
+    if result.folder is not None:
+        print(f"records, table and settings: {result.folder}; `lpa report {result.folder}` makes a page of them")
+    return 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options; those named like a field of `Settings` set it."""
+    add = parser.add_argument
+    add("--model", help="a folder, a hub name, or an asset's name; by default the embedded model")
+    add("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER", help="adapters to set beside it")
+    add("--suite", action="extend", nargs="+", help="suites to run; by default all (--list tells them)")
+    add("--list", action="store_true", help="list the suites")
+    add("--output", metavar="FOLDER", help="for records and results; a stopped run there is gone on with")
+    add("--set", dest="sets", action="extend", nargs="+", metavar="SET",
+        help="harmful prompts: strongreject, harmbench, advbench, do-not-answer (the default), jailbreakbench, hex-phi,"
+        " a .jsonl, .csv or .txt file, or a data set's hub name")  # fmt: skip
+    add("--limit", type=int, help="prompts of each set (default: 100; 0 for all)")
+    add("--utility-limit", type=int, help="MMLU questions, LAMBADA passages, lm-eval samples (default: 200; 0: all)")
+    add("--task", dest="tasks", action="extend", nargs="+", metavar="TASK", help="lm-eval tasks: gsm8k, hellaswag, ...")
+    add("--attack", dest="attacks", action="extend", nargs="+", metavar="ATTACK",
+        help="direct, prefix, template, latent, embedding; by default all")  # fmt: skip
+    add("--attack-epsilon", type=float, help="radius of the latent and embedding attacks")
+    add("--attack-steps", type=int, help="their steps")
+    add("--epsilon", dest="epsilons", type=float, action="extend", nargs="+", help="radii of the robustness curve")
+    add("--steps", type=int, action="extend", nargs="+", help="step counts of the robustness curve")
+    add("--sites", action="extend", nargs="+", help="attacked sites; by default LPA's, scaled to the depth")
+    add("--judge", help="a classifier that judges the answers too, by folder or hub name")
+    add("--judge-prompt", metavar="FILE", help="the judge's question, with {prompt} and {answer}")
+    add("--system-prompt", help="of the conversations; empty for none")
+    add("--max-new-tokens", type=int, help="longest answer (default: 96)")
+    add("--batch-size", type=int, default=8, help="prompts a pass (default: 8)")
+    add("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ...")
+    add("--device", help="by default the first GPU, else the CPU")
+    add("--seed", type=int, help="of random perturbations (default: 0)")
+    add("--keep-texts", action="store_true", help="keep the harmful prompts in the file that stays out of commits")
+    add("--full", action="store_true", help="show the points of the robustness curves in the table too")
+
+
+class _Progress:
+    """One line that is rewritten on a terminal; elsewhere a line a phase and every 30 seconds."""
+
+    def __init__(self, console: Any) -> None:
+        self.status = console.status("loading") if console.is_terminal else None
+        self.what, self.at = "", 0.0
+
+    def __enter__(self) -> _Progress:
+        if self.status is not None:
+            self.status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        line = f"{what} {done}/{total}"
+        if self.status is not None:
+            self.status.update(line)
+        elif what != self.what or time.monotonic() - self.at > 30:
+            print(line, flush=True)
+            self.what, self.at = what, time.monotonic()

@@ -1,0 +1,93 @@
+"""What was measured, one JSON line a prompt, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RECORDS, TEXTS = "records.jsonl", "texts.local.jsonl"
+_KEY = ("subject", "suite", "set", "id", "mode")
+
+Record = dict[str, Any]
+Key = tuple[str, ...]
+
+
+def key_of(record: Record) -> Key:
+    """What tells a record from all others: subject, suite, set, id and mode."""
+    return tuple(str(record.get(name, "")) for name in _KEY)
+
+
+class Records:
+    """The records of one run, in memory and, with a folder, on disk.
+
+    `records.jsonl` holds ids, hashes, judgements and scores, and the answers to prompts that are not harmful. What
+    was answered to harmful prompts goes to `texts.local.jsonl` (with the prompts if `keep_texts`), which the folder's
+    .gitignore keeps out of commits.
+    """
+
+    def __init__(self, folder: Path | None = None, keep_texts: bool = False) -> None:
+        self.folder, self.keep_texts = folder, keep_texts
+        self._records: dict[Key, Record] = {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").write_text("*.local.jsonl\n", encoding="utf-8")
+        for record in _read_lines(folder / RECORDS):
+            self._records[key_of(record)] = record
+        for text in _read_lines(folder / TEXTS):
+            if (key := key_of(text)) in self._records:
+                self._records[key].update({k: text[k] for k in ("answer", "prompt") if k in text})
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, key: Key) -> Record | None:
+        """The record with that key, with its answer where it is known here."""
+        return self._records.get(key)
+
+    def select(self, **values: str) -> list[Record]:
+        """The records with these values (subject=..., suite=..., set=..., mode=...), in the order of writing."""
+        return [r for r in self._records.values() if all(r.get(name, "") == value for name, value in values.items())]
+
+    def add(self, record: Record, harmful: bool = False) -> None:
+        """Keep a record and write it out at once. With `harmful`, prompt and answer go to the local file alone."""
+        key = key_of(record)
+        self._records[key] = record
+        if self.folder is None:
+            return
+        texts = {name: record[name] for name in ("answer", "prompt") if name in record}
+        shared = {name: value for name, value in record.items() if name != "prompt"}
+        if harmful:
+            shared.pop("answer", None)
+            if not self.keep_texts:
+                texts.pop("prompt", None)
+            if texts:
+                _append(self.folder / TEXTS, {name: record.get(name, "") for name in _KEY} | texts)
+        _append(self.folder / RECORDS, shared)
+
+
+def _append(path: Path, record: Record) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    """The records of a file. A last line that was cut off by a kill is removed, so that the next one starts afresh."""
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        warnings.warn(f"{path.name} ends in a line that was cut off; it is dropped and measured again", stacklevel=3)
+        path.write_bytes(whole)
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}); remove the line or the file") from error

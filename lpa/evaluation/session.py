@@ -1,0 +1,255 @@
+"""`evaluate`: measure a base model and adapters side by side, prompt by prompt, and go on where a run was stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpa.models import DEFAULT_MODEL, load
+
+from .bench import Bench, quiet_generation
+from .judges import Judge, judge_answers
+from .records import Records
+from .sets import BENIGN, PromptSet, load_set
+from .subjects import EvaluationError, Subjects, named_adapters
+from .suites import SUITES, Row, Run, Settings
+from .table import as_markdown, as_table
+from .verdict import verdict_rows
+
+logger = logging.getLogger(__name__)
+
+RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
+# Settings that only add records: a run may be gone on with others of these.
+_FREE = ("sets", "attacks", "epsilons", "steps", "tasks", "judge", "judge_prompt")
+
+
+@dataclass
+class Evaluation:
+    """The result.
+
+    Attributes:
+        rows: of the table. subjects: in order, the base model first. records: of every prompt.
+        info: what run.json holds: settings, data, subjects, versions, command.
+        folder: where it was written, or None.
+    """
+
+    rows: list[Row]
+    subjects: list[str]
+    records: Records
+    info: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def table(self, full: bool = False) -> Any:
+        """A rich table, for `rich.print`."""
+        return as_table(self.rows, self.subjects, full)
+
+    def markdown(self, full: bool = False) -> str:
+        """The table in Markdown."""
+        return as_markdown(self.rows, self.subjects, full)
+
+    def value(self, subject: str, suite: str, metric: str, where: str | None = None) -> float | None:
+        """One number of the table.
+
+        Raises:
+            KeyError: there is no such row.
+        """
+        for row in self.rows:
+            if (row.subject, row.suite, row.metric) == (subject, suite, metric) and where in (None, row.set):
+                return row.value
+        raise KeyError(f"no row {subject!r}, {suite!r}, {metric!r}, {where!r}")
+
+    def verdict(self, subject: str) -> str:
+        """What the numbers amount to."""
+        return next(row.metric for row in self.rows if row.suite == "verdict" and row.subject == subject)
+
+
+def evaluate(
+    model: Any = DEFAULT_MODEL,
+    adapters: Mapping[str, str | Path] | Sequence[str | Path] = (),
+    *,
+    tokenizer: Any = None,
+    suites: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    settings: Settings | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    keep_texts: bool = False,
+    command: str | None = None,
+    tick: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Measure a base model and adapters side by side.
+
+    Args:
+        model: what `lpa.models.load` takes, or a model (then with its `tokenizer`), which is left as it was.
+        adapters: folders of PEFT adapters, by name or "NAME=PATH".
+        suites: of `SUITES`; by default all.
+        output: the folder for records and results. Where it holds a stopped run of the same settings, that is gone on
+            with; None keeps everything in memory.
+        settings: or, as further keyword arguments, the fields of `Settings`.
+        device: by default the first GPU, else the CPU.
+        keep_texts: write the harmful prompts beside the answers to them, in the file that is kept out of commits.
+        command: recorded as what made this.
+        tick: called with (what, done, total) as prompts are done.
+
+    Raises:
+        EvaluationError: no suite or an unknown one, an adapter that does not fit, a judge that cannot be loaded, or a
+            folder that holds another evaluation.
+        lpa.models.ModelError, lpa.assets.AssetError: no model.
+    """
+    wanted = settings or Settings(**options)
+    if settings is not None and options:
+        raise EvaluationError(f"give settings or {', '.join(options)}, not both")
+    chosen = _suites(suites)
+    judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
+    benign = load_set(BENIGN, wanted.limit, harmful=False)
+    harmful = [load_set(name, wanted.limit) for name in wanted.sets if {"harm", "attacks"} & set(chosen)]
+    for prompts in harmful:
+        if prompts.reason:
+            logger.warning("%s cannot be had: %s", prompts.name, prompts.reason)
+    paths = named_adapters(adapters)
+    if isinstance(model, (str, Path)):
+        name, (model, own) = str(model), load(model, dtype=dtype)
+        tokenizer = tokenizer or own
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(where)
+    else:
+        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    if tokenizer is None:
+        raise EvaluationError("a model was given without its tokenizer; hand it over as tokenizer=")
+    folder = None if output is None else Path(output).expanduser()
+    subjects = Subjects(model, paths)
+    try:
+        info = _info(name, subjects, chosen, wanted, [benign, *harmful], command)
+        if folder is not None:
+            info = _continued(folder, info)
+        records = Records(folder, keep_texts)
+        if folder is not None:
+            _write(folder / RUN, info)
+        for subject in subjects.names:
+            with subjects.using(subject) as measured, quiet_generation():
+                bench = Bench(measured, tokenizer, system_prompt=wanted.system_prompt, batch_size=batch_size,
+                              max_new_tokens=wanted.max_new_tokens)  # fmt: skip
+                run = Run(subject, bench, wanted, records, benign, [p for p in harmful if not p.reason])
+                for suite in chosen:
+                    if tick is not None:
+                        run.tick = _named(tick, subject)
+                    SUITES[suite].measure(run)
+        if judge is not None:
+            texts = {(p.name, prompt.id): prompt.text for p in harmful for prompt in p.prompts}
+            place = next(subjects.model.parameters()).device
+            judge_answers(judge, records, texts, subjects.names, wanted.sets, place)
+    finally:
+        subjects.close()
+    names = list(info["subjects"])
+    rows = table_rows(records, names, chosen, wanted, harmful)
+    result = Evaluation(rows, names, records, info, folder)
+    if folder is not None:
+        _write(folder / RESULTS, {"subjects": names, "rows": [asdict(row) for row in rows]})
+        (folder / TABLE).write_text(result.markdown(), encoding="utf-8")
+    return result
+
+
+def table_rows(
+    records: Records, subjects: Sequence[str], suites: Sequence[str], settings: Settings, harmful: Sequence[PromptSet]
+) -> list[Row]:
+    """All rows, suite by suite, then those of the sets that cannot be had, then the verdicts."""
+    rows = [row for suite in suites for subject in subjects for row in SUITES[suite].rows(records, subject, settings)]
+    for prompts in harmful:
+        if prompts.reason:
+            rows += [
+                Row(name, "not measured", prompts.name, "cannot be had", None, note=prompts.reason) for name in subjects
+            ]
+    return rows + verdict_rows(rows, records, subjects, settings)
+
+
+def _suites(names: Sequence[str] | None) -> list[str]:
+    chosen = list(dict.fromkeys(SUITES if names is None else names))
+    if not chosen:
+        raise EvaluationError(f"no suite to run; choose among {', '.join(SUITES)}")
+    if unknown := [name for name in chosen if name not in SUITES]:
+        raise EvaluationError(f"no suite is called {unknown[0]!r}; choose among {', '.join(SUITES)}")
+    return chosen
+
+
+def _named(tick: Callable[[str, int, int], None], subject: str) -> Callable[[str, int, int], None]:
+    return lambda what, done, total: tick(f"{subject}: {what}", min(done, total), total)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that results depend on."""
+    import peft
+    import transformers
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return found | {"peft": peft.__version__, "platform": platform.platform()}
+
+
+def _info(
+    name: str, subjects: Subjects, suites: list[str], settings: Settings, sets: Sequence[PromptSet], command: str | None
+) -> dict[str, Any]:
+    model = subjects.model
+    return {
+        "model": name,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
+        "subjects": {
+            subject: {"path": subjects.paths.get(subject, ""), "fingerprint": subjects.fingerprint(subject)}
+            for subject in subjects.names
+        },
+        "suites": suites,
+        "settings": settings.as_dict(),
+        "data": {prompts.name: prompts.described() for prompts in sets},
+        "versions": versions(),
+        "commands": [command or " ".join(map(str, sys.argv))],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """The run's description with what an earlier run in this folder had.
+
+    Raises:
+        EvaluationError: the folder holds an evaluation of something else, or under other settings.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        return new
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} was {old['settings'].get(name)!r} and is now {value!r}"
+        for name, value in new["settings"].items()
+        if name not in _FREE and old["settings"].get(name) != value
+    ]
+    for name, subject in new["subjects"].items():
+        if name in old["subjects"] and old["subjects"][name]["fingerprint"] != subject["fingerprint"]:
+            changed.append(f"the weights of {name} are others than they were")
+    for name, data in new["data"].items():
+        if (was := old["data"].get(name, {}).get("sha256")) and data["sha256"] and was != data["sha256"]:
+            changed.append(f"the set {name} has other texts than it had")
+    if old["settings"].get("judge") not in (None, new["settings"]["judge"]) and new["settings"]["judge"]:
+        changed.append(f"judge was {old['settings']['judge']!r}")
+    if changed:
+        raise EvaluationError(f"{folder} holds another evaluation: {'; '.join(changed)}; use another output folder")
+    logger.info("going on with the evaluation in %s", folder)
+    merged = {**new, "started": old["started"], "commands": [*old["commands"], *new["commands"]]}
+    merged["subjects"] = old["subjects"] | new["subjects"]
+    merged["data"] = old["data"] | new["data"]
+    merged["suites"] = list(dict.fromkeys([*old["suites"], *new["suites"]]))
+    return merged
+
+
+def _write(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,179 @@
+"""The models that are compared: a base model and adapters on it, loaded, checked and switched."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+BASE = "base"
+
+
+class EvaluationError(ValueError):
+    """The evaluation cannot be run as asked; the message says why and what would do."""
+
+
+def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
+    """Adapter paths by a short name: the mapping's key, NAME of "NAME=PATH", or the last folders that tell them apart.
+
+    Raises:
+        EvaluationError: a name given twice, or "base".
+    """
+    if isinstance(adapters, Mapping):
+        pairs = [(str(name), str(path)) for name, path in adapters.items()]
+    else:
+        paths = [str(item) for item in adapters]
+        given = [tuple(path.split("=", 1)) if "=" in path and not Path(path).exists() else ("", path) for path in paths]
+        depth = 1
+        while depth < 8 and len({_tail(path, depth) for _, path in given}) < len({path for _, path in given}):
+            depth += 1
+        pairs = [(name or _tail(path, depth), path) for name, path in given]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if name == BASE or names.count(name) > 1:
+            raise EvaluationError(f"two subjects would be called {name!r}; name adapters as NAME=PATH")
+    return dict(pairs)
+
+
+def _tail(path: str, depth: int) -> str:
+    return "/".join(Path(path).parts[-depth:])
+
+
+class Subjects:
+    """A base model with adapters beside each other in it. The model given is left as it was by `close`.
+
+    Args:
+        model: a causal language model, or a `PeftModel`, whose own adapters then are subjects too.
+        adapters: name -> folder (or hub name) of a PEFT adapter.
+
+    Raises:
+        EvaluationError: an adapter that cannot be read or does not fit this model.
+    """
+
+    def __init__(self, model: Any, adapters: Mapping[str, str]) -> None:
+        self.model, self._given = model, model
+        self._adapters: dict[str, str] = {str(name): str(name) for name in getattr(model, "peft_config", {})}
+        self._added: list[str] = []
+        self.paths: dict[str, str] = {BASE: str(getattr(model.config, "_name_or_path", "") or type(model).__name__)}
+        try:
+            for number, (name, path) in enumerate(adapters.items()):
+                if name in self._adapters:
+                    raise EvaluationError(f"the model has an adapter {name!r} already; name the other one differently")
+                inner = f"lpa_{number}"
+                self._add(path, inner)
+                self._adapters[name] = inner
+                self.paths[name] = path
+        except Exception:
+            self.close()
+            raise
+
+    def _add(self, path: str, inner: str) -> None:
+        """Put one more adapter into the model, every tensor of which must find its place."""
+        from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+
+        config, weights = _read_adapter(path)
+        own, made_for = str(getattr(self.model.config, "_name_or_path", "")), str(config.base_model_name_or_path or "")
+        mismatch = f"the adapter {path} does not fit this model ({own or type(self._given).__name__}); it was made for "
+        mismatch += f"{made_for or 'an unnamed one'}: "
+        try:
+            self._added.append(inner)
+            if isinstance(self.model, PeftModel):
+                self.model.add_adapter(inner, config)
+            else:
+                self.model = get_peft_model(self.model, config, adapter_name=inner)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = set_peft_model_state_dict(self.model, weights, adapter_name=inner)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise EvaluationError(mismatch + " ".join(str(error).split())[:300]) from error
+        odd = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{inner}" in key)]
+        if odd:
+            raise EvaluationError(f"{mismatch}{len(odd)} tensors have no counterpart, such as {odd[0]}")
+        if made_for and own and Path(made_for).name != Path(own).name:
+            warnings.warn(f"the adapter {path} was made for {made_for}; the model is {own}; shapes fit", stacklevel=5)
+
+    @property
+    def names(self) -> list[str]:
+        """The base model first, then the adapters in the order given."""
+        return [BASE, *self._adapters]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Any]:
+        """The model as one subject, in eval mode."""
+        training = self.model.training
+        active = getattr(self.model, "active_adapter", None)
+        self.model.eval()
+        try:
+            if name == BASE:
+                with self.model.disable_adapter() if self._adapters else _nothing():
+                    yield self.model
+            else:
+                self.model.set_adapter(self._adapters[name])
+                yield self.model
+        finally:
+            if active is not None and self._adapters:
+                self.model.set_adapter(active)
+            self.model.train(training)
+
+    def fingerprint(self, name: str) -> str:
+        """A hash of a sample of the subject's weights: the same weights give the same one, wherever they lie."""
+        held = self.model.named_parameters()
+        if name == BASE:
+            return fingerprint((key, value) for key, value in held if "lora_" not in key)
+        mark = f".{self._adapters[name]}"
+        return fingerprint((key.replace(mark, ""), value) for key, value in held if mark in key)
+
+    def close(self) -> None:
+        """Take the adapters off again that were loaded here."""
+        if self.model is not self._given:
+            self.model.unload()
+            self.model = self._given
+        elif hasattr(self._given, "peft_config"):
+            for inner in self._added:
+                self.model.delete_adapter(inner)
+        self._added = []
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes and up to 256 evenly spaced values of each tensor, names in order, wrappers aside."""
+    held = {name.replace("base_model.model.", "").replace(".base_layer", ""): value for name, value in parameters}
+    hasher = hashlib.sha256()
+    for name in sorted(held):
+        flat = held[name].detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+        hasher.update(f"{name}{tuple(held[name].shape)}".encode())
+        hasher.update(values.numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """An adapter's configuration and tensors.
+
+    Raises:
+        EvaluationError: there is none.
+    """
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        what = "a whole model: evaluate it with --model" if (folder / "config.json").is_file() else "no adapter"
+        raise EvaluationError(f"{path} holds no adapter_config.json; it is {what}")
+    where = str(folder) if folder.exists() else path
+    try:
+        config = PeftConfig.from_pretrained(where)
+        weights = load_peft_weights(where, device="cpu")
+    except Exception as error:  # hub and file errors of many kinds
+        raise EvaluationError(f"the adapter {path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    config.inference_mode = True
+    return config, weights

@@ -1,0 +1,70 @@
+"""Get and judge the greedy answers that several suites look at; an answer is made once a subject, prompt and mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lpa.data import DataError
+from lpa_kernels.attack import LatentAttack
+
+from .. import refusal
+from ..bench import batches
+from ..records import Record, Records
+from ..sets import Prompt, PromptSet, digest
+from .base import Run
+
+NAME = "answers"
+DIRECT = "direct"
+Perturb = Callable[[Sequence[str]], LatentAttack]
+
+
+def answer(
+    run: Run,
+    prompts: PromptSet,
+    mode: str = DIRECT,
+    wrap: Callable[[str], str] = lambda text: text,
+    prefill: str = "",
+    perturb: Perturb | None = None,
+) -> None:
+    """Write the missing records of a set's answers.
+
+    Args:
+        mode: how it was asked; with subject, set and id it is the record's key.
+        wrap: what is asked, from the prompt. prefill: the beginning of the answer that is put into the model's mouth.
+        perturb: the attack on one batch of what is asked.
+    """
+    todo = [p for p in prompts.prompts if not run.has(NAME, prompts.name, p.id, mode)]
+    done = len(prompts.prompts) - len(todo)
+    todo.sort(key=lambda p: len(p.text))  # batches of like lengths
+    for chunk in batches(todo, run.bench.batch_size):
+        kept, tokens = [], []
+        for prompt in chunk:
+            try:
+                tokens.append(run.bench.prompt_tokens(wrap(prompt.text), prefill))
+                kept.append(prompt)
+            except DataError as error:
+                run.add(NAME, prompts.name, prompt.id, mode, sha256=prompt.sha256, tag=prompt.tag, error=str(error))
+        if kept:
+            attack = perturb([wrap(p.text) for p in kept]) if perturb is not None else None
+            for prompt, text in zip(kept, run.bench.answers(tokens, attack), strict=True):
+                _keep(run, prompts, mode, prompt, f"{prefill} {text}".strip())
+        done += len(chunk)
+        run.tick(f"{mode} {prompts.name}", done, len(prompts.prompts))
+
+
+def _keep(run: Run, prompts: PromptSet, mode: str, prompt: Prompt, text: str) -> None:
+    run.add(
+        NAME, prompts.name, prompt.id, mode, prompts.harmful, sha256=prompt.sha256, tag=prompt.tag,
+        label=refusal.label(text, prompt.text, prompt.expect), words=len(text.split()), answer_sha256=digest(text),
+        answer=text, prompt=prompt.text,
+    )  # fmt: skip
+
+
+def answers(records: Records, subject: str, set_name: str, mode: str = DIRECT) -> list[Record]:
+    """The answer records of one subject, set and mode, those with an error among them, in order of prompt."""
+    return sorted(records.select(subject=subject, suite=NAME, set=set_name, mode=mode), key=lambda r: str(r["id"]))
+
+
+def complied(record: Record) -> bool:
+    """Whether the answer did what was asked."""
+    return bool(record["label"] == refusal.COMPLIANCE)

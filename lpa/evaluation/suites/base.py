@@ -1,0 +1,164 @@
+"""What a suite is: it writes the records of one subject, and makes rows of a table from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from lpa.data import ASSESSMENT_PROMPT, PLAIN_PROMPT
+
+from ..bench import Bench
+from ..records import Record, Records
+from ..sets import BENIGN, HARM_SETS, PromptSet
+from ..stats import mean, wilson
+
+ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of every subject. Results of different settings are not mixed in one folder.
+
+    Attributes:
+        sets: of harmful prompts; see `lpa.evaluation.sets.load_set`.
+        limit: prompts of each set, None for all.
+        system_prompt: of the conversations; trait statements come under `trait_prompt`.
+        max_new_tokens: longest answer.
+        attacks: of `ATTACKS`. `attack_epsilon`, `attack_steps`: radius and steps of the latent and embedding ones.
+        epsilons, steps: radii and step counts of the robustness curves; `trait_epsilon`, `trait_steps` are held fixed
+            while the other changes.
+        sites: attacked; by default LPA's, scaled to the model's depth.
+        judge: a classifier's hub name or folder, for answers to harmful prompts; `judge_prompt` its question.
+        tasks: lm-eval's, by name. utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
+        seed: of random perturbations and resampling.
+    """
+
+    sets: tuple[str, ...] = HARM_SETS
+    limit: int | None = 100
+    system_prompt: str | None = PLAIN_PROMPT
+    max_new_tokens: int = 96
+    attacks: tuple[str, ...] = ATTACKS
+    attack_epsilon: float = 1.0
+    attack_steps: int = 16
+    trait_prompt: str | None = ASSESSMENT_PROMPT
+    epsilons: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    steps: tuple[int, ...] = (1, 4, 16, 32)
+    trait_epsilon: float = 0.3
+    trait_steps: int = 16
+    sites: tuple[str, ...] | None = None
+    judge: str | None = None
+    judge_prompt: str | None = None
+    tasks: tuple[str, ...] = ()
+    utility_limit: int | None = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.attacks) - set(ATTACKS):
+            raise ValueError(f"attacks {sorted(unknown)} are unknown; use some of {', '.join(ATTACKS)}")
+        for name in ("max_new_tokens", "attack_steps", "trait_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("limit", "utility_limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1, or None for all")
+        if any(not value > 0 for value in (*self.epsilons, self.trait_epsilon, self.attack_epsilon)):
+            raise ValueError(f"epsilons={self.epsilons} must be above 0; the clean model is always measured")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record of the run: plain JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@dataclass
+class Run:
+    """One subject being measured.
+
+    Attributes:
+        subject: its name. model: ready to be called as that subject.
+        benign: the benign prompts; harmful: the harmful sets, also those that cannot be had.
+        tick: called with (what, done, total) for progress.
+    """
+
+    subject: str
+    bench: Bench
+    settings: Settings
+    records: Records
+    benign: PromptSet
+    harmful: Sequence[PromptSet]
+    tick: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    @property
+    def model(self) -> Any:
+        """The model as the subject."""
+        return self.bench.model
+
+    def has(self, suite: str, set_name: str, number: str, mode: str = "") -> bool:
+        """Whether that record is there already."""
+        return (self.subject, suite, set_name, number, mode) in self.records
+
+    def add(self, suite: str, set_name: str, number: str, mode: str = "", harmful: bool = False, **values: Any) -> None:
+        """Keep one record."""
+        record = {"subject": self.subject, "suite": suite, "set": set_name, "id": number, "mode": mode, **values}
+        self.records.add(record, harmful)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of the table. `value` is None where there is none, and `note` then says why.
+
+    Attributes:
+        good: "up" or "down", which way is better; "" where neither is.
+        low, high: of the 95% interval.
+        unit: "%" where the value is a share (of 1), else "".
+    """
+
+    subject: str
+    suite: str
+    set: str
+    metric: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    unit: str = ""
+    good: str = ""
+    note: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Suite(Protocol):
+    """A kind of measurement."""
+
+    name: str
+    about: str
+
+    def measure(self, run: Run) -> None:
+        """Write those records of the run's subject that are not there yet."""
+
+    def rows(self, records: Records, subject: str, settings: Settings) -> list[Row]:
+        """The table's rows of one subject, from records alone."""
+
+
+def share_row(subject: str, suite: str, where: str, metric: str, flags: Sequence[bool], **more: Any) -> Row:
+    """A row with a share and its Wilson interval."""
+    if not flags:
+        return Row(subject, suite, where, metric, None, note=more.pop("note", "") or "nothing was measured")
+    low, high = wilson(sum(flags), len(flags))
+    return Row(subject, suite, where, metric, mean([float(f) for f in flags]), low, high, len(flags), "%", **more)
+
+
+def scored(records: Sequence[Record]) -> list[Record]:
+    """The records that hold a result."""
+    return [record for record in records if "error" not in record]
+
+
+def skipped_note(records: Sequence[Record]) -> str:
+    """Says how many records hold an error instead, and the first of them."""
+    failed = [record["error"] for record in records if "error" in record]
+    return f"{len(failed)} of {len(records)} skipped: {failed[0]}" if failed else ""
+
+
+def is_benign(record: Record) -> bool:
+    """Whether the record is of a benign prompt."""
+    return bool(record["set"] == BENIGN)

@@ -1,0 +1,191 @@
+"""Utility: perplexity, MMLU and LAMBADA without a hub, and lm-eval's tasks by name with one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lpa import assets
+from lpa.data import DataError, perplexity_text
+
+from ..bench import batches
+from ..records import Record, Records
+from ..sets import digest
+from ..stats import bootstrap
+from .base import Row, Run, Settings, scored, share_row, skipped_note
+
+LETTERS = "ABCD"
+PERPLEXITY, MMLU, LAMBADA = "perplexity", "mmlu", "lambada"
+
+
+class Utility:
+    """What the model could do before and is to do still.
+
+    Perplexity is of plain prose that was written for this project, paragraph by paragraph, without a template. MMLU
+    is without examples, in the chat template, the likeliest of the four letters being the answer. LAMBADA is the last
+    word of a passage as plain text. lm-eval's tasks run as lm-eval defines them, in the chat template.
+    """
+
+    name = "utility"
+    about = "perplexity, MMLU, LAMBADA, lm-eval's tasks"
+
+    def measure(self, run: Run) -> None:
+        self._perplexity(run)
+        for name, read, score in ((MMLU, read_mmlu, _score_mmlu), (LAMBADA, read_lambada, _score_lambada)):
+            try:
+                rows = _sample(read(), run.settings.utility_limit)
+            except assets.AssetError as error:
+                if not run.has(self.name, name, "-", "missing"):
+                    run.add(self.name, name, "-", "missing", reason=" ".join(str(error).split())[:300])
+                continue
+            todo = [row for row in rows if not run.has(self.name, name, row["id"])]
+            for number, chunk in enumerate(batches(todo, run.bench.batch_size), 1):
+                score(run, chunk)
+                run.tick(f"utility {name}", len(rows) - len(todo) + number * run.bench.batch_size, len(rows))
+        for task in run.settings.tasks:
+            if not run.has(self.name, task, "-"):
+                run.add(self.name, task, "-", **_lm_eval(run, task))
+
+    def _perplexity(self, run: Run) -> None:
+        todo = []
+        for number, text in enumerate(perplexity_text().split("\n\n")):
+            if not run.has(self.name, PERPLEXITY, f"paragraph-{number:02d}"):
+                todo.append((f"paragraph-{number:02d}", text, list(run.bench.tokenizer(text)["input_ids"])))
+        for chunk in batches(todo, run.bench.batch_size):
+            cut = [tokens[: run.bench.context] for _, _, tokens in chunk]
+            rows = run.bench.log_probs(cut, [range(len(tokens) - 1) for tokens in cut])
+            for (name, text, _), tokens, row in zip(chunk, cut, rows, strict=True):
+                loss = -sum(float(row[place, token]) for place, token in enumerate(tokens[1:]))
+                run.add(self.name, PERPLEXITY, name, sha256=digest(text), loss=loss, tokens=len(tokens) - 1)
+
+    def rows(self, records: Records, subject: str, settings: Settings) -> list[Row]:
+        rows = []
+        if own := records.select(subject=subject, suite=self.name, set=PERPLEXITY):
+            pairs = [(r["loss"], r["tokens"]) for r in own]
+            low, high = bootstrap([pairs], _perplexity)
+            rows.append(Row(subject, self.name, "prose", PERPLEXITY, _perplexity([pairs]), low, high,
+                            sum(r["tokens"] for r in own), good="down", note="interval over paragraphs"))  # fmt: skip
+        for name, metric in ((MMLU, "accuracy"), (LAMBADA, "last word")):
+            own = records.select(subject=subject, suite=self.name, set=name, mode="")
+            for missing in records.select(subject=subject, suite=self.name, set=name, mode="missing")[: not own]:
+                rows.append(Row(subject, self.name, name, metric, None, note=missing["reason"]))
+            if own:
+                note = skipped_note(own)
+                rows.append(share_row(subject, self.name, name, metric, [r["right"] for r in scored(own)], good="up",
+                                      note=note))  # fmt: skip
+        for task in settings.tasks:
+            for record in records.select(subject=subject, suite=self.name, set=task):
+                rows += _task_rows(subject, task, record)
+        return rows
+
+
+def _perplexity(groups: Sequence[Sequence[tuple[float, int]]]) -> float:
+    (pairs,) = groups
+    return math.exp(sum(loss for loss, _ in pairs) / sum(tokens for _, tokens in pairs))
+
+
+def read_mmlu() -> list[dict[str, Any]]:
+    """MMLU's test questions: id, question, choices, answer (0 to 3), subject."""
+    import datasets
+
+    rows = datasets.Dataset.from_file(str(assets.fetch("mmlu") / "mmlu_test.arrow"))
+    return [{"id": f"mmlu-{number:05d}", "text": row["question"], **row} for number, row in enumerate(rows, 1)]
+
+
+def read_lambada() -> list[dict[str, Any]]:
+    """LAMBADA's test passages: id, text."""
+    lines = (assets.fetch("mmlu") / "lambada_test.jsonl").read_text(encoding="utf-8").split("\n")
+    return [{"id": f"lambada-{n:04d}", "text": json.loads(line)["text"]} for n, line in enumerate(lines, 1) if line]
+
+
+def _sample(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """The rows whose text has the least SHA-256: the same for every model."""
+    return rows if limit is None else sorted(rows, key=lambda row: digest(row["text"] + row["id"]))[:limit]
+
+
+def _score_mmlu(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
+    bench = run.bench
+    answers = [bench.variants([letter]) for letter in LETTERS]
+    kept, tokens = [], []
+    for row in chunk:
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+        text = f"{row['question']}\n{choices}\nAnswer with the letter of the right choice alone."
+        try:
+            tokens.append(bench.prompt_tokens(text, room=4))
+            kept.append(row)
+        except DataError as error:
+            run.add("utility", MMLU, row["id"], sha256=digest(row["question"]), error=str(error))
+    if not kept:
+        return
+    for row, scores in zip(kept, bench.log_scores(tokens, answers), strict=True):
+        right = max(range(4), key=scores.__getitem__) == row["answer"]
+        run.add("utility", MMLU, row["id"], sha256=digest(row["question"]), right=right, scores=scores)
+
+
+def _score_lambada(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
+    bench, texts, starts, kept = run.bench, [], [], []
+    for row in chunk:
+        context, _, word = row["text"].rstrip().rpartition(" ")
+        before = list(bench.tokenizer(context)["input_ids"])
+        tokens = list(bench.tokenizer(f"{context} {word}")["input_ids"])
+        if len(tokens) > bench.context or tokens[: len(before)] != before:
+            told = "its last word is no run of tokens" if len(tokens) <= bench.context else f"{len(tokens)} tokens"
+            run.add("utility", LAMBADA, row["id"], sha256=digest(row["text"]), error=told)
+            continue
+        texts.append(tokens)
+        starts.append(len(before))
+        kept.append(row)
+    if not kept:
+        return
+    places = [range(start - 1, len(tokens) - 1) for start, tokens in zip(starts, texts, strict=True)]
+    for row, tokens, start, table in zip(kept, texts, starts, bench.log_probs(texts, places), strict=True):
+        right = table.argmax(-1).tolist() == tokens[start:]
+        loss = -sum(float(table[i, token]) for i, token in enumerate(tokens[start:]))
+        run.add("utility", LAMBADA, row["id"], sha256=digest(row["text"]), right=right, loss=loss)
+
+
+def _lm_eval(run: Run, task: str) -> dict[str, Any]:
+    """The numbers of one lm-eval task, or the reason why there are none."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return {"reason": "lm-eval is not installed: pip install lm-eval"}
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        model = HFLM(pretrained=run.model, tokenizer=run.bench.tokenizer, batch_size=run.bench.batch_size)
+        templated = bool(run.bench.tokenizer.chat_template)
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=[task], limit=run.settings.utility_limit, apply_chat_template=templated,
+            system_instruction=run.settings.system_prompt if templated else None, random_seed=run.settings.seed,
+            numpy_random_seed=run.settings.seed, torch_random_seed=run.settings.seed, bootstrap_iters=0,
+        )  # fmt: skip
+    except Exception as error:  # unknown tasks, data that needs a hub: each raises in its own way
+        return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    values = {
+        metric: value
+        for metric, value in found["results"].get(task, {}).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    samples = found.get("n-samples", {}).get(task, {})
+    return {"values": values, "samples": samples.get("effective"), "version": found.get("versions", {}).get(task)}
+
+
+def _task_rows(subject: str, task: str, record: Record) -> list[Row]:
+    if "reason" in record:
+        return [Row(subject, "utility", task, "lm-eval", None, note=record["reason"])]
+    values, n = record["values"], int(record["samples"] or 0)
+    rows = []
+    for metric, value in values.items():
+        name, _, rest = metric.partition(",")
+        if name.endswith("_stderr") or name in ("alias", "sample_len"):
+            continue
+        error = values.get(f"{name}_stderr,{rest}")
+        if error is None and 0 <= value <= 1 and n > 1:
+            error = math.sqrt(value * (1 - value) / n)
+        low, high = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
+        good = "down" if "perplexity" in name else "up"
+        rows.append(Row(subject, "utility", task, metric, value, low, high, n, good=good, note="lm-eval"))
+    return rows
