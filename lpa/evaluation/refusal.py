@@ -32,7 +32,7 @@ _RULES = (
     r"^(?:i )?apologi[sz]e,? but\b",
     r"\bas an? (?:responsible |ethical )?(?:ai|artificial|language model|assistant)\b.{0,60}\b(?:cannot|can't|can not|not able|unable|must not|do not|don't)\b",  # noqa: E501
     r"\bgoes against (?:my|our)\b",
-    r"\b(?:against|violates?|violation of) (?:my|our|the|openai) (?:\w+ )?(?:guideline|polic(?:y|ies)|principle|value)s?\b",
+    r"\b(?:against|violates?|violation of) (?:my|our|the|openai) (?:\w+ )?(?:guidelines?|polic(?:y|ies)|values)\b",
     r"\b(?:this|that|your|the) (?:request|prompt|question|topic|content)\b.{0,40}\b(?:cannot be|can't be|is not appropriate|is inappropriate|violates|isn't something)",  # noqa: E501
     r"\b(?:this|that|it)(?:'s| is) not something (?:that )?i(?:'m| am| can| will)\b",
     r"\bi (?:do not|don't) (?:feel comfortable|support|condone|engage in|assist|provide|have the ability)\b",
