@@ -17,9 +17,9 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.action == "list":
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        grid = Table("name", "what", "licence", "package", "size", "cached")
+        grid = Table(Column("name", no_wrap=True), "what", "licence", "package", "size", "cached")
         for row in assets.list_assets():
             grid.add_row(*(row[key] for key in ("name", "note", "licence", "package", "size", "cached")))
         Console().print(grid)

@@ -36,9 +36,9 @@ def run(arguments: Sequence[str]) -> int:
         preview(tokenizer, shown, system_prompt=options.system_prompt or None, attack_on=options.attack_on)
         return 0
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    grid = Table("id", "kind", "split", "trait", "facet", "statement")
+    grid = Table(Column("id", no_wrap=True), "kind", "split", "trait", "facet", "statement")
     for kind in [options.kind] if options.kind else ("undesirable", "desirable"):
         for split in [options.split] if options.split else ("train", "heldout"):
             for row in statements(kind, split):

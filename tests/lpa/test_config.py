@@ -1,0 +1,84 @@
+"""LPAConfig: the published defaults, whole LPA steps, and what each bad setting says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpa.config import LPAConfig, default_sites, read_yaml, setting_names
+
+
+def config(**settings: Any) -> LPAConfig:
+    return LPAConfig("out", use_cpu=True, **settings)
+
+
+def test_published_defaults() -> None:
+    c = config()
+    assert (c.lpa_steps, c.defence_steps, c.steps, c.epsilon, c.step_size) == (30, 4, 16, 6.0, 1e-3)
+    assert (c.learning_rate, c.lr_scheduler_type, c.weight_decay, c.max_grad_norm) == (8e-5, "constant", 0.01, 1.0)
+    assert (c.lora_r, c.lora_alpha, c.lora_targets) == (
+        64, 8, ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])  # fmt: skip
+    assert c.per_device_train_batch_size * c.gradient_accumulation_steps == 16
+    assert (c.coefs, c.attack_coefs) == ({"toward": 0.5, "away": 0.5}, {"toward": 0.5, "away": 0.5})
+    assert c.attack_on == "prompt+completions"
+    assert c.max_steps == 120
+    assert c.reset_optimizer
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(32, [8, 16, 24, 30]), (30, [7, 15, 22, 28]), (36, [9, 18, 27, 33]), (4, [1, 2, 3]), (1, [0])]
+)
+def test_sites_follow_the_depth(depth: int, layers: list[int]) -> None:
+    assert default_sites(depth) == ["embedding", *(f"mlp:{layer}" for layer in layers)]
+
+
+def test_steps_are_whole_lpa_steps() -> None:
+    c = config(lpa_steps=10, save_steps=5, logging_steps=1, eval_steps=0.25)
+    assert (c.max_steps, c.save_steps, c.logging_steps, c.eval_steps) == (40, 8, 4, 12)
+    assert dataclasses.replace(c, learning_rate=1.0).max_steps == 40
+
+
+def test_weights_are_divided_by_their_sum() -> None:
+    assert config(sft_coef=1.5).coefs == pytest.approx({"toward": 0.2, "away": 0.2, "sft": 0.6})
+    assert config(toward_coef=0, away_coef=2.0).coefs == {"away": 1.0}
+    assert config(attack_away_coef=1.5).attack_coefs == {"toward": 0.25, "away": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normaliser": "batch"}, "normaliser='batch' is unknown; use one of global, micro"),
+        ({"attack_on": "all"}, "attack_on='all' is unknown"),
+        ({"kl": "reverse"}, "kl='reverse' is unknown"),
+        ({"kl": "public"}, "needs normaliser='micro'"),
+        ({"lpa_steps": 0}, "lpa_steps=0 must be at least 1"),
+        ({"steps": -1}, "steps=-1 must be 0"),
+        ({"toward_coef": -1.0}, "toward_coef=-1.0, away_coef=0.5, sft_coef=0.0, kl_coef=0.0: weights must not"),
+        ({"attack_toward_coef": 0, "attack_away_coef": 0}, "one of them must be above 0"),
+        ({"max_steps": 7}, r"max_steps=7 counts model updates and follows from lpa_steps=30 x defence_steps=4 = 120"),
+        ({"bf16": True}, "bf16=True asks for autocast"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lpa-steps: 3\nlearning_rate: 1e-4\n")
+    assert read_yaml(file, setting_names()) == {"lpa_steps": 3, "learning_rate": "1e-4"}
+    for text, message in (
+        ("lpa_stepz: 3", "unknown key 'lpa_stepz'; did you mean 'lpa_steps'"),
+        ("qqqqqq: 3", "unknown key 'qqqqqq'$"),
+        ("- 3", "holds a list; it must be a mapping"),
+        ("a: [", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_yaml(file, setting_names())
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml", [])
