@@ -2,6 +2,7 @@
 
     python -m tests.ops.compile_triton            # a table; fails where a kernel spills on sm_80 or sm_90
     python -m tests.ops.compile_triton --asm DIR  # keeps PTX, SASS and AMD assembly too
+    python -m tests.ops.compile_triton --corners  # odd shapes, strides and dtypes instead: that they compile at all
 
 The launches are recorded from the ops themselves, called on tensors without memory, so that what is compiled is what
 runs. TRITON_INTERPRET must not be set.
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +32,7 @@ from lpa_kernels.ops.triton import launch
 from lpa_kernels.ops.triton.perturb import perturb
 from lpa_kernels.ops.triton.token_loss import token_loss_
 from lpa_kernels.ops.triton.update import pgd_update_
+from tests.ops.cases import loss_case, perturb_case, update_case
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -192,15 +195,53 @@ def costs(width: int, vocabulary: int, folder: Path, targets: list[str]) -> list
     return out
 
 
+def corners() -> int:
+    """Compile what specialises differently: ones become constants, big strides 64-bit, other layouts other loads."""
+
+    def meta(value: Any) -> Any:
+        if isinstance(value, list):
+            return [meta(item) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    half, wide = torch.float16, 4100
+    unlike = list(update_case(3, 5, 24, 9))
+    unlike[3] = [unlike[3][0], torch.zeros(()).expand(9, 24), torch.empty_strided((9, 24), (2**31, 1), device="meta")]
+    ops: list[tuple[Callable[..., object], tuple[Any, ...]]] = [
+        (perturb, perturb_case(1, 1, 1)),
+        (perturb, perturb_case(5, 3, 33, half, layout="rows")),
+        *((pgd_update_, update_case(1, 1, width, 1, 1, layout="columns")) for width in (1, 33, wide)),
+        (pgd_update_, update_case(1, 1, 24, 1, 1, half)),
+        (pgd_update_, update_case(2, 3, wide, 4, rule="normalized", norm="linf", maximize=True)),
+        (pgd_update_, update_case(2, 3, 24, 4, rule="sign", norm="none", per_row_epsilon=True, layout="expanded")),
+        (pgd_update_, tuple(unlike)),
+        (token_loss_, loss_case(1, 2)),
+        (token_loss_, loss_case(1, 40000, half, gap=3, weighted=False)),
+        (token_loss_, loss_case(200, 33, gap=3)),
+    ]
+    count = 0
+    for op, args in ops:
+        for kernel, positional, keywords in recorded(partial(op, *map(meta, args)), 32):
+            specialised, options = source(kernel, positional, keywords)
+            triton.compile(specialised, target=TARGETS["sm_90"], options=options)
+            count += 1
+    return count
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--asm", type=Path, help="keep the assembly in this folder")
+    parser.add_argument("--corners", action="store_true", help="compile odd shapes, strides and dtypes for sm_90")
     options = parser.parse_args(argv)
     if launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing can be compiled; unset it")
+    if options.corners:
+        print(f"{corners()} kernels compiled")
+        return 0
     print(f"width {options.width}, vocabulary {options.vocabulary}, bf16, triton {triton.__version__}")
     print(f"{'kernel':46} {'target':7} {'threads':>7} {'regs':>5} {'spills':>6} {'shared':>6} {'16-byte':>8}")
     with tempfile.TemporaryDirectory() as scratch:

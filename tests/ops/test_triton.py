@@ -72,6 +72,11 @@ def test_compiled_ahead_of_time():
             assert re.search(rf": {kernel} +{target} +\d+ +\d+", out), f"{kernel} is missing on {target}:\n{out}"
 
 
+def test_odd_shapes_strides_and_dtypes_compile():
+    """The interpreter specialises on nothing, a compiled kernel on every 1 and on every multiple of 16."""
+    assert "15 kernels compiled" in python("-m", "tests.ops.compile_triton", "--corners")
+
+
 @kernels
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float16])
 @pytest.mark.parametrize("width", WIDTHS)

@@ -1,4 +1,7 @@
-"""perturb in Triton: one masked gather-add over the tokens, out of place."""
+"""perturb in Triton: one masked gather-add over the tokens, out of place.
+
+Memory traffic an element: hidden read and the result written, 4 bytes in bf16, and 4 bytes of delta where attacked.
+"""
 
 # The parameters of a kernel have no Python types.
 # mypy: allow-untyped-defs

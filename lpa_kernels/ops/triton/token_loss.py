@@ -1,4 +1,8 @@
-"""token_loss_ in Triton: one sweep over a row of logits for its loss, one more to write the gradient over it."""
+"""token_loss_ in Triton: one sweep over a row of logits for its loss, one more to write the gradient over it.
+
+Memory traffic an element of bf16: 2 bytes read for the loss; for the gradient 2 written, and 2 read again, from L2
+wherever `parts` can arrange it. Seven instructions an element on sm_80 and sm_90, one of them an exponential.
+"""
 
 # The parameters of a kernel have no Python types.
 # mypy: allow-untyped-defs
