@@ -20,7 +20,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def _correction(beta: float, step: Tensor) -> Tensor:
     """Adam's bias correction 1 - beta**step; the difference itself would lose 6e-5 of it in float32 at step 1."""
-    return -torch.expm1(step * math.log(beta))
+    return -torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step)
 
 
 def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
@@ -55,7 +55,8 @@ def project(delta: Tensor, norms: Tensor, epsilon: Tensor, norm: str) -> Tensor:
     """delta [..., H] inside the ball of radius epsilon ([] or one a row); `norms` as `row_norm` gives them."""
     radius = epsilon.expand(norms.shape).unsqueeze(-1)
     if norm == "l2":
-        return delta / (norms.unsqueeze(-1) / radius).clamp(min=1)
+        length = norms.unsqueeze(-1)
+        return torch.where(length > radius, delta / (length / radius), delta)  # also for a radius of 0
     if norm == "linf":
         return torch.maximum(torch.minimum(delta, radius), -radius)
     return delta

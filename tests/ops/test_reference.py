@@ -68,6 +68,14 @@ def test_the_wider_rules_are_torchs(rule, optimizer, options):
     torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
 
 
+def test_a_radius_or_a_beta_of_zero():
+    delta, own = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]]), torch.arange(2)[:, None]
+    moments = {"exp_avg": torch.zeros_like(delta), "exp_avg_sq": torch.zeros_like(delta)}
+    grads = [torch.tensor([[0.0, 0.0], [1.0, -1.0]])]
+    pgd_update_(delta, grads, own, **moments, step_size=0.1, betas=(0.0, 0.0), epsilon=0.0, backend="reference")
+    assert delta[0].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 def test_normalized_and_sign_steps():
     grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     for rule, want in (("normalized", [[-0.06, -0.08], [0, 0]]), ("sign", [[-0.1, -0.1], [0, 0]])):
