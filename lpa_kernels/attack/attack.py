@@ -35,15 +35,15 @@ class LatentAttack:
     """
 
     sites: list[Site]
-    deltas_by_row: list[Tensor]
-    grid: Tensor
-    epsilon: float | Tensor
-    history: dict[str, Tensor]
-    row_norms: Tensor
-    clipped: Tensor
+    deltas_by_row: list[Tensor] = field(repr=False)
+    grid: Tensor = field(repr=False)
+    epsilon: float | Tensor = field(repr=False)
+    history: dict[str, Tensor] = field(repr=False)
+    row_norms: Tensor = field(repr=False)
+    clipped: Tensor = field(repr=False)
     engine: str = "reference"
     reason: str = ""
-    layout: PackedLayout | None = None
+    layout: PackedLayout | None = field(default=None, repr=False)
     captured: str = "the engine is 'reference'"
     enabled: bool = True
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -80,8 +80,9 @@ class LatentAttack:
 
     @property
     def boundary_fraction(self) -> float:
-        """The share of the rows that moved, over all sites, that the last projection brought back to the boundary."""
-        return float((self.row_norms > self.epsilon).sum() / (self.row_norms > 0).sum().clamp(min=1))
+        """The share of the rows that moved, over all sites, that are at the boundary of their ball."""
+        reached = self.row_norms >= self.epsilon * (1 - 1e-4)  # a row that was brought back is there up to rounding
+        return float(reached.sum() / (self.row_norms > 0).sum().clamp(min=1))
 
     def to(self, device: torch.device | str) -> LatentAttack:
         """Move the perturbations, to keep many attacks off the GPU between their uses; returns this attack."""

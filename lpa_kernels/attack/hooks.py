@@ -16,6 +16,21 @@ from .sites import Site, hidden_of, with_hidden
 Rows = Callable[[Tensor], Tensor | None]
 
 
+class _Tapped(torch.autograd.Function):
+    """`perturb` with a fixed delta, whose backward hands the gradient of its result to `tap` too.
+
+    The result itself cannot be differentiated by: models add to it in place (falcon's parallel attention does).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, tap: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
+        return perturb(hidden, delta, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return grads[0], grads[0], None, None
+
+
 def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: dict[str, Tensor] | None = None) -> Any:
     """A forward hook that adds delta [R, H] to the module's hidden states [..., H], out of place.
 
@@ -23,8 +38,9 @@ def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: di
         delta: read at every call, so that it may be replaced between calls.
         rows: from the hidden states to the row of each of their tokens ([T] int64, -1: none), or None for a call
             that is to pass untouched.
-        keep: where the perturbed hidden states [T, H] go by name, as tensors that require a gradient; those of the
-            first call, since checkpointed blocks are called again by the backward pass. None to keep nothing.
+        keep: where, by name, a tensor [T, H] goes whose gradient is that of the perturbed hidden states; that of the
+            first call, since checkpointed blocks are called again by the backward pass. None where delta itself may
+            want a gradient.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -32,12 +48,14 @@ def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: di
         index = rows(hidden)
         if index is None:
             return output
-        # one [T, H] view is both what is kept and what flows on, so that its gradient is the whole one
-        out = perturb(hidden.reshape(-1, hidden.shape[-1]), delta().to(hidden.device), index.to(hidden.device))
-        if keep is not None:
-            if not out.requires_grad:
-                out.requires_grad_()
-            keep.setdefault(name, out)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        values, index = delta().to(hidden.device), index.to(hidden.device)
+        if keep is None:
+            out = perturb(flat, values, index)
+        else:
+            tap = flat.new_zeros(()).expand(flat.shape).requires_grad_()  # no memory of its own
+            keep.setdefault(name, tap)
+            out = _Tapped.apply(flat, tap, values, index)
         return with_hidden(output, out.view(hidden.shape))
 
     return hook

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Site:
     """A module whose output is perturbed. `layer` is its decoder block, None outside the blocks."""
 
     name: str
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     layer: int | None
 
 
