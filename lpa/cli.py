@@ -11,6 +11,7 @@ from importlib import import_module
 # torch and transformers take seconds, and help must not.
 COMMANDS = {
     "train": "train a model by LPA and measure it before and after",
+    "evaluate": "compare adapters with their base model: traits, harm, over-refusal, utility, collapse",
     "traits": "list the shipped statements, or show their tokens (--preview)",
     "assets": "list, fetch or verify the embedded model and data sets",
 }

@@ -140,7 +140,7 @@ def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
 
 def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(model: str, tmp_path: Path, capsys: Any) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = [*SMALL, "--lpa_steps", "12", "--no_measure", "--save_total_limit", "1"]
+    more = [*SMALL, "--lpa_steps", "8", "--no_measure", "--save_total_limit", "1"]
     command = [sys.executable, "-m", "lpa", "train", "--model", model, "--output", str(parts), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip

@@ -290,6 +290,7 @@ def test_standard_kl_is_that_of_the_textbook() -> None:
     batch = BenignBatch(torch.randint(50, (2, 6)), torch.tensor([[0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1]]).bool())
     base = batch.rows(plain_logits(tiny_model(50, seed=1), batch.ids)).detach()
     total, terms = benign_terms(model, batch, {"kl": 0.5, "sft": 0.25}, batch.count, "standard", base)
+    total = total.detach()
     logits, other = plain_logits(model, batch.ids), plain_logits(tiny_model(50, seed=1), batch.ids)
     kls, losses = [], []
     for example, position in batch.mask.nonzero().tolist():
@@ -297,7 +298,7 @@ def test_standard_kl_is_that_of_the_textbook() -> None:
         old = torch.distributions.Categorical(logits=other[example, position - 1].double())
         kls.append(torch.distributions.kl_divergence(old, new))
         losses.append(-new.log_prob(batch.ids[example, position]))
-    kl, sft = torch.stack(kls).mean(), torch.stack(losses).mean()
+    kl, sft = torch.stack(kls).mean().detach(), torch.stack(losses).mean().detach()
     assert float(terms["kl"]) == pytest.approx(float(kl), rel=1e-5)
     assert float(terms["sft"]) == pytest.approx(float(sft), rel=1e-5)
     assert float(total) == pytest.approx(float(0.5 * kl + 0.25 * sft), rel=1e-5)
