@@ -41,8 +41,18 @@ def native(wanted: str) -> dict[str, Any]:
         extra_compile_args=flags,
         py_limited_api=True,  # it holds no Python at all: torch.ops.load_library opens it
     )
-    build = BuildExtension.with_options(no_python_abi_suffix=True)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": build}}
+
+    class Build(BuildExtension.with_options(no_python_abi_suffix=True)):  # type: ignore[misc]
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                raise SystemExit(
+                    f"The native kernels did not build ({error}); the compiler's own words are above. Without "
+                    f"{VARIABLE} the install is pure Python and needs no compiler; {VARIABLE}=cpu leaves CUDA out."
+                ) from error
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 request = os.environ.get(VARIABLE, "0")
