@@ -1,7 +1,7 @@
 """A fast, exact inner loop for latent adversarial training."""
 
 from .attack import LatentAttack, LatentPGD, Objective, PairBatch
-from .compat import clear_hooks, fused_latent_pgd
+from .compat import EmbeddingSpaceAttack, clear_hooks, fused_latent_pgd, patch_latent_at
 from .ops import PGDOptimizer, linear_token_loss, perturb, pgd_update_, project_, token_loss, token_loss_
 from .ops import backends as _backends
 
@@ -14,6 +14,7 @@ def backends() -> str:
 
 
 __all__ = [
+    "EmbeddingSpaceAttack",
     "LatentAttack",
     "LatentPGD",
     "Objective",
@@ -23,6 +24,7 @@ __all__ = [
     "clear_hooks",
     "fused_latent_pgd",
     "linear_token_loss",
+    "patch_latent_at",
     "perturb",
     "pgd_update_",
     "project_",

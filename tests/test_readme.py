@@ -1,0 +1,41 @@
+"""What the README and the docs name is there: links, names in code, commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import lpa
+import lpa_kernels
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_names_exist(page):
+    text = page.read_text()
+    for package in (lpa, lpa_kernels):
+        imports = re.findall(rf"from {package.__name__} import ([\w, ]+)", text)
+        names = [name.split(" as ")[0].strip() for line in imports for name in line.split(",")]
+        names += re.findall(rf"\b{package.__name__}\.(\w+)\(", text)
+        assert [name for name in names if not hasattr(package, name)] == []
+
+
+def test_the_readme_names_commands_that_exist():
+    from lpa.cli import COMMANDS
+
+    named = set(re.findall(r"\blpa (train|traits|assets|evaluate|report|chat|export|plan)\b", PAGES[0].read_text()))
+    assert named <= set(COMMANDS)
+    assert "train" in named
+
+
+def test_no_placeholder_is_left():
+    assert not [page.name for page in PAGES if "<!-- result" in page.read_text()]
