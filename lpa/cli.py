@@ -12,6 +12,7 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a model by LPA and measure it before and after",
     "evaluate": "compare adapters with their base model: traits, harm, over-refusal, utility, collapse",
+    "report": "make one HTML page of runs and evaluations",
     "traits": "list the shipped statements, or show their tokens (--preview)",
     "assets": "list, fetch or verify the embedded model and data sets",
 }
