@@ -1,0 +1,249 @@
+"""Captured steps: what is replayed on tensors that stay where they are must be what the plain loop does."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lpa_kernels.attack import LatentPGD, capture
+from lpa_kernels.attack.capture import bucketed, padded_layout
+from lpa_kernels.attack.modes import cast_adapters, merged_adapters
+from lpa_kernels.attack.packing import pack
+
+from .batches import RAGGED, assert_same, attack_with, llama, pairs, with_lora
+from .models import tiny
+
+SITES = ["embedding", "mlp:1"]
+SMALL, LARGER = [(6, 4, 3, 0), (4, 2, 5, 0)], [(7, 3, 4, 0), (3, 5, 1, 0)]  # of one bucket
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Stands in for CUDA graphs: replays by running the step again on its own tensors. Lists what was recorded."""
+    steps: list[Callable[[], None]] = []
+
+    def record(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+        steps.append(step)
+        for _ in range(2):  # as a warm-up does, and it must leave no trace
+            restore()
+            step()
+        return step
+
+    monkeypatch.setitem(capture.RECORDERS, "cpu", record)
+    return steps
+
+
+def check(model: Any, batch: Any, sites: Any = SITES, **options: Any) -> None:
+    got = attack_with(model, batch, sites, "packed", capture_graph=True, **options)
+    want = attack_with(model, batch, sites, "packed", capture_graph=False, **options)
+    assert (got.captured, want.captured) == ("yes", "capture_graph=False")
+    assert torch.equal(got.grid, want.grid)
+    assert [d.shape for d in got.deltas_by_row] == [d.shape for d in want.deltas_by_row]
+    assert torch.equal(got.clipped, want.clipped)
+    assert_same(got, want, losses=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "llama4_text"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_batches_share_a_bucket(family: str, attn: str, recorded: list[Any]) -> None:
+    """Other lengths, other masks, other tokens: the inputs and the attention masks of each batch come in anew."""
+    model = tiny(family, attn=attn)
+    for sizes, attack, seed in ((SMALL, "all", 1), (LARGER, "prompt", 2), (SMALL, "some", 3), (LARGER, "all", 4)):
+        check(model, pairs(sizes, attack, seed))
+    assert len(recorded) == 1
+    check(model, pairs(RAGGED, "all"))
+    assert len(recorded) == 2  # more rows
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"rule": "normalized", "norm": "linf", "step_size": 0.1, "epsilon": 0.02},
+    {"coefs": {"toward": 1.0}},
+    {"coefs": {"away": 2.0}},
+    {"l2_penalty": 0.5, "clip_grad": 0.01},
+    {"stop_below": 4.4},
+    {"relative": True, "epsilon": 0.02},
+    {"random_start": True, "seed": 3},
+    {"merge_adapters": True},
+    {"steps": 1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
+def test_settings(options: dict[str, Any], recorded: list[Any]) -> None:
+    model = llama(lora=True)
+    for sizes, seed in ((SMALL, 1), (LARGER, 2)):
+        check(model, pairs(sizes, "all", seed), **options)
+    assert len(recorded) == 1
+
+
+def test_counts_step_size_and_radius_may_change(recorded: list[Any]) -> None:
+    model = llama()
+    for options in ({}, {"step_size": 0.05}, {"epsilon": 0.01}):
+        check(model, pairs(), **options)
+    for counts in ((7.0, 8.0), (100.0, 50.0)):
+        attacks = [LatentPGD(model, SITES, steps=3, step_size=0.02, epsilon=0.1, threshold=-8.0, capture_graph=graph)
+                   .attack(pairs(), counts) for graph in (True, False)]  # fmt: skip
+        assert_same(*attacks, losses=1e-6)
+    assert len(recorded) == 1
+
+
+def test_lower_blocks_are_an_input(recorded: list[Any]) -> None:
+    model = llama(lora=True)
+    for sizes, seed in ((SMALL, 1), (LARGER, 2), (SMALL, 3)):
+        check(model, pairs(sizes, "all", seed), ["mlp:2", "block:3"])
+    assert len(recorded) == 1
+    assert "forward" not in model.base_model.model.model.layers[0].__dict__
+
+
+def test_weights_that_move_or_change(recorded: list[Any]) -> None:
+    """A change in place is seen by a replay; other memory needs another capture."""
+    model = llama()
+    check(model, pairs())
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
+    check(model, pairs())
+    assert len(recorded) == 1
+    weight = model.model.layers[2].mlp.down_proj.weight
+    weight.data = weight.data.clone()
+    check(model, pairs())
+    assert len(recorded) == 2
+
+
+def test_the_cache_is_bounded_and_dies_with_the_model(recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "GRAPHS", 2)
+    # no reference to the model, as a CUDA graph has none
+    record = lambda step, restore: recorded.append(step()) or (lambda: None)  # noqa: E731
+    monkeypatch.setitem(capture.RECORDERS, "cpu", record)
+    model = llama()
+    # three steps are used all the time, so that four, not they, make room for five
+    for steps, graphs in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
+        attack_with(model, pairs(), SITES, "packed", steps=steps)
+        assert len(recorded) == graphs
+        assert len(capture._captured[model]) == min(graphs, 2)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("'dpo' counts rows", {"coefs": {"dpo": 1.0}, "reference_free": True}),
+    ("'kl' counts rows", {"coefs": {"toward": 1.0, "kl": 0.1}}),
+    ("norm='l2_sequence' counts rows", {"norm": "l2_sequence"}),
+    ("only the packed engine", {"engine": "reference"}),
+]
+
+
+@pytest.mark.parametrize(("reason", "options"), REFUSED, ids=[r for r, _ in REFUSED])
+def test_what_cannot_be_captured(reason: str, options: dict[str, Any], recorded: list[Any]) -> None:
+    model, options = llama(), {"engine": "packed"} | options
+    found = attack_with(model, pairs(), SITES, **options)
+    assert reason in found.captured
+    assert_same(found, attack_with(model, pairs(), SITES, capture_graph=False, **options), losses=0, deltas=0)
+    with pytest.raises(RuntimeError, match=f"capture_graph=True, but .*{reason}"):
+        attack_with(model, pairs(), SITES, capture_graph=True, **options)
+    assert not recorded
+
+
+def test_the_cpu_has_no_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = llama()
+    for _ in range(2):
+        assert attack_with(model, pairs(), SITES, "packed").captured == "it runs on cpu, which has no graphs"
+    assert sum("not captured: it runs on cpu" in record.message for record in caplog.records) == 1
+    with pytest.raises(RuntimeError, match="capture_graph=True, but it runs on cpu"):
+        attack_with(model, pairs(), SITES, "packed", capture_graph=True)
+    with pytest.raises(ValueError, match="capture_graph='yes' is unknown"):
+        attack_with(model, pairs(), SITES, "packed", capture_graph="yes")
+
+
+def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The plain loop runs instead, from the start; the same shape is not tried again."""
+    caplog.set_level("INFO")
+    tries = []
+
+    def fail(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+        tries.append(1)
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setitem(capture.RECORDERS, "cpu", fail)
+    model = llama()
+    for _ in range(2):
+        found = attack_with(model, pairs(), SITES, "packed")
+        assert found.captured == "the capture failed: operation not permitted when stream is capturing"
+        assert_same(found, attack_with(model, pairs(), SITES, "packed", capture_graph=False), losses=0, deltas=0)
+    assert len(tries) == 1
+    assert sum("not captured" in record.message for record in caplog.records) == 1
+
+
+def test_the_unshared_path_is_not_captured(recorded: list[Any]) -> None:
+    found = attack_with(tiny("bloom"), pairs(), ["embedding"], "auto")
+    assert (found.engine, found.captured) == ("unshared", "only the packed engine can be")
+
+
+def test_an_attack_outlives_the_next_replay(recorded: list[Any]) -> None:
+    model = llama()
+    first = attack_with(model, pairs(SMALL), SITES, "packed")
+    before = [delta.clone() for delta in first.deltas_by_row], first.losses
+    attack_with(model, pairs(LARGER, seed=9), SITES, "packed")
+    first._read.clear()
+    assert first.losses == before[1]
+    assert all(map(torch.equal, first.deltas_by_row, before[0]))
+
+
+@pytest.mark.parametrize(("number", "least", "want"), [
+    (1, 16, 16), (16, 16, 16), (17, 16, 32), (130, 16, 144), (1000, 16, 1024), (1025, 16, 1152), (0, 32, 0),
+])  # fmt: skip
+def test_buckets(number: int, least: int, want: int) -> None:
+    assert bucketed(number, least) == want
+
+
+def test_padding_keeps_every_token_in_its_place() -> None:
+    layout = pack(pairs(RAGGED, "some"))
+    wide = padded_layout(layout)
+    (rows, length), width = layout.shape, wide.shape[1]
+    assert wide.shape == (rows, bucketed(length, 16))
+    assert torch.equal(wide.input_ids[:, :length], layout.input_ids)
+    assert bool((wide.branch[:, length:] == -1).all())
+    deltas, labels = len(layout.row_tokens), len(layout.labels)
+    there = layout.row_tokens >= 0
+    assert torch.equal(wide.row_tokens[:deltas] >= 0, there)
+    assert bool((wide.row_tokens[deltas:] == -1).all())
+    assert torch.equal(
+        wide.input_ids.flatten()[wide.row_tokens[:deltas][there]], layout.input_ids.flatten()[layout.row_tokens[there]]
+    )
+    back = torch.arange(rows * width)[wide.token_rows >= 0]
+    assert sorted(back.tolist()) == sorted(wide.row_tokens[wide.row_tokens >= 0].tolist())
+    assert torch.equal(wide.labels[:labels], layout.labels)
+    assert bool((wide.labels[labels:] == -100).all())
+
+
+def test_copies_of_adapters_stay_where_they_are() -> None:
+    model = llama().to(torch.bfloat16)
+    model = with_lora(model)
+    seen = []
+    for _ in range(2):
+        with cast_adapters(model):
+            seen.append([(p.data_ptr(), p.dtype) for n, p in model.named_parameters() if "lora" in n])
+    assert seen[0] == seen[1]
+    assert {dtype for _, dtype in seen[0]} == {torch.bfloat16}
+    base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    where = base.data_ptr()
+    with merged_adapters(model):
+        assert base.data_ptr() == where
+    assert base.data_ptr() == where
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_cuda_graphs(attn: str) -> None:
+    model = with_lora(tiny("qwen3", attn=attn)).cuda()
+    for sizes, seed in ((SMALL, 1), (LARGER, 2), (SMALL, 3)):
+        check(model, pairs(sizes, "all", seed).to("cuda"))
+    assert len(capture._captured[model]) == 1
