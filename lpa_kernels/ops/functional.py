@@ -23,7 +23,10 @@ def _run(op: str, backend: str, args: tuple[Any, ...]) -> Any:
     """Call `op`: straight to the backend in eager mode, through the dispatcher (60 us more) when compiling."""
     if torch.compiler.is_compiling() and backend == "auto":
         return getattr(torch.ops.lpa_kernels, op)(*args)
-    return registry.select(op, backend, args)(*args)
+    result = registry.select(op, backend, args)(*args)
+    if op == "pgd_update_" or (op == "token_loss_" and args[3] is not None):
+        torch.autograd.graph.increment_version(args[0])  # kernels write behind autograd's back; it must not miss it
+    return result
 
 
 class _Perturb(torch.autograd.Function):

@@ -226,6 +226,20 @@ def test_pgd_optimizer_refuses():
         PGDOptimizer([x.detach().t().requires_grad_()])
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_autograd_sees_what_a_kernel_overwrites(backend):
+    if ("token_loss_", backend) not in registry._table:
+        pytest.skip("the native kernels are not built")
+    z = torch.randn(3, 5, requires_grad=True)
+    logits = z.tanh()  # keeps its output for its backward
+    labels, away = torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.bool)
+    token_loss_(logits.detach(), labels, away, None, backend=backend)
+    logits.sum().backward(retain_graph=True)
+    token_loss_(logits.detach(), labels, away, torch.ones(3), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
 def test_faces_refuse_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="hidden has shape"):
         perturb(torch.zeros(2, 3), torch.zeros(1, 4), torch.zeros(2, dtype=torch.long))

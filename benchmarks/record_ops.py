@@ -1,0 +1,105 @@
+"""Measure the ops side by side and write benchmarks/results/ops-<device>.json and a Markdown table.
+
+    python -m benchmarks.record_ops [--rounds 7] [--only token_loss_]
+
+The ways of a group take turns, so that a noisy machine hits all alike; the ratio to ours is the median over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.op_cases import Case, all_cases, copy_bandwidth, device, seconds
+from benchmarks.record_loop import RESULTS
+
+
+def extra_mib(case: Case) -> float:
+    """Peak resident memory of three calls above what their inputs take, in MiB, measured in a fresh process."""
+    code = (
+        "from pathlib import Path; from benchmarks import record_ops as r; import torch;"
+        f"case = next(c for c in r.all_cases() if (c.group, c.name) == {(case.group, case.name)!r});"
+        "run = case.make(); before = r.memory_kib('VmRSS'); Path('/proc/self/clear_refs').write_text('5');"
+        "[run() for _ in range(3)]; print(r.memory_kib('VmHWM') - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def measure(cases: list[Case], rounds: int) -> dict[str, Any]:
+    """Seconds, bandwidth and memory of each way of one group."""
+    runs = {case.name: case.make() for case in cases}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for lap in range(rounds + 2):
+        for name, run in runs.items():
+            spent = seconds(run)
+            if lap > 1:  # the first two warm up and compile
+                times[name].append(spent)
+    ours = cases[0].name
+    found: dict[str, Any] = {}
+    for case in cases:
+        median = statistics.median(times[case.name])
+        ratio = statistics.median(t / o for t, o in zip(times[case.name], times[ours], strict=True))
+        found[case.name] = {"milliseconds": round(median * 1e3, 3), "times_ours": round(ratio, 2)}
+        if case.moved:
+            rate = case.moved / median
+            found[case.name] |= {"GB/s": round(rate / 1e9, 1), "share_of_copy": round(rate / copy_bandwidth(), 2)}
+        if device() == "cpu" and "loss" in case.group:
+            found[case.name]["extra_mib"] = round(extra_mib(case), 1)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = []
+    for group, ways in results.items():
+        lines += [
+            f"**{group}**",
+            "",
+            "| | ms | times ours | GB/s | of the copy | extra MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, row in ways.items():
+            cells = [f"{row['milliseconds']:.3f}", f"{row['times_ours']:.2f}"]
+            cells += [str(row.get(key, "")) for key in ("GB/s", "share_of_copy", "extra_mib")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="groups whose title holds this")
+    args = parser.parse_args()
+    cases = [case for case in all_cases() if args.only in case.group]
+    results = {}
+    for group in dict.fromkeys(case.group for case in cases):
+        results[group] = measure([case for case in cases if case.group == group], args.rounds)
+        print(table({group: results[group]}), flush=True)
+    record = {
+        "command": " ".join(["python -m benchmarks.record_ops", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"torch": torch.__version__},
+        "threads": torch.get_num_threads(),
+        "copy_GB/s": round(copy_bandwidth() / 1e9, 1),
+        "results": results,
+    }
+    target = RESULTS / f"ops-{device()}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    target.with_suffix(".md").write_text(
+        f"`{record['command']}`, {record['date']}, torch {torch.__version__}, {record['threads']} threads; a large "
+        f"copy moves {record['copy_GB/s']} GB/s\n\n{table(results)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
