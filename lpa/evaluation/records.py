@@ -26,15 +26,19 @@ class Records:
     `records.jsonl` holds ids, hashes, judgements and scores, and the answers to prompts that are not harmful. What
     was answered to harmful prompts goes to `texts.local.jsonl` (with the prompts if `keep_texts`), which the folder's
     .gitignore keeps out of commits.
+
+    Args:
+        read_only: what is added is not written.
     """
 
-    def __init__(self, folder: Path | None = None, keep_texts: bool = False) -> None:
-        self.folder, self.keep_texts = folder, keep_texts
+    def __init__(self, folder: Path | None = None, keep_texts: bool = False, read_only: bool = False) -> None:
+        self.folder, self.keep_texts = None if read_only else folder, keep_texts
         self._records: dict[Key, Record] = {}
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".gitignore").write_text("*.local.jsonl\n", encoding="utf-8")
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".gitignore").write_text("*.local.jsonl\n", encoding="utf-8")
         for record in _read_lines(folder / RECORDS):
             self._records[key_of(record)] = record
         for text in _read_lines(folder / TEXTS):

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lpa.models import DEFAULT_MODEL, load
 from .bench import Bench, quiet_generation
 from .judges import Judge, judge_answers
 from .records import Records
-from .sets import BENIGN, PromptSet, load_set
+from .sets import BENIGN, PromptSet, load_set, set_name
 from .subjects import EvaluationError, Subjects, named_adapters
 from .suites import SUITES, Row, Run, Settings
 from .table import as_markdown, as_table
@@ -114,6 +114,7 @@ def evaluate(
     judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
     benign = load_set(BENIGN, wanted.limit, harmful=False)
     harmful = [load_set(name, wanted.limit) for name in wanted.sets if {"harm", "attacks"} & set(chosen)]
+    wanted = replace(wanted, sets=tuple(map(set_name, wanted.sets)))
     for prompts in harmful:
         if prompts.reason:
             logger.warning("%s cannot be had: %s", prompts.name, prompts.reason)
@@ -192,7 +193,7 @@ def versions() -> dict[str, str]:
     import transformers
 
     found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return found | {"peft": peft.__version__, "platform": platform.platform()}
+    return found | {"peft": peft.__version__, "platform": f"{platform.system()} {platform.machine()}"}
 
 
 def _info(

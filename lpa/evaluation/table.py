@@ -23,7 +23,7 @@ def number(row: Row | None) -> str:
         return "YES" if row.value else "no"
     if row.value is None or math.isnan(row.value):
         return "-"
-    scale, digits = (100, 0) if row.unit == "%" else (1, 3 if abs(row.value) < 1 else 2)
+    scale, digits = (100, 0) if row.unit == "%" else (1, 3 if abs(row.value) < 1 else 2 if abs(row.value) < 100 else 0)
     text = f"{row.value * scale:.{digits}f}{row.unit}"
     if row.low is not None and row.high is not None and not math.isnan(row.low):
         text += f" [{row.low * scale:.{digits}f}, {row.high * scale:.{digits}f}]"

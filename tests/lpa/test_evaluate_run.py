@@ -108,9 +108,9 @@ def test_adapters_stand_beside_the_base_model_which_is_left_as_it_was(harmful: s
 def test_every_attack_runs_and_templates_hold_the_prompt(harmful: str) -> None:
     found = run(random_model(), harmful, suites=["attacks"], attacks=ATTACKS, attack_steps=2, limit=2,
                 sites=("embedding", "mlp:1"))  # fmt: skip
-    modes = {record["mode"] for record in found.records.select(suite="answers", set=harmful)}
+    modes = {record["mode"] for record in found.records.select(suite="answers", set="standins")}
     assert modes == {"direct", "prefix", "latent", "embedding", *(f"template:{name}" for name in TEMPLATES)}
-    for record in found.records.select(suite="answers", set=harmful, mode="prefix"):
+    for record in found.records.select(suite="answers", set="standins", mode="prefix"):
         assert record["answer"].startswith("Sure, here is")
     assert all(template.count("{prompt}") == 1 for template in TEMPLATES.values())
 
@@ -210,10 +210,10 @@ def test_a_folder_that_is_no_adapter_is_told(harmful: str, tmp_path: Path) -> No
 def test_a_set_that_cannot_be_had_is_a_row_with_the_reason(harmful: str) -> None:
     found = run(random_model(), harmful, sets=(harmful, "missing.csv", "strongreject"), suites=["harm", "utility"])
     told = {row.set: row.note for row in found.rows if row.value is None and row.suite != "verdict"}
-    assert "there is no file missing.csv" in told["missing.csv"]
+    assert "there is no file missing.csv" in told["missing"]
     assert "pip" in told["strongreject"]
     assert "pip" in told["mmlu"]
-    assert found.value("base", "harm", "harm error", harmful) is not None
+    assert found.value("base", "harm", "harm error", "standins") is not None
 
 
 def test_a_prompt_longer_than_the_context_is_skipped_and_counted(harmful: str, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_harmful_texts_stay_out_of_what_is_shared(harmful: str, tmp_path: Path) 
             assert "forbidden" not in path.read_text(encoding="utf-8"), path.name
     records = [json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text(encoding="utf-8").splitlines()]
     assert all(len(r["sha256"]) == 64 for r in records)
-    assert {("answer" in r) for r in records if r["suite"] == "answers" and r["set"] == harmful} == {False}
+    assert {("answer" in r) for r in records if r["suite"] == "answers" and r["set"] == "standins"} == {False}
 
 
 # ---- judges --------------------------------------------------------------------------------------------------------

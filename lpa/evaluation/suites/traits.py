@@ -17,7 +17,7 @@ from lpa_kernels.attack.sites import decoder_layers
 from ..bench import batches
 from ..records import Record, Records
 from ..sets import digest
-from ..stats import mean, wilson
+from ..stats import bootstrap, mean, wilson
 from .attacks import bounded_pgd
 from .base import Row, Run, Settings
 
@@ -92,6 +92,11 @@ class Traits:
             if own := records.select(subject=subject, suite=self.name, set=kind, mode=CLEAN):
                 good = "down" if kind == "undesirable" else "up"
                 rows.append(_agreement(subject, kind, "agrees, clean", own, good, {}))
+                odds = [r["agree"] - r["disagree"] for r in own]
+                low, high = bootstrap([odds], lambda groups: mean(groups[0]))
+                rows.append(
+                    Row(subject, self.name, kind, "log-odds, clean", mean(odds), low, high, len(odds), good=good)
+                )
         attacked = [r for r in records.select(subject=subject, suite=self.name, set=KINDS[0]) if r["mode"] != CLEAN]
         by_mode: dict[str, list[Record]] = {}
         for record in attacked:
@@ -174,7 +179,6 @@ def _agreement(
     flags = [agrees(record) for record in own]
     low, high = wilson(sum(flags), len(flags))
     extra = extra | {"margin": mean([r["agree"] - r["disagree"] for r in own])}
-    note = note or f"mean log-odds of agreeing {extra['margin']:+.2f}"
     return Row(
         subject, "traits", kind, metric, mean([float(f) for f in flags]), low, high, len(flags), "%", good, note, extra
     )

@@ -1,0 +1,38 @@
+"""`lpa chat`: a base model and adapters answer side by side in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command."""
+    from ..data import PLAIN_PROMPT
+    from ..models import DEFAULT_MODEL
+
+    parser = argparse.ArgumentParser(prog="lpa chat", description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder, a hub name, or an asset's name")
+    parser.add_argument("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER")
+    parser.add_argument("--prompt", action="append", default=[], help="answer this and end; may be given again")
+    parser.add_argument("--system-prompt", default=PLAIN_PROMPT, help="empty for none")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ...")
+    parser.add_argument("--device", help="by default the first GPU, else the CPU")
+    options = parser.parse_args(arguments)
+    import torch
+
+    from ..chat import chat
+    from ..models import load
+
+    model, tokenizer = load(options.model, dtype=options.dtype)
+    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chat(
+        model,
+        tokenizer,
+        options.adapter,
+        prompts=options.prompt,
+        system_prompt=options.system_prompt or None,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return 0

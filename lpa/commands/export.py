@@ -1,0 +1,29 @@
+"""`lpa export`: merge an adapter into its base model and save a plain model folder, checked against the adapter."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command."""
+    from ..models import DEFAULT_MODEL
+
+    parser = argparse.ArgumentParser(prog="lpa export", description=__doc__)
+    parser.add_argument("--merge", action="store_true", required=True, help="the only kind of export there is")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the base: a folder, a hub name, or an asset's name")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a folder that is not there yet")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ...")
+    options = parser.parse_args(arguments)
+    from ..export import export_merged
+    from ..models import load
+
+    model, tokenizer = load(options.model, dtype=options.dtype)
+    check = export_merged(model, tokenizer, options.adapter, options.output)
+    print(
+        f"{options.output}: loaded again, {check.equal} of {check.prompts} greedy answers are the adapter's, "
+        f"mean KL {check.kl:.2g} nats a token"
+    )
+    return 0

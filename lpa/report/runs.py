@@ -1,0 +1,162 @@
+"""Read what `lpa evaluate` and `lpa train` left in a folder, and pair the subjects of an evaluation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpa.evaluation.records import Record, Records
+from lpa.evaluation.session import RESULTS, RUN
+from lpa.evaluation.sets import BENIGN, benign_prompts
+from lpa.evaluation.stats import mcnemar, mean, permutation
+from lpa.evaluation.suites import Row
+from lpa.evaluation.suites.answers import complied
+from lpa.evaluation.suites.harm import says_yes
+from lpa.evaluation.suites.traits import CLEAN
+
+METRICS, STATE = "metrics.json", "trainer_state.json"
+
+
+class ReportError(ValueError):
+    """There is nothing to report on; the message says what is missing."""
+
+
+@dataclass
+class EvaluationRun:
+    """An evaluation's folder: `rows` of its table, `records` of every prompt, `info` as in run.json."""
+
+    name: str
+    rows: list[Row]
+    subjects: list[str]
+    records: Records
+    info: dict[str, Any]
+
+
+@dataclass
+class TrainingRun:
+    """A training run's folder: its record (metrics.json, {} where a stopped run left none) and its logged steps."""
+
+    name: str
+    info: dict[str, Any]
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+
+def read_run(folder: str | Path) -> list[EvaluationRun | TrainingRun]:
+    """What a folder holds: an evaluation, a training run, or both.
+
+    Raises:
+        ReportError: neither, or an evaluation that has not come to its end.
+    """
+    path = Path(folder).expanduser()
+    found: list[EvaluationRun | TrainingRun] = []
+    if (path / RUN).is_file():
+        if not (path / RESULTS).is_file():
+            raise ReportError(f"the evaluation in {path} was stopped; the command that began it goes on with it")
+        info, results = _json(path / RUN), _json(path / RESULTS)
+        rows = [Row(**row) for row in results["rows"]]
+        found.append(EvaluationRun(path.name, rows, results["subjects"], Records(path, read_only=True), info))
+    if (path / METRICS).is_file():
+        info = _json(path / METRICS)
+        found.append(TrainingRun(path.name, info, info.get("steps", [])))
+    elif states := sorted(path.glob(f"checkpoint-*/{STATE}"), key=lambda p: int(p.parent.name.partition("-")[2])):
+        steps = [entry for entry in _json(states[-1])["log_history"] if "lpa_step" in entry]
+        found.append(TrainingRun(path.name, {}, steps))
+    if not found:
+        raise ReportError(f"{path} holds neither an evaluation ({RUN}) nor a training run ({METRICS} or checkpoints)")
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ReportError(f"{path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two subjects on the same prompts: means of both, and the p of McNemar's or a permutation test."""
+
+    what: str
+    one: str
+    other: str
+    n: int
+    before: float
+    after: float
+    p: float
+    test: str
+    unit: str = ""
+
+
+_Value = Callable[[Record], float | bool]
+
+
+def paired_tests(run: EvaluationRun) -> list[Paired]:
+    """All pairs of subjects on everything that was measured prompt by prompt."""
+    measures: list[tuple[str, dict[str, str], _Value]] = []
+    for name in run.info["settings"]["sets"]:
+        measures.append(
+            (f"harmful requests done, {name}", {"suite": "answers", "set": name, "mode": "direct"}, complied)
+        )
+        measures.append((f"says yes to harmful, {name}", {"suite": "harm", "set": name}, says_yes))
+    measures.append(("benign requests done", {"suite": "answers", "set": BENIGN, "mode": "direct"}, complied))
+    measures.append(("says yes to benign", {"suite": "harm", "set": BENIGN}, says_yes))
+    for kind in ("undesirable", "desirable"):
+        clean = {"suite": "traits", "set": kind, "mode": CLEAN}
+        measures.append((f"log-odds of agreeing, {kind}", clean, lambda r: r["agree"] - r["disagree"]))
+    measures.append(
+        ("loss a token on prose", {"suite": "utility", "set": "perplexity"}, lambda r: r["loss"] / r["tokens"])
+    )
+    for task in ("mmlu", "lambada"):
+        measures.append((task, {"suite": "utility", "set": task, "mode": ""}, lambda r: bool(r["right"])))
+    found = []
+    for one, other in itertools.combinations(run.subjects, 2):
+        for what, where, value in measures:
+            pair = _pair(run.records, what, where, value, one, other)
+            if pair is not None:
+                found.append(pair)
+    return found
+
+
+def _pair(records: Records, what: str, where: dict[str, str], value: _Value, one: str, other: str) -> Paired | None:
+    held = [
+        {r["id"]: value(r) for r in records.select(subject=name, **where) if "error" not in r and "reason" not in r}
+        for name in (one, other)
+    ]
+    both = [key for key in held[0] if key in held[1]]
+    if not both:
+        return None
+    first, second = ([own[key] for key in both] for own in held)
+    before, after = (mean([float(v) for v in own]) for own in (first, second))
+    if isinstance(first[0], bool):
+        p = mcnemar([bool(v) for v in first], [bool(v) for v in second])
+        return Paired(what, one, other, len(both), before, after, p, "McNemar", "%")
+    return Paired(what, one, other, len(both), before, after, permutation(first, second), "permutation")
+
+
+def sample_answers(run: EvaluationRun, set_name: str, count: int, mode: str = "direct") -> list[dict[str, Any]]:
+    """Some prompts with every subject's answer: id, tag, prompt (None where it is not kept), answers by subject.
+
+    Prompts come first whose answers are judged differently from subject to subject.
+    """
+    by_id: dict[str, dict[str, Record]] = {}
+    for name in run.subjects:
+        for record in run.records.select(subject=name, suite="answers", set=set_name, mode=mode):
+            if "error" not in record:
+                by_id.setdefault(record["id"], {})[name] = record
+    benign = {p.id: p.text for p in benign_prompts()} if set_name == BENIGN else {}
+    whole = {key: own for key, own in by_id.items() if len(own) == len(run.subjects)}
+    order = sorted(whole, key=lambda key: (-len({r["label"] for r in whole[key].values()}), key))
+    return [
+        {
+            "id": key,
+            "tag": next(iter(whole[key].values())).get("tag", ""),
+            "prompt": benign.get(key) or next((r["prompt"] for r in whole[key].values() if "prompt" in r), None),
+            "answers": {name: (r["label"], r.get("answer")) for name, r in whole[key].items()},
+        }
+        for key in order[:count]
+    ]
