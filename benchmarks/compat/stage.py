@@ -25,7 +25,11 @@ WIDTH_LINE = re.compile(
 )  # the public code writes the width of one model into its source
 
 
-class _Stub(ModuleType):
+class Stub(ModuleType):
+    """A module whose every attribute is a mock."""
+
+    __path__: list[str] = []  # noqa: RUF012
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -37,8 +41,8 @@ def stub_missing_imports() -> list[str]:
     made = []
     for name in STUBS:
         parent = name.partition(".")[0]
-        if isinstance(sys.modules.get(parent), _Stub) or importlib.util.find_spec(parent) is None:
-            stub = _Stub(name)
+        if isinstance(sys.modules.get(parent), Stub) or importlib.util.find_spec(parent) is None:
+            stub = Stub(name)
             stub.__path__ = []
             stub.__spec__ = ModuleSpec(name, None, is_package=True)
             sys.modules[name] = stub
