@@ -47,21 +47,36 @@ def peak_memory_gb() -> float | None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot hold.
+    """
     draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    return f"{data['source']}, SHA-256 {data['sha256']}, {data['rows']}"
 
 
 def model_card(run: Mapping[str, Any]) -> str:
     """README.md of an adapter.
 
     Args:
-        run: what metrics.json holds: model, command, versions, settings, data, before, after, seconds, lpa_steps.
+        run: what metrics.json holds: model, command, versions, settings, data, benign, before, after, seconds,
+            lpa_steps.
     """
     name, asset = run["model"], ASSETS.get(run["model"])
     base = asset.source if asset else name
     settings, after = run["settings"], run["after"]
+    use = ["from lpa.models import load"]
+    if settings["lora"]:
+        use += ["from peft import PeftModel", "", f"model, tokenizer = load({name!r})",
+                'model = PeftModel.from_pretrained(model, "this folder")']  # fmt: skip
+    else:
+        use += ["", 'model, tokenizer = load("this folder")']
     lines = ["---", f"base_model: {json.dumps(base)}"]
     if settings["lora"]:
         lines.append("library_name: peft")
@@ -100,20 +115,15 @@ def model_card(run: Mapping[str, Any]) -> str:
         "```",
         "",
         f"- LPA steps: {run['lpa_steps']} of {settings['lpa_steps']}, seed {settings['seed']}, {run['seconds']:.0f} s",
-        f"- data: {run['data']['source']}, {run['data']['rows']} pairs, SHA-256 {run['data']['sha256']}",
+        f"- data: {_data(run['data'])} pairs",
+        *([f"- benign data: {_data(run['benign'])} examples"] if run["benign"] else []),
         f"- versions: {', '.join(f'{key} {value}' for key, value in run['versions'].items())}",
         "- settings and the numbers of every LPA step: metrics.json",
         "",
         "## Use",
         "",
         "```python",
-        "from lpa.models import load",
-        "from peft import PeftModel",
-        "",
-        f"model, tokenizer = load({name!r})",
-        'model = PeftModel.from_pretrained(model, "this folder")',
+        *use,
         "```",
     ]
-    if not settings["lora"]:
-        lines[-3:] = ['model, tokenizer = load("this folder")', "```"]
     return "\n".join(lines) + "\n"

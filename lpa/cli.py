@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .names import nearest
+
 # name -> what it does. Each is a module of lpa.commands with `run(arguments) -> exit status`, imported when asked for:
 # torch and transformers take seconds, and help must not.
 COMMANDS = {
@@ -48,11 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("lpa-kernels"))
         return 0
     if given[0] not in COMMANDS:
-        import difflib
-
-        close = difflib.get_close_matches(given[0], COMMANDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        print(f"lpa: unknown command {given[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        print(f"lpa: unknown command {given[0]!r}{nearest(given[0], COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     command = import_module(f"lpa.commands.{given[0]}")
     try:
@@ -64,8 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+    except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"error: {error}\n({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
+        known = isinstance(error, (ValueError, RuntimeError, OSError, ArithmeticError, ImportError))
+        told = str(error) if known else f"{type(error).__name__}: {error} (this may be a bug of lpa)"
+        print(f"error: {told}\n({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
         return 1

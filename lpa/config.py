@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,12 +10,28 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from lpa_kernels.attack import Objective
+from lpa_kernels.attack.pgd import ENGINES, NORMS
+from lpa_kernels.ops.reference import RULES
+from lpa_kernels.ops.registry import requested
+
 from .data import ASSESSMENT_PROMPT, ATTACK_ON
+from .names import nearest
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 NORMALISERS = ("global", "micro")
 KL_FORMS = ("standard", "public")
 GRAPHS = ("auto", "on", "off")
+PAIR_TERMS = ("toward", "away", "dpo", "ipo")
+BENIGN_TERMS = ("sft", "kl")
+# Settings of TrainingArguments that have no meaning here: the one value each may have, and why.
+FIXED = {
+    "eval_strategy": ("no", "nothing is evaluated during training; use lpa.measure or lpa evaluate afterwards"),
+    "load_best_model_at_end": (False, "nothing is evaluated during training, so no checkpoint is best"),
+    "torch_compile": (False, "a compiled model does not see the hooks that perturb it"),
+    "auto_find_batch_size": (False, "an LPA step's batch cannot change under way"),
+    "num_train_epochs": (3.0, "a run's length is lpa_steps"),
+}
 _SITES_OF_32 = (8, 16, 24, 30)
 
 
@@ -29,12 +43,6 @@ def default_sites(depth: int) -> list[str]:
     """LPA's sites for a model of `depth` blocks: embedding, 8, 16, 24 and 30 of 32, scaled and rounded down."""
     layers = dict.fromkeys(layer * depth // 32 for layer in _SITES_OF_32)
     return ["embedding", *(f"mlp:{layer}" for layer in layers)]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for a name that is close to a known one, else nothing."""
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @dataclass
@@ -60,10 +68,14 @@ class LPAConfig(TrainingArguments):
     normaliser: str = _setting("global", "'global': losses are means over the global batch's tokens. 'micro': the sum "
                                "of the micro-batches' means, as in the public code.")  # fmt: skip
     toward_coef: float = _setting(0.5, "Weight of the defence's loss toward the chosen completion. The trainer divides "
-                                  "the four weights by their sum.")  # fmt: skip
+                                  "all weights by their sum.")  # fmt: skip
     away_coef: float = _setting(0.5, "Weight of the defence's loss away from the rejected completion.")
     sft_coef: float = _setting(0.0, "Weight of the cross entropy on benign responses, without the adversary.")
     kl_coef: float = _setting(0.0, "Weight of the divergence from the base model on benign responses.")
+    dpo_coef: float = _setting(0.0, "Weight of the preference loss DPO of the pair, instead of toward and away.")
+    ipo_coef: float = _setting(0.0, "Weight of the preference loss IPO of the pair, instead of toward and away.")
+    preference_beta: float = _setting(0.3, "beta of dpo and ipo, in defence and attack.")
+    reference_free: bool = _setting(False, "Take dpo and ipo without the base model's log-probabilities.")
     kl: str = _setting("standard", "'standard': KL(base || model), a mean over response tokens. 'public': the public "
                        "code's form, kept for comparison.")  # fmt: skip
 
@@ -79,7 +91,9 @@ class LPAConfig(TrainingArguments):
     rule: str = _setting("adamw", "Update rule of the attack: adamw, normalized, sign, adam, rmsprop or sgd.")
     attack_toward_coef: float = _setting(0.5, "Weight of the attack's loss toward the rejected completion.")
     attack_away_coef: float = _setting(0.5, "Weight of the attack's loss away from the chosen completion. The trainer "
-                                       "divides the two weights by their sum.")  # fmt: skip
+                                       "divides the attack's weights by their sum.")  # fmt: skip
+    attack_dpo_coef: float = _setting(0.0, "Weight of DPO in the attack, instead of toward and away.")
+    attack_ipo_coef: float = _setting(0.0, "Weight of IPO in the attack, instead of toward and away.")
     random_start: bool = _setting(False, "Start the attack at a random point of the ball.")
     relative: bool = _setting(False, "Take epsilon as a share of the norm of the hidden state it perturbs.")
     engine: str = _setting("auto", "auto, packed (the prompt once) or reference (two plain passes).")
@@ -113,6 +127,9 @@ class LPAConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _setting(False, "Not used: a loss that is not finite ends the run.")
 
     def __post_init__(self) -> None:
+        for name in ("sites", "lora_targets"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
         self._check_settings()
         updates = self.lpa_steps * self.defence_steps
         given: int = self.max_steps  # type: ignore[has-type]
@@ -134,22 +151,43 @@ class LPAConfig(TrainingArguments):
         return max(1, math.ceil(updates / self.defence_steps)) * self.defence_steps
 
     def _check_settings(self) -> None:
-        allowed = {"normaliser": NORMALISERS, "kl": KL_FORMS, "attack_on": ATTACK_ON, "capture_graph": GRAPHS}
+        allowed = {"normaliser": NORMALISERS, "kl": KL_FORMS, "attack_on": ATTACK_ON, "capture_graph": GRAPHS,
+                   "norm": NORMS, "rule": RULES, "engine": ENGINES}  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")
-        for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        requested(self.backend)
+        for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "lora_r",
+                     "max_length"):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("epsilon", "step_size"):
+            if not getattr(self, name) > 0:  # NaN too
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.steps < 0:
             raise ValueError(f"steps={self.steps} must be 0 (no attack) or more")
-        for prefix, names in (("", ("toward", "away", "sft", "kl")), ("attack_", ("toward", "away"))):
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
+        for prefix, names in (("", (*PAIR_TERMS, *BENIGN_TERMS)), ("attack_", PAIR_TERMS)):
             coefs = {f"{prefix}{name}_coef": getattr(self, f"{prefix}{name}_coef") for name in names}
             told = ", ".join(f"{key}={value}" for key, value in coefs.items())
-            if min(coefs.values()) < 0 or sum(coefs.values()) <= 0:
+            if not min(coefs.values()) >= 0 or not 0 < sum(coefs.values()) < math.inf:
                 raise ValueError(f"{told}: weights must not be negative, and one of them must be above 0")
+            pair = {name: coefs[f"{prefix}{name}_coef"] for name in PAIR_TERMS}
+            if any(pair.values()):
+                Objective(coefs=pair, beta=self.preference_beta)  # refuses what cannot be mixed
         if self.kl == "public" and self.normaliser != "micro":
             raise ValueError("kl='public' is a mean of one micro-batch; it needs normaliser='micro'")
+        if self.merge_adapters and not self.lora:
+            raise ValueError("merge_adapters=True with lora=False: there are no adapters to merge; drop one of them")
+        self._check_training_arguments()
+
+    def _check_training_arguments(self) -> None:
+        for name, (wanted, why) in FIXED.items():
+            if (value := getattr(self, name)) != wanted:
+                raise ValueError(f"{name}={getattr(value, 'value', value)!r} cannot be used with LPA: {why}")
         if self.bf16 or self.fp16:
             name = "bf16" if self.bf16 else "fp16"
             raise ValueError(
@@ -157,33 +195,47 @@ class LPAConfig(TrainingArguments):
                 "(lpa train --dtype bfloat16)"
             )
 
+    def _shares(self, prefix: str, names: Iterable[str]) -> dict[str, float]:
+        """The weights of some terms, divided by their sum; terms of weight 0 are left out."""
+        given = {name: getattr(self, f"{prefix}{name}_coef") for name in names}
+        return {name: value / sum(given.values()) for name, value in given.items() if value}
+
     @property
     def coefs(self) -> dict[str, float]:
         """The defence's weights, divided by their sum; terms of weight 0 are left out."""
-        given = {name: getattr(self, f"{name}_coef") for name in ("toward", "away", "sft", "kl")}
-        total = sum(given.values())
-        return {name: value / total for name, value in given.items() if value}
+        return self._shares("", (*PAIR_TERMS, *BENIGN_TERMS))
 
     @property
     def attack_coefs(self) -> dict[str, float]:
         """The adversary's weights, divided by their sum."""
-        given = {"toward": self.attack_toward_coef, "away": self.attack_away_coef}
-        total = sum(given.values())
-        return {name: value / total for name, value in given.items() if value}
+        return self._shares("attack_", PAIR_TERMS)
+
+    @property
+    def pair_objective(self) -> Objective | None:
+        """What the defence minimises of the pairs; None where it takes benign text alone."""
+        coefs = {name: value for name, value in self.coefs.items() if name in PAIR_TERMS}
+        return Objective(coefs, beta=self.preference_beta, reference_free=self.reference_free) if coefs else None
 
     @property
     def attack_options(self) -> dict[str, Any]:
         """The keyword arguments of `LatentPGD`, without its model and sites."""
         names = ("epsilon", "step_size", "steps", "norm", "rule", "engine", "backend", "random_start", "relative",
-                 "merge_adapters")  # fmt: skip
+                 "merge_adapters", "reference_free")  # fmt: skip
         graph = {"auto": "auto", "on": True, "off": False}[self.capture_graph]
-        return {**{name: getattr(self, name) for name in names}, "coefs": self.attack_coefs, "capture_graph": graph}
+        return {**{name: getattr(self, name) for name in names}, "coefs": self.attack_coefs,
+                "beta": self.preference_beta, "capture_graph": graph}  # fmt: skip
 
     @property
     def own_settings(self) -> dict[str, Any]:
-        """LPA's settings and the changed ones of `TrainingArguments`, for records and model cards."""
-        names = LPAConfig.__annotations__
-        return {name: getattr(self, name) for name in names if name != "logging_nan_inf_filter"} | {"seed": self.seed}
+        """LPA's settings and the changed ones of `TrainingArguments`, as plain values, for records and model cards."""
+        usual = LPAConfig(use_cpu=self.use_cpu).to_dict()
+        own = {*LPAConfig.__annotations__, "seed"}
+        left_out = {"output_dir", "run_name", "logging_nan_inf_filter", "eval_steps", "max_steps"}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in left_out and (name in own or value != usual[name])
+        }
 
 
 def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
@@ -206,8 +258,3 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
         if key not in names:
             raise ValueError(f"--config {path} has the unknown key {key!r}{nearest(key, names)}")
     return settings
-
-
-def setting_names() -> list[str]:
-    """All fields of `LPAConfig`."""
-    return [f.name for f in dataclasses.fields(LPAConfig) if f.init]

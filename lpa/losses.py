@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa_kernels.attack import LatentAttack, LatentPGD, Objective, PairBatch
+from lpa_kernels.attack.head import selected_logits
 from lpa_kernels.attack.objective import kl_rows
+from lpa_kernels.attack.packing import unshared
+from lpa_kernels.attack.reference import two_pass_rows
 from lpa_kernels.ops import token_loss
-
-PAIR_TERMS = ("toward", "away")
-BENIGN_TERMS = ("sft", "kl")
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,41 @@ class BenignBatch:
         """[N] int64, the answer tokens."""
         return self.ids[:, 1:][self.mask[:, 1:]]
 
-    def rows(self, logits: Tensor, public: bool = False) -> Tensor:
-        """Of logits [B, L, V] the rows [N, V] that predict answer tokens; the public code's KL took those at them."""
-        return logits[self.mask] if public else logits[:, :-1][self.mask[:, 1:]]
+    def logits(self, model: Any, *, at: bool = False) -> Tensor:
+        """[N, V], from one plain pass of which only these rows reach the head: those that predict the answer tokens, or
+        with `at` those at them, which is what the public code's KL reads."""
+        mask = F.pad(self.mask, (1, 0)) if at else self.mask
+        ids = F.pad(self.ids, (0, 1)) if at else self.ids
+        nothing = torch.zeros_like(mask)
+        layout = unshared(PairBatch(ids, nothing, ids, mask, nothing))
+        return selected_logits(model, layout, packed=False)
 
 
-def plain_logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits [B, L, V] of one plain pass without a cache."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+@torch.no_grad()
+def reference_gap(pgd: LatentPGD, base: Any, batch: PairBatch, objective: Objective) -> Tensor:
+    """[B] log-probability of chosen less that of rejected in the base model, without a perturbation.
+
+    Args:
+        base: the trained model with its adapters off, or another.
+    """
+    rows = pgd.rows(batch) if base is pgd.model else two_pass_rows(base, batch)
+    losses, _ = token_loss(rows.logits, rows.labels, torch.zeros_like(rows.rejected), backend=pgd.backend)
+    return objective.pair_gap(losses, ~rows.rejected, rows.example, rows.size)
 
 
 def pair_terms(
-    pgd: LatentPGD, batch: PairBatch, attack: LatentAttack | None, objective: Objective, counts: tuple[float, float]
+    pgd: LatentPGD,
+    batch: PairBatch,
+    attack: LatentAttack | None,
+    objective: Objective,
+    counts: tuple[float, float],
+    reference: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The mirrored objective under an attack: toward chosen, away from rejected.
 
     Args:
         counts: tokens that the means divide by, (rejected, chosen) as everywhere in the attack.
+        reference: [B], of `reference_gap`, for a preference loss.
 
     Returns:
         the weighted sum, with gradients for the weights, and each term, detached.
@@ -67,7 +84,7 @@ def pair_terms(
     losses, _ = token_loss(
         rows.logits, rows.labels, objective.scored_away(favoured), objective.threshold, backend=pgd.backend
     )
-    return objective.combine(losses, favoured, rows.example, rows.size, (counts[1], counts[0]))
+    return objective.combine(losses, favoured, rows.example, rows.size, (counts[1], counts[0]), reference)
 
 
 def benign_terms(
@@ -81,19 +98,21 @@ def benign_terms(
 
     Args:
         count: answer tokens that the means divide by.
-        base: logits [N, V] of the base model at `batch.rows`, needed for "kl".
+        base: logits [N, V] of the base model (`batch.logits`, the public form's `at` the tokens), needed for "kl".
     """
-    logits = plain_logits(model, batch.ids)
-    total = logits.new_zeros((), dtype=torch.float32)
+    total = torch.zeros((), device=batch.ids.device)
     terms: dict[str, Tensor] = {}
+    public = "kl" in coefs and kl == "public"
+    logits = None if public and "sft" not in coefs else batch.logits(model)
     if "sft" in coefs:
-        terms["sft"] = F.cross_entropy(batch.rows(logits).float(), batch.labels, reduction="sum") / count
+        assert logits is not None
+        terms["sft"] = F.cross_entropy(logits.float(), batch.labels, reduction="sum") / count
         total = total + coefs["sft"] * terms["sft"]
     if "kl" in coefs:
         assert base is not None
-        rows = batch.rows(logits, public=kl == "public")
+        rows = batch.logits(model, at=True) if public else logits
         log_base = base.float().log_softmax(-1)
-        if kl == "public":
+        if public:
             log_new = rows.float().log_softmax(-1)
             terms["kl"] = (log_new.exp() * (log_new - log_base)).mean()
             total = total + coefs["kl"] * terms["kl"] / (terms["kl"].detach() + 1e-8)

@@ -34,6 +34,7 @@ def attack_of(model: Any, config: LPAConfig, **changes: Any) -> LatentPGD:
     """The attack that a config describes, on a model. `changes` are arguments of `LatentPGD`."""
     options = config.attack_options | {"steps": max(config.steps, 1)} | changes
     sites = options.pop("sites", None) or config.sites or default_sites(len(decoder_layers(model)))
+    sites = [sites] if isinstance(sites, (str, int)) else sites
     return LatentPGD(model, [int(site) if site.isdigit() else site for site in map(str, sites)], **options)
 
 
@@ -78,7 +79,7 @@ def perplexity(model: Any, tokenizer: Any, text: str | None = None, *, window: i
             logits = model(input_ids=part[None].to(device), use_cache=False).logits[0, :-1]
             total += float(F.cross_entropy(logits.float(), part[1:].to(device), reduction="sum"))
             count += len(part) - 1
-    return math.exp(total / count)
+    return math.exp(total / count) if total / count < 700 else math.inf  # exp(710) is no float64
 
 
 def measure(
@@ -101,7 +102,13 @@ def measure(
     Returns:
         by the names in `ROWS`: shares in [0, 1] and the perplexity; with "_margin" after a share's name the mean
         log-odds of the right answer, in nats; with "_n" how many statements it is of.
+
+    Raises:
+        ValueError: attacked_rows is negative.
+        FloatingPointError: the model's answers or its perplexity are not finite.
     """
+    if attacked_rows is not None and attacked_rows < 0:
+        raise ValueError(f"attacked_rows={attacked_rows} must be 0 (none) or more")
     config = config or LPAConfig()
     pgd = pgd or attack_of(model, config)
     collator = PairCollator(tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on)
@@ -118,6 +125,11 @@ def measure(
             key = f"{name}_attacked" if attacked else name
             found |= {key: float((values > 0).float().mean()), f"{key}_margin": float(values.mean()), f"{key}_n": count}
     found["perplexity"] = perplexity(model, tokenizer)
+    if odd := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise FloatingPointError(
+            f"{odd[0]} is {found[odd[0]]}: the model's logits are not finite; look for NaN in its weights, or load it in "
+            "bfloat16 or float32 instead of float16"
+        )
     return found
 
 
@@ -131,8 +143,8 @@ def as_text(name: str, found: Mapping[str, float] | None) -> str:
 
 
 def labels(before: Mapping[str, float]) -> dict[str, str]:
-    """Name -> label of the rows that were measured, with the number of statements."""
-    told = {name: f" ({before[f'{name}_n']:.0f} statements)" if f"{name}_n" in before else "" for name in ROWS}
+    """Name -> label of the rows that were measured, with n, the number of statements."""
+    told = {name: f" (n={before[f'{name}_n']:.0f})" if f"{name}_n" in before else "" for name in ROWS}
     return {name: f"{label}{told[name]}" for name, label in ROWS.items() if name in before}
 
 

@@ -7,25 +7,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .config import LPAConfig
+from .config import LORA_TARGETS, LPAConfig
 from .data import BenignCollator, PairCollator, encode_benign, encode_pairs, load_benign, load_pairs
 from .models import context_length
 
 logger = logging.getLogger(__name__)
 
 
-def check_head(model: Any) -> None:
-    """Raise ValueError where the model has no LM head."""
-    get = getattr(model, "get_output_embeddings", None)
-    if get is None or get() is None:
-        raise ValueError(f"{type(model).__name__} has no LM head; a causal language model is needed")
-
-
 def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
     """The model to train: with LoRA of the config, with any `peft_config`, as it is (adapters there), or in full.
 
     Raises:
-        ValueError: a `peft_config` for a model that has adapters already.
+        ValueError: a `peft_config` for a model that has adapters already, or LoRA targets that the model has not.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -49,8 +42,13 @@ def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
 def _targets(model: Any, wanted: Sequence[str]) -> str | list[str]:
     if list(wanted) == ["all-linear"]:
         return "all-linear"
-    have = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if absent := [name for name in wanted if name.rpartition(".")[2] not in have]:
+    have = [f".{name}" for name, _ in model.named_modules()]
+    if absent := [name for name in wanted if not any(path.endswith(f".{name}") for path in have)]:
+        if tuple(wanted) != LORA_TARGETS:
+            raise ValueError(
+                f"lora_targets={list(wanted)}: {type(model).__name__} has no modules {', '.join(absent)}; use names of "
+                "its linear modules, or 'all-linear'"
+            )
         # half of the blocks' weights without an adapter would be another method, so all of them get one
         logger.warning("%s has no modules %s; every linear layer gets an adapter", type(model).__name__, absent)
         return "all-linear"
@@ -61,6 +59,18 @@ def trained_share(model: Any) -> tuple[int, int]:
     """(weights that are trained, all weights)."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
+
+
+def _limit(model: Any, config: LPAConfig) -> int | None:
+    """The longest row in tokens.
+
+    Raises:
+        ValueError: max_length is above the model's context.
+    """
+    context = context_length(model)
+    if context is not None and config.max_length is not None and config.max_length > context:
+        raise ValueError(f"max_length={config.max_length} is above the model's context of {context} tokens")
+    return config.max_length or context
 
 
 def pairs_as_tokens(
@@ -74,9 +84,8 @@ def pairs_as_tokens(
     if collator is None:
         if tokenizer is None:
             raise ValueError("give processing_class (a tokenizer), or a data_collator that needs none")
-        limit = config.max_length or context_length(model)
         dataset = encode_pairs(
-            load_pairs(dataset), tokenizer, system_prompt=config.system_prompt or None, max_length=limit
+            load_pairs(dataset), tokenizer, system_prompt=config.system_prompt or None, max_length=_limit(model, config)
         )
         collator = PairCollator(tokenizer, attack_on=config.attack_on)
     if dataset is None or len(dataset) == 0:
@@ -94,8 +103,9 @@ def benign_as_tokens(
         system = config.benign_system_prompt
         if system is None and dataset is None:
             system = config.system_prompt
-        limit = config.max_length or context_length(model)
-        dataset = encode_benign(load_benign(dataset), tokenizer, system_prompt=system or None, max_length=limit)
+        dataset = encode_benign(
+            load_benign(dataset), tokenizer, system_prompt=system or None, max_length=_limit(model, config)
+        )
         collator = BenignCollator(tokenizer)
     if dataset is None or len(dataset) == 0:
         raise ValueError("the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0")

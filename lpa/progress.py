@@ -8,15 +8,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from .config import BENIGN_TERMS, PAIR_TERMS
+
 
 def step_line(logs: dict[str, float], lpa_steps: int) -> str:
     """One LPA step in a line."""
     parts = [f"LPA step {int(logs['lpa_step'])}/{lpa_steps}"]
-    if "attack_toward_first" in logs:
-        parts.append(f"attack toward {logs['attack_toward_first']:.3f} -> {logs['attack_toward_last']:.3f}")
-    if "attack_away_first" in logs:
-        parts.append(f"away {logs['attack_away_first']:.3f} -> {logs['attack_away_last']:.3f}")
-    losses = [f"{name} {logs[f'defence_{name}']:.3f}" for name in ("toward", "away", "sft", "kl")
+    attack = [f"{name} {logs[f'attack_{name}_first']:.3f} -> {logs[f'attack_{name}_last']:.3f}" for name in PAIR_TERMS
+              if f"attack_{name}_first" in logs]  # fmt: skip
+    if attack:
+        parts.append(f"attack {'  '.join(attack)}")
+    losses = [f"{name} {logs[f'defence_{name}']:.3f}" for name in (*PAIR_TERMS, *BENIGN_TERMS)
               if f"defence_{name}" in logs]  # fmt: skip
     parts.append(f"defence {' '.join(losses)}")
     seconds = sum(logs[f"seconds_{phase}"] for phase in ("attack", "defence", "other"))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lpa_kernels.attack import LatentAttack, PairBatch
 
+from .config import PAIR_TERMS
+
 if TYPE_CHECKING:
     from .config import LPAConfig
     from .losses import BenignBatch
@@ -32,6 +34,7 @@ class StepRecord:
         self.start = time.perf_counter()
         self.spans: dict[str, list[Any]] = {"attack": [], "defence": []}
         self.sums: dict[str, Any] = {}
+        self.attacks: list[LatentAttack] = []
         self.micro = len(pairs)
         both = sum(text_tokens(p.rejected_mask) + text_tokens(p.chosen_mask) for p in pairs)
         self.tokens = both * (args.steps + args.defence_steps)
@@ -61,9 +64,13 @@ class StepRecord:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
     def add_attack(self, attack: LatentAttack) -> None:
+        """Keep an inner loop for the step's end."""
+        self.attacks.append(attack)
+
+    def _read(self, attack: LatentAttack) -> None:
         """Losses at both ends of an inner loop, norms and rows at the boundary."""
         for end, losses in (("first", attack.losses[0]), ("last", attack.losses[-1])):
-            for name in ("toward", "away"):
+            for name in PAIR_TERMS:
                 if name in losses:
                     self._add(f"attack_{name}_{end}", losses[name])
         for site, norms in attack.norms.items():
@@ -79,15 +86,22 @@ class StepRecord:
                 self._add(f"defence_{name}", value)
 
     def metrics(self, accelerator: Any, lpa_step: int) -> dict[str, float]:
-        """The numbers to log, over all ranks. Losses are sums of the micro-batches' shares, or means of their means."""
+        """The numbers to log, over all ranks. Losses are sums of the micro-batches' shares, or means of their means.
+
+        A preference loss is always a micro-batch's mean.
+        """
+        for attack in self.attacks:
+            self._read(attack)
         names = sorted(self.sums)
         values = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float32, device=self.device) for n in names])
         total = dict(zip(names, accelerator.reduce(values).tolist(), strict=True))
         tokens = int(accelerator.reduce(torch.tensor(self.tokens, device=self.device)))
         seconds = {phase: self._seconds(phase) for phase in self.spans}
         wall = time.perf_counter() - self.start
-        share = 1 if self.args.normaliser == "global" else 1 / (self.micro * accelerator.num_processes)
-        metrics = {n: v * share for n, v in total.items() if n.startswith(("attack_", "defence_"))}
+        metrics = {n: v for n, v in total.items() if n.startswith(("attack_", "defence_"))}
+        for name in metrics:
+            if self.args.normaliser == "micro" or name.split("_")[1] in ("dpo", "ipo"):
+                metrics[name] /= self.micro * accelerator.num_processes
         metrics["defence_total"] = sum(v for n, v in metrics.items() if n.startswith("defence_"))
         for name, value in total.items():
             if name.startswith("norm/"):

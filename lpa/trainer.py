@@ -15,14 +15,15 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from lpa_kernels.attack import LatentAttack, LatentPGD, Objective, PairBatch
+from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
 from lpa_kernels.attack.modes import frozen_eval
 from lpa_kernels.attack.reference import adapters_off
 
-from .config import LPAConfig
-from .losses import BENIGN_TERMS, PAIR_TERMS, BenignBatch, benign_terms, pair_terms, plain_logits
+from .config import BENIGN_TERMS, LPAConfig
+from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
 from .measure import attack_of
-from .prepare import add_adapters, benign_as_tokens, check_head, pairs_as_tokens, warn_if_small
+from .models import check_head
+from .prepare import add_adapters, benign_as_tokens, pairs_as_tokens, warn_if_small
 from .progress import LPAProgress
 from .record import StepRecord
 from .sampler import LPABatchSampler
@@ -36,12 +37,17 @@ class StopTraining(Exception):
 
 @dataclass
 class MicroBatch:
-    """One micro-batch and what is kept for it over the updates of an LPA step: its attack and base logits [N, V]."""
+    """One micro-batch and what is kept for it over the updates of an LPA step.
+
+    `attack` is its own; of the base model there are `base`, the benign logits [N, V], and `reference`, the pairs'
+    log-probability gaps [B].
+    """
 
     pairs: PairBatch
     benign: BenignBatch | None = None
     attack: LatentAttack | None = None
     base: Tensor | None = None
+    reference: Tensor | None = None
 
 
 class LPATrainer(Trainer):
@@ -53,8 +59,8 @@ class LPATrainer(Trainer):
     checkpoints are its own; `global_step` counts model updates, and checkpoints are made at the ends of LPA steps only.
 
     Logged every LPA step: "attack_toward_first", "_last" and the same for "away" (the adversary's losses at its first
-    and last inner step), "defence_toward", "_away", "_sft", "_kl", "_total" (the last update's losses, the total being
-    their plain sum), "norm/SITE" (mean over attacked tokens), "boundary_fraction", "seconds_attack", "_defence",
+    and last inner step; "_dpo", "_ipo"), "defence_toward", "_away", "_dpo", "_ipo", "_sft", "_kl", "_total" (the last
+    update's losses, the total being their plain sum), "norm/SITE" (mean over attacked tokens), "boundary_fraction", "seconds_attack", "_defence",
     "_other", "tokens_per_second" (tokens of both texts times the passes made over them), and "lpa_step".
 
     Args:
@@ -65,13 +71,13 @@ class LPATrainer(Trainer):
         processing_class: the tokenizer.
         peft_config: adapters to train instead of the config's LoRA.
         benign_dataset: prompt and response, for the sft and kl terms; by default the shipped desirable statements.
-        ref_model: the base model of the kl term where the trained one has no adapters to switch off.
+        ref_model: the base model of the kl, dpo and ipo terms where the trained one has no adapters to switch off.
         data_collator, benign_collator: for data of one's own kind; they give the keys of `PairCollator` and
             `BenignCollator`, and the data sets are then left as they are.
 
     Raises:
-        ValueError: no LM head, an empty or malformed data set, a row longer than the context, or a kl term without a
-            base model.
+        ValueError: no LM head, an unknown site, an empty or malformed data set, a row longer than the context, a
+            benign_dataset that no term uses, or a kl, dpo or ipo term without a base model.
         FloatingPointError (from `train`): losses or gradients that are not finite; the weights are then those of the
             last update before, and no checkpoint is written.
     """
@@ -100,16 +106,21 @@ class LPATrainer(Trainer):
         check_head(model)
         dataset, collator, self.lengths = pairs_as_tokens(train_dataset, model, processing_class, args, data_collator)
         self.benign: Any = None
+        if benign_dataset is not None and not any(name in args.coefs for name in BENIGN_TERMS):
+            raise ValueError("the benign data set is not used: sft_coef and kl_coef are 0; give one of them a weight")
         if any(name in args.coefs for name in BENIGN_TERMS):
             self.benign, self.benign_collator, self.benign_lengths = benign_as_tokens(
                 benign_dataset, model, processing_class, args, benign_collator
             )
         set_seed(args.seed)  # new adapters are random
         model = add_adapters(model, args, peft_config)
-        if "kl" in args.coefs and ref_model is None and not hasattr(model, "disable_adapter"):
+        self.objective = args.pair_objective
+        self._refers = self.objective is not None and self.objective.needs_reference
+        if ("kl" in args.coefs or self._refers) and ref_model is None and not hasattr(model, "disable_adapter"):
+            name = "kl" if "kl" in args.coefs else self.objective and self.objective.preference
             raise ValueError(
-                f"kl_coef={args.kl_coef} needs the base model, and without adapters there is none; "
-                "give ref_model, train adapters, or set kl_coef to 0"
+                f"{name}_coef={getattr(args, f'{name}_coef')} needs the base model, and without adapters there is none; "
+                f"give ref_model, train adapters, or set {name}_coef to 0"
             )
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
@@ -124,11 +135,9 @@ class LPATrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(LPAProgress())
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
-        pair_coefs = {name: value for name, value in args.coefs.items() if name in PAIR_TERMS}
-        self.objective = Objective(coefs=pair_coefs) if pair_coefs else None
         warn_if_small(len(dataset), self.batch_size)
         self.interrupted = False
-        self._pgd: LatentPGD | None = None
+        self._pgd: LatentPGD | None = attack_of(self.model, args)  # now, for what it says of unknown sites
         self._micro: list[MicroBatch] = []
         self._index = 0
         self._counts = (0.0, 0.0, 0.0)
@@ -242,7 +251,7 @@ class LPATrainer(Trainer):
     def _attack(self, micro: MicroBatch, index: int) -> None:
         number = index * self.args.world_size + self.args.process_index
         # All that is random in an LPA step follows from its number, so that a resumed run is the same run.
-        seed = (self.args.seed * 1_000_003 + self.lpa_step) * 65_537 + number
+        seed = ((self.args.seed * 1_000_003 + self.lpa_step) * 65_537 + number) % 2**63
         torch.manual_seed(seed)
         if self.objective is not None and self.args.steps:
             self.pgd.generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
@@ -252,9 +261,14 @@ class LPATrainer(Trainer):
                 raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
             assert self._record is not None
             self._record.add_attack(micro.attack)
-        if micro.benign is not None and "kl" in self.args.coefs:
-            with torch.no_grad(), self._base_model() as base:
-                micro.base = micro.benign.rows(plain_logits(base, micro.benign.ids), public=self.args.kl == "public")
+        kl = micro.benign is not None and "kl" in self.args.coefs
+        if not (kl or self._refers):
+            return
+        with torch.no_grad(), self._base_model() as base:
+            if kl and micro.benign is not None:
+                micro.base = micro.benign.logits(base, at=self.args.kl == "public")
+            if self._refers and self.objective is not None:
+                micro.reference = reference_gap(self.pgd, base, micro.pairs, self.objective)
 
     @contextmanager
     def _base_model(self) -> Iterator[Any]:
@@ -276,7 +290,10 @@ class LPATrainer(Trainer):
         total: Any = 0.0
         terms: dict[str, Tensor] = {}
         if self.objective is not None:
-            total, terms = pair_terms(self.pgd, micro.pairs, micro.attack, self.objective, (rejected, chosen))
+            counts = (rejected, chosen)
+            total, terms = pair_terms(self.pgd, micro.pairs, micro.attack, self.objective, counts, micro.reference)
+            if self.objective.preference and self.args.normaliser == "global":
+                total = total * (len(micro.pairs) / self.batch_size)  # it is a mean over the micro-batch's pairs
         if micro.benign is not None:
             own = {name: value for name, value in self.args.coefs.items() if name in BENIGN_TERMS}
             part, more = benign_terms(self.model, micro.benign, own, answers, self.args.kl, micro.base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -276,14 +277,17 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
 
 def _save(trainer: Any, options: TrainOptions) -> None:
     """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors."""
+    from ..card import write_json
+
     model, output = trainer.accelerator.unwrap_model(trainer.model), trainer.args.output_dir
-    for config in getattr(model, "peft_config", {}).values():
-        config.base_model_name_or_path = options.model  # an asset's folder is a path of this machine
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
         model.save_pretrained(output, state_dict=state)
         if not hasattr(model, "peft_config"):
             trainer.processing_class.save_pretrained(output)
+        for file in Path(output).glob("adapter_config.json"):
+            # what the user called the model, since an asset's folder is a path of this machine
+            write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": options.model})
 
 
 def _record(

@@ -69,6 +69,7 @@ def test_a_run_writes_adapter_record_and_card(model: str, tmp_path: Path, capsys
     assert trained
     assert all(float(w.abs().max()) > 0 for w in trained)
     assert sum("lora_B" in name for name, _ in loaded.named_parameters()) == len(trained)
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == model
     assert not list(output.glob("*.bin"))
 
 

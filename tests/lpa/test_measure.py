@@ -62,7 +62,7 @@ def test_measure_and_its_table(tmp_path: Path) -> None:
     assert all(0 <= found[name] <= 1 for name in ROWS if name != "perplexity")
     assert found["disagree_undesirable_attacked_margin"] < found["disagree_undesirable_margin"]
     assert model.training  # left as it was
-    assert "  under a latent attack (3 statements)" in labels(found).values()
+    assert "  under a latent attack (n=3)" in labels(found).values()
     assert table(found, found).row_count == 5
     clean = measure(model, TOKENIZER, config, attacked_rows=0)
     assert "agree_desirable_attacked" not in clean
