@@ -24,8 +24,13 @@ def _run(op: str, backend: str, args: tuple[Any, ...]) -> Any:
     if torch.compiler.is_compiling() and backend == "auto":
         return getattr(torch.ops.lpa_kernels, op)(*args)
     result = registry.select(op, backend, args)(*args)
-    if op == "pgd_update_" or (op == "token_loss_" and args[3] is not None):
-        torch.autograd.graph.increment_version(args[0])  # kernels write behind autograd's back; it must not miss it
+    # kernels write behind autograd's back, which must not miss it
+    if op == "pgd_update_":
+        for written in (*args[:3], *args[8:10]):
+            if written is not None:
+                torch.autograd.graph.increment_version(written)
+    elif op == "token_loss_" and args[3] is not None:
+        torch.autograd.graph.increment_version(args[0])
     return result
 
 
@@ -52,7 +57,7 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor, *, backend: str = "auto
     Args:
         hidden: [T, H], any float dtype.
         delta: [R, H] float32.
-        rows: [T] int64, the row of each token, -1 where the token is left alone.
+        rows: [T] int64, the row of each token (below R), -1 where the token is left alone.
 
     Returns:
         [T, H] in hidden's dtype.
@@ -109,7 +114,8 @@ def pgd_update_(
     Args:
         delta: [S, R, H] float32, S sites, R rows of width H.
         grads: S tensors [T, H] of any float dtype and strides: the loss's gradient at the perturbed hidden states.
-        tokens: [R, K] int64, the tokens that row r was added to (K is 1 or 2), -1 for none.
+        tokens: [R, K] int64, the tokens that row r was added to (K is 1 or 2), -1 for none. Each must be below T: a
+            GPU kernel cannot check that without waiting.
         exp_avg, exp_avg_sq: [S, R, H] float32 moments ("adamw", "adam"; "rmsprop" needs the second alone).
         step: the number of this step, from 1. A number or a [] float32 tensor on the device, as are the next two.
         step_size: how far a step goes.
@@ -146,8 +152,24 @@ def pgd_update_(
         norms = torch.empty(delta.shape[:2], dtype=torch.float32, device=device)
     if clipped is None:
         clipped = torch.zeros(delta.shape[0], dtype=torch.int32, device=device)
-    args = (delta, exp_avg, exp_avg_sq, list(grads), tokens, as_scalar(step, device), as_scalar(step_size, device),
-            as_scalar(epsilon, device), norms, clipped, rule, norm, maximize, *betas, eps, weight_decay)  # fmt: skip
+    scalars = [as_scalar(value, device) for value in (step, step_size, epsilon)]
+    rows = delta.shape[:2]
+    for name, tensor, shapes in (  # a kernel would read or write past the end of what is too small
+        ("exp_avg", exp_avg, (delta.shape,)),
+        ("exp_avg_sq", exp_avg_sq, (delta.shape,)),
+        ("norms", norms, (rows,)),
+        ("clipped", clipped, (rows[:1],)),
+        ("step", scalars[0], ((),)),
+        ("step_size", scalars[1], ((),)),
+        ("epsilon", scalars[2], ((), rows)),
+    ):
+        if tensor is not None and tensor.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {expected}")
+    if clipped.dtype != torch.int32:
+        raise ValueError(f"clipped has dtype {clipped.dtype}; expected torch.int32")
+    args = (delta, exp_avg, exp_avg_sq, list(grads), tokens, *scalars, norms, clipped, rule, norm, maximize,
+            *betas, eps, weight_decay)  # fmt: skip
     _run("pgd_update_", backend, args)
     return norms, clipped
 
@@ -293,14 +315,20 @@ def linear_token_loss(
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; expected [N, H], [V, H]"
         )
+    if labels.shape != hidden.shape[:1] or away.shape != labels.shape:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} and away {tuple(away.shape)} do not fit; expected [{hidden.shape[0]}] each"
+        )
     rows = chunk_rows or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return _LinearTokenLoss.apply(hidden, weight, bias, labels, away, threshold, rows, backend)
+    with torch.autocast(hidden.device.type, enabled=False):  # its products are written into tensors of a known dtype
+        return _LinearTokenLoss.apply(hidden.to(weight.dtype), weight, bias, labels, away, threshold, rows, backend)
 
 
 def project_(delta: Tensor, epsilon: float | Tensor, norm: str = "l2", *, backend: str = "auto") -> Tensor:
     """Bring every row of delta [..., H] inside the ball of radius epsilon, in place: the update with a step of 0.
 
     Args:
+        epsilon: a number or a [] tensor; or one radius a row, in the shape of delta without its last dimension.
         norm: "l2" (Euclidean, a row at a time) or "linf".
 
     Returns:
@@ -315,6 +343,8 @@ def project_(delta: Tensor, epsilon: float | Tensor, norm: str = "l2", *, backen
         flat = delta.detach().contiguous().view(1, -1, delta.shape[-1])
         nothing = torch.zeros((), dtype=torch.float32, device=delta.device).expand(flat.shape[1:])
         tokens = torch.arange(flat.shape[1], device=delta.device)[:, None]
+        if isinstance(epsilon, Tensor) and epsilon.dim():
+            epsilon = epsilon.reshape(flat.shape[:2])
         pgd_update_(flat, [nothing], tokens, step_size=0.0, epsilon=epsilon, rule="sign", norm=norm, backend=backend)
         if not delta.is_contiguous():
             delta.copy_(flat.view(delta.shape))

@@ -94,8 +94,10 @@ def pgd_update_(
         elif weight_decay and rule in ("adam", "rmsprop", "sgd"):
             g = g + weight_decay * d
         if rule == "normalized":
-            length = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
-            direction = torch.where(length > 0, g / length, torch.zeros_like(g))
+            largest = g.abs().amax(-1, keepdim=True) if g.shape[-1] else g.new_ones(g.shape[0], 1)
+            unit = torch.where(largest > 0, g / largest, torch.zeros_like(g))  # squares of small numbers would vanish
+            length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+            direction = torch.where(length > 0, unit / length, unit)
         elif rule == "sign":
             direction = g.sign()
         elif rule == "sgd":
@@ -143,7 +145,8 @@ def token_loss_(
     if weight is not None:
         slope = torch.where(away, s.sigmoid(), -(-s).sigmoid())  # d loss / d s
         slope = torch.where(off, torch.zeros_like(slope), slope * weight)
-        grad = -slope[:, None] * (others - log_rest[:, None]).exp()
+        possible = others > float("-inf")  # where no other token is, log_rest is -inf too
+        grad = -slope[:, None] * torch.where(possible, others - log_rest[:, None], others).exp()
         grad.scatter_(1, label, slope[:, None])
         logits.copy_(torch.where(off[:, None], torch.zeros_like(grad), grad))
     return losses, hits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Impl:
 
 _table: dict[tuple[str, str], Impl] = {}
 _missing: dict[str, str] = {}  # backend -> why it could not be loaded at all
+_told: set[tuple[str, str, str]] = set()
+logger = logging.getLogger(__name__)
 
 
 def register(op: str, backend: str, fn: Callable[..., Any], unsupported: Callable[..., str | None]) -> None:
@@ -37,6 +40,13 @@ def register(op: str, backend: str, fn: Callable[..., Any], unsupported: Callabl
 def register_missing(backend: str, reason: str) -> None:
     """Remember why a whole backend is absent, for errors and for `backends()`."""
     _missing[backend] = reason
+
+
+def _tell(op: str, backend: str, reason: str) -> None:
+    """Say once that a backend which is there leaves an op to the reference."""
+    if (op, backend, reason) not in _told:
+        _told.add((op, backend, reason))
+        logger.info("%s runs on the reference backend, not on %s: %s", op, backend, reason)
 
 
 def _refusal(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
@@ -69,17 +79,25 @@ def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
 
     Raises:
         ValueError: the backend is unknown.
-        RuntimeError: a backend was named and cannot take this call; the message says why.
+        RuntimeError: a backend was named and cannot take this call; the message says why. (One that never had the op
+            leaves it to the reference, which is logged once.)
     """
     name = requested(backend)
     if name != "auto":
-        if (reason := _refusal(op, name, args)) is not None:
+        reason = _refusal(op, name, args)
+        if reason is None:
+            return _table[op, name].fn
+        if (op, name) in _table or name in _missing:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use backend='auto' or 'reference'")
-        return _table[op, name].fn
+        _tell(op, name, reason)  # a backend that is there but never had this op
+        return _table[op, "reference"].fn
     device: torch.device = args[0].device
     for candidate in preferred(device.type):
-        if _refusal(op, candidate, args) is None:
+        reason = _refusal(op, candidate, args)
+        if reason is None:
             return _table[op, candidate].fn
+        if candidate not in _missing:
+            _tell(op, candidate, reason)
     raise RuntimeError(f"no backend can run {op} on {device}")
 
 

@@ -76,6 +76,23 @@ def test_a_radius_or_a_beta_of_zero():
     assert delta[0].tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
+def test_the_smallest_gradients_still_count():
+    delta = torch.zeros(1, 1, 2)
+    pgd_update_(delta, [torch.tensor([[3e-30, 4e-30]])], torch.tensor([[0]]), step_size=0.1, rule="normalized",
+                backend="reference")  # fmt: skip
+    torch.testing.assert_close(delta[0, 0], torch.tensor([-0.06, -0.08]))
+
+
+def test_a_row_in_which_the_label_alone_is_possible():
+    logits = torch.tensor([[1.0, -math.inf, -math.inf]] * 2)
+    losses, hits = token_loss_(
+        logits, torch.zeros(2, dtype=torch.long), torch.tensor([False, True]), torch.ones(2), backend="reference"
+    )
+    assert losses[0] == 0
+    assert hits.all()
+    assert logits[0].tolist() == [0, 0, 0]
+
+
 def test_normalized_and_sign_steps():
     grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     for rule, want in (("normalized", [[-0.06, -0.08], [0, 0]]), ("sign", [[-0.1, -0.1], [0, 0]])):
@@ -176,6 +193,10 @@ def test_linear_token_loss_is_the_loss_of_the_heads_logits_in_chunks():
         want = token_loss(F.linear(hidden, weight, bias), labels, away)
         torch.testing.assert_close(got[0], want[0])
         assert got[1].equal(want[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # bf16 states, a float32 head
+        losses, _ = linear_token_loss(hidden.float().bfloat16(), weight.float(), labels, away, bias=bias.float())
+        torch.autograd.grad(losses.sum(), hidden)
+    torch.testing.assert_close(losses, got[0].float(), rtol=3e-2, atol=3e-2)
     assert torch.autograd.gradcheck(
         lambda h: linear_token_loss(h, weight, labels, away, bias=bias, chunk_rows=3)[0], hidden
     )
@@ -183,6 +204,14 @@ def test_linear_token_loss_is_the_loss_of_the_heads_logits_in_chunks():
         linear_token_loss(hidden, weight.requires_grad_(), labels, away)
     empty = linear_token_loss(torch.zeros(0, 5), torch.zeros(13, 5), labels[:0], away[:0])
     assert empty[0].shape == (0,)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_project_to_one_radius_a_row(norm):
+    radii = torch.tensor([[0.5, 2.0]])
+    delta = project_(torch.tensor([[[3.0, 4.0], [3.0, 4.0]]]), radii, norm)
+    want = [[0.5, 0.5], [2, 2]] if norm == "linf" else [[0.3, 0.4], [1.2, 1.6]]
+    torch.testing.assert_close(delta[0], torch.tensor(want))
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -257,6 +286,19 @@ def test_faces_refuse_shapes_that_do_not_fit():
         arguments = {"grads": [torch.zeros(2, 3)], "tokens": own, "step_size": 1.0} | change
         with pytest.raises(ValueError, match=words):
             pgd_update_(delta, **arguments)
+    state = {"exp_avg": torch.zeros_like(delta), "exp_avg_sq": torch.zeros_like(delta)}
+    for change, words in (
+        ({"exp_avg": torch.zeros(1, 2, 4)}, "exp_avg has shape"),
+        ({"norms": torch.zeros(2)}, "norms has shape"),
+        ({"clipped": torch.zeros(2, dtype=torch.int32)}, "clipped has shape"),
+        ({"clipped": torch.zeros(1)}, "clipped has dtype"),
+        ({"epsilon": torch.ones(1)}, "epsilon has shape"),
+        ({"step": torch.ones(1)}, "step has shape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pgd_update_(delta, [torch.zeros(2, 3)], own, **({"step_size": 1.0} | state | change))
+    with pytest.raises(ValueError, match="labels"):
+        linear_token_loss(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(1, dtype=torch.long), torch.zeros(1) > 0)
     with pytest.raises(ValueError, match="do not fit"):
         token_loss_(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="cannot be projected"):
@@ -277,6 +319,11 @@ def test_registry(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="cannot run perturb: no such luck"):
         registry.select("perturb", "native", args)
+    monkeypatch.delitem(registry._table, ("perturb", "native"))
+    monkeypatch.delitem(
+        registry._missing, "native", raising=False
+    )  # loaded, but without this op: left to the reference
+    assert registry.select("perturb", "native", args) is reference.perturb
     table = registry.backends()
     assert "pgd_update_" in table
     assert "auto: cuda takes triton" in table
