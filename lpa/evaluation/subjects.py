@@ -82,12 +82,12 @@ class Subjects:
         mismatch += f"{made_for or 'an unnamed one'}: "
         try:
             self._added.append(inner)
-            if isinstance(self.model, PeftModel):
-                self.model.add_adapter(inner, config)
-            else:
-                self.model = get_peft_model(self.model, config, adapter_name=inner)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+                warnings.simplefilter("ignore")  # of PEFT, on names; fit is checked below
+                if isinstance(self.model, PeftModel):
+                    self.model.add_adapter(inner, config)
+                else:
+                    self.model = get_peft_model(self.model, config, adapter_name=inner)
                 result = set_peft_model_state_dict(self.model, weights, adapter_name=inner)
         except (ValueError, RuntimeError, KeyError) as error:
             raise EvaluationError(mismatch + " ".join(str(error).split())[:300]) from error

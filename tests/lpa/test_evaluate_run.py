@@ -15,7 +15,7 @@ from lpa.data import DISAGREE
 from lpa.evaluation import Evaluation, EvaluationError, evaluate
 from lpa.evaluation.bench import Bench
 from lpa.evaluation.records import RECORDS, TEXTS
-from lpa.evaluation.suites import ATTACKS
+from lpa.evaluation.suites import ATTACKS, utility
 from lpa.evaluation.suites.attacks import TEMPLATES
 from lpa.evaluation.suites.traits import random_twin
 from lpa_kernels.attack import LatentPGD, PairBatch
@@ -305,3 +305,19 @@ def test_a_yes_no_judge_and_a_classifier_judge(harmful: str, tmp_path: Path) -> 
     LlamaForSequenceClassification(config(len(tokenizer()))).save_pretrained(named)
     with pytest.raises(EvaluationError, match="label_0, label_1; one must be among"):
         run(speaker("No"), harmful, suites=["attacks"], judge=str(named))
+
+
+# ---- lm-eval -------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_without_lm_eval_is_a_row_and_is_tried_again(
+    harmful: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"suites": ["utility"], "tasks": ("gsm8k",), "output": tmp_path / "out"}
+    found = run(random_model(), harmful, **options)
+    assert "pip install lm-eval" in next(row.note for row in found.rows if row.set == "gsm8k")
+    values = {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1, "alias": "x"}
+    monkeypatch.setattr(utility, "_lm_eval", lambda run, task: {"values": values, "samples": 20, "version": 3})
+    row = next(row for row in run(random_model(), harmful, **options).rows if row.set == "gsm8k")
+    assert (row.metric, row.value, row.n) == ("exact_match,strict", 0.25, 20)
+    assert (row.low, row.high) == pytest.approx((0.25 - 0.196, 0.25 + 0.196))

@@ -46,7 +46,8 @@ class Utility:
                 score(run, chunk)
                 run.tick(f"utility {name}", len(rows) - len(todo) + number * run.bench.batch_size, len(rows))
         for task in run.settings.tasks:
-            if not run.has(self.name, task, "-"):
+            held = run.records.get((run.subject, self.name, task, "-", ""))
+            if held is None or "reason" in held:  # what was missing may be there by now
                 run.add(self.name, task, "-", **_lm_eval(run, task))
 
     def _perplexity(self, run: Run) -> None:
