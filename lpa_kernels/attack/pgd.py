@@ -175,7 +175,7 @@ class LatentPGD:
         gradient is left on it.
 
         Args:
-            batch: a `PairBatch`, or a mapping with its fields.
+            batch: a `PairBatch`, or a mapping with its fields, on any device.
             counts: tokens that the means of (toward, away) divide by; by default this batch's own numbers.
 
         Raises:
@@ -183,7 +183,7 @@ class LatentPGD:
             RuntimeError: engine="packed" and the model cannot run packed; the message says why.
             FloatingPointError: the model's losses are not finite.
         """
-        pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)
+        pairs = self._pairs(batch)
         own = pairs.counts
         for name, count, needed in zip(("rejected", "chosen"), own, self.halves, strict=True):
             if needed and count == 0:
@@ -207,6 +207,11 @@ class LatentPGD:
         found = state.finish(self, plan, captured)
         self._check(found)
         return found
+
+    def _pairs(self, batch: PairBatch | Mapping[str, Any]) -> PairBatch:
+        pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return pairs if pairs.rejected_ids.device == device else pairs.to(device)
 
     def plan(self, batch: PairBatch) -> Plan:
         """How `batch` is to be run, by the setting `engine` and what the model can do.
@@ -236,7 +241,7 @@ class LatentPGD:
         Raises:
             ValueError: the attack is on a batch of another size or attack mask.
         """
-        pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)
+        pairs = self._pairs(batch)
         if attack is None:
             plan = self.plan(pairs)
         elif attack.grid.shape != pairs.attack_mask.shape:
