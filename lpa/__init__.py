@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import LPAConfig
+    from .evaluation import evaluate
     from .measure import measure
     from .trainer import LPATrainer
 
-__all__ = ["LPAConfig", "LPATrainer", "measure"]
+__all__ = ["LPAConfig", "LPATrainer", "evaluate", "measure"]
 
-_HOMES = {"LPAConfig": "config", "LPATrainer": "trainer", "measure": "measure"}
+_HOMES = {"LPAConfig": "config", "LPATrainer": "trainer", "evaluate": "evaluation", "measure": "measure"}
 
 
 def __getattr__(name: str) -> Any:

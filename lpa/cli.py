@@ -15,6 +15,8 @@ COMMANDS = {
     "train": "train a model by LPA and measure it before and after",
     "evaluate": "compare adapters with their base model: traits, harm, over-refusal, utility, collapse",
     "report": "make one HTML page of runs and evaluations",
+    "chat": "show the base model's and the hardened answer side by side",
+    "export": "merge an adapter into a plain model folder, and check that it answers alike",
     "traits": "list the shipped statements, or show their tokens (--preview)",
     "assets": "list, fetch or verify the embedded model and data sets",
 }

@@ -211,7 +211,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) update_kernel(const __grid_con
   const float shrink = outside && !linf ? radius / length : 1.0f, box = outside && linf ? radius : INFINITY;
   each([&](int chunk, int column) {
     Numbers<V> d = kept ? held[chunk] : load<V>(delta + column);
-    for (int i = 0; i < V; ++i) d.x[i] = fminf(fmaxf(d.x[i] * shrink, -box), box);
+    for (int i = 0; i < V; ++i) {
+      const float x = d.x[i] * shrink;
+      d.x[i] = x > box ? box : (x < -box ? -box : x);  // a NaN stays one; fminf would hide it
+    }
     store(delta + column, d);
   });
 }

@@ -86,7 +86,7 @@ def _projected(d, norm, radius, NORM: tl.constexpr):
     if NORM == "l2":
         d = d * tl.where(norm > radius, radius / norm, 1.0)
     elif NORM == "linf":
-        d = tl.maximum(tl.minimum(d, radius), -radius)
+        d = tl.where(d > radius, radius, tl.where(d < -radius, -radius, d))  # a NaN stays one
     return d
 
 
