@@ -157,8 +157,8 @@ class LPAConfig(TrainingArguments):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")
         requested(self.backend)
-        for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size", "lora_r",
-                     "max_length"):  # fmt: skip
+        for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size",
+                     "lora_r", "max_length"):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         for name in ("epsilon", "step_size"):

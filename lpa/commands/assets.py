@@ -9,10 +9,14 @@ from collections.abc import Sequence
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     from .. import assets
+    from ..models import DEFAULT_MODEL
 
     parser = argparse.ArgumentParser(prog="lpa assets", description=__doc__)
     parser.add_argument("action", nargs="?", choices=("list", "fetch", "verify"), default="list")
-    parser.add_argument("names", nargs="*", help="assets; by default all (verify: all that are there)")
+    parser.add_argument(
+        "names", nargs="*", help="assets; by default the embedded model (fetch) or all that are there (verify)"
+    )
+    parser.add_argument("--all", action="store_true", help="every asset")
     parser.add_argument("--force", action="store_true", help="fetch again what is there already")
     options = parser.parse_args(arguments)
     if options.action == "list":
@@ -25,7 +29,9 @@ def run(arguments: Sequence[str]) -> int:
         Console().print(grid)
         print(f"cache: {assets.cache_dir()}")
         return 0
-    names = options.names or [n for n in assets.ASSETS if options.action == "fetch" or assets.is_cached(n)]
+    names = options.names or list(assets.ASSETS)
+    if not options.names and not options.all:
+        names = [DEFAULT_MODEL] if options.action == "fetch" else [name for name in names if assets.is_cached(name)]
     status = 0
     for name in names:
         if options.action == "fetch":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import shlex
@@ -16,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..models import DEFAULT_MODEL
+from ..names import nearest
 
 # What fits two CPU cores and a few minutes; for the embedded model alone.
 DEMO = {
@@ -28,7 +28,12 @@ DEMO = {
     "merge_adapters": True,
     "measure_attacked": 4,
 }
-_OURS = ("adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.json", "settings.yaml")
+SETTINGS = "settings.yaml"
+# What a run may have written: adapter, or model and tokenizer; record; checkpoints.
+_WRITTEN = ("adapter_config.json", "adapter_model*.safetensors*", "config.json", "generation_config.json",
+            "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+            "merges.txt", "chat_template.jinja", "README.md", "metrics.json*", "checkpoint-*", SETTINGS)  # fmt: skip
+_COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "resume")
 
 
 @dataclass
@@ -47,48 +52,98 @@ class TrainOptions:
     output: str | None = field(
         default=None, metadata={"help": "Folder for the result. By default runs/MODEL-DATE-TIME."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
+    overwrite: bool = field(default=False, metadata={
+        "help": "Replace an earlier run in the output folder, once the new one can start."})  # fmt: skip
     resume: bool = field(default=False, metadata={
         "help": "Go on with the run in --output from its last checkpoint; its settings are the defaults."})  # fmt: skip
-    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16 or float16."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={
+        "help": "Of the weights; auto is what the checkpoint holds."})  # fmt: skip
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ...; auto by default."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after, on held-out statements."})
     measure_attacked: int = field(default=12, metadata={
         "help": "How many of the 12 held-out statements of each kind are also measured under attack."})  # fmt: skip
 
+    def __post_init__(self) -> None:
+        if self.measure_attacked < 0:
+            raise ValueError(f"measure_attacked={self.measure_attacked} must be 0 (none) or more")
+
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     given = [argument for argument in arguments if argument not in ("-h", "--help")]
     first = _first_look(given)
-    from ..config import read_yaml
-
     parser = _parser()
     if len(given) < len(arguments):
         parser.print_help()
         return 0
-    known = [action.dest for action in parser._actions if action.dest != "help"]
     settings: dict[str, Any] = {}
+    command = shlex.join(["lpa", "train", *given])
     if first.resume:
         if not first.output:
             raise ValueError("--resume needs --output, the folder of the run to go on with")
-        record = Path(first.output) / "settings.yaml"
+        record = Path(first.output) / SETTINGS
         if not record.is_file():
-            raise ValueError(f"--resume: {first.output} holds no run (there is no settings.yaml)")
-        settings |= read_yaml(record, known)
+            raise ValueError(f"--resume: {first.output} holds no run (there is no {SETTINGS})")
+        settings, command = _read_settings(parser, record), _first_command(record) or command
     if first.config:
-        settings |= read_yaml(first.config, known)
-    if (first.model or settings.get("model", DEFAULT_MODEL)) == DEFAULT_MODEL:
-        settings = DEMO | settings
-    parser.set_defaults(**settings)
-    values, unknown = parser.parse_known_args(given)
-    if unknown:
-        from ..config import nearest
+        settings |= _read_settings(parser, first.config)
+    demo = not first.resume and (first.model or settings.get("model", DEFAULT_MODEL)) == DEFAULT_MODEL
+    return _train(_parse(parser, [*_as_words(parser, settings), *given], DEMO if demo else {}), command)
 
+
+def _parse(parser: Any, words: Sequence[str], demo: dict[str, Any]) -> dict[str, Any]:
+    """The options by name. `demo`: defaults for the embedded model."""
+    parser.set_defaults(**demo)
+    values, unknown = parser.parse_known_args(words)
+    if demo and not values.lora:  # nothing to merge, unless it was asked for all the same
+        parser.set_defaults(merge_adapters=False)
+        values, unknown = parser.parse_known_args(words)
+    if unknown:
         flag = unknown[0].partition("=")[0]
-        parser.error(f"unknown option {flag}{nearest(flag.lstrip('-'), known)}")
-    return _train(vars(values), settings)
+        parser.error(f"unknown option {flag}{nearest(flag.lstrip('-'), _options(parser))}")
+    return vars(values)
+
+
+def _options(parser: Any) -> dict[str, Any]:
+    """Every option by name; of --x and --no_x the first."""
+    return {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+
+
+def _read_settings(parser: Any, path: str | Path) -> dict[str, Any]:
+    from ..config import read_yaml
+
+    settings = read_yaml(path, _options(parser))
+    if odd := [name for name in _COMMAND_LINE_ONLY if name in settings]:
+        raise ValueError(f"{path} sets {odd[0]}, which belongs on the command line")
+    return settings
+
+
+def _as_words(parser: Any, settings: dict[str, Any]) -> list[str]:
+    """Settings of a file as words of a command line, so that one parser checks both.
+
+    Raises:
+        ValueError: a setting without a value.
+    """
+    options, words = _options(parser), []
+    for name, value in settings.items():
+        if value is None:
+            raise ValueError(f"the setting {name!r} has no value; leave it out for its default")
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        elif isinstance(value, bool):  # YAML takes a plain no for false
+            value = "no" if not value and "no" in (options[name].choices or ()) else str(value).lower()
+        words += [f"--{name}", str(value)] if options[name].nargs == "+" else [f"--{name}={value}"]
+    return words
+
+
+def _first_command(record: Path) -> str | None:
+    """The command that a run was begun with: in its settings' first line, as a comment."""
+    first = record.read_text(encoding="utf-8").partition("\n")[0]
+    return json.loads(first[2:]) if first.startswith('# "') else None
 
 
 def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
@@ -119,22 +174,25 @@ def _parser() -> Any:
     return parser
 
 
-def _train(values: dict[str, Any], settings: dict[str, Any]) -> int:
+def _train(values: dict[str, Any], command: str) -> int:
+    from accelerate.utils import broadcast_object_list
+
     from ..config import LPAConfig
 
     options = TrainOptions(**{name: values[name] for name in TrainOptions.__annotations__})
-    names = [f.name for f in dataclasses.fields(LPAConfig) if f.init]
     output = _output_folder(options, values)
-    config = LPAConfig(**{name: values[name] for name in names} | {"output_dir": str(output)})
-    _claim(output, options)
+    _check_output(output, options)
+    own = {*TrainOptions.__annotations__, "config"}
+    config = LPAConfig(**{k: v for k, v in values.items() if k not in own} | {"output_dir": str(output)})
+    config.output_dir = broadcast_object_list([str(output)])[0]  # it may hold the time, which ranks read differently
+    output = Path(config.output_dir)
 
     import torch
     from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging as transformers_logging
 
     from ..card import write_json
-    from ..data import load_benign, load_pairs
-    from ..losses import BENIGN_TERMS
+    from ..data import load_pairs
     from ..measure import table
     from ..models import load
     from ..prepare import trained_share
@@ -144,18 +202,19 @@ def _train(values: dict[str, Any], settings: dict[str, Any]) -> int:
     transformers_logging.set_verbosity_error()  # what it says is about a loop that here is only a part
     begun = time.time()
     pairs = load_pairs(options.data)
-    benign = load_benign(options.benign) if any(name in config.coefs for name in BENIGN_TERMS) else None
     model, tokenizer = load(
         options.model,
         dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
-    trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign if options.benign else None)
+    trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=options.benign)
     main = trainer.is_world_process_zero()
     say = print if main else _silent
     if main and not options.resume:
-        _keep_settings(output, options, values)
+        _clear(output)  # only now: what was wrong with the settings, the data or the model has been told
+        _keep_settings(output, values, command)
+    trainer.accelerator.wait_for_everyone()
     trained, total = trained_share(trainer.model)
     say(
         f"{options.model}: {total / 1e6:.1f}M weights on {config.device}, {trained / 1e6:.1f}M of them trained; "
@@ -166,6 +225,7 @@ def _train(values: dict[str, Any], settings: dict[str, Any]) -> int:
     checkpoint = get_last_checkpoint(str(output)) if options.resume else None
     if options.resume:
         say(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
+    earlier = _seconds_before(checkpoint)
     with _stopping(trainer) as stopped_by:
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interrupted:
@@ -173,12 +233,12 @@ def _train(values: dict[str, Any], settings: dict[str, Any]) -> int:
         again = f"saved as {saved}; go on with: lpa train --resume --output {shlex.quote(str(output))}"
         say(f"stopped after {trainer.lpa_step} LPA steps; {again if saved else 'there was nothing to save'}")
         return 128 + stopped_by[0]
-    after = _measure(trainer, options)
     trainer.accelerator.wait_for_everyone()
     _save(trainer, options)
+    after = _measure(trainer, options)
     if not main:
         return 0
-    record = _record(options, trainer, pairs, before, after, time.time() - begun)
+    record = _record(options, trainer, pairs, before, after, command) | {"seconds": earlier + time.time() - begun}
     write_json(output / "metrics.json", record)
     from ..card import model_card
 
@@ -214,37 +274,54 @@ def _output_folder(options: TrainOptions, values: dict[str, Any]) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _claim(output: Path, options: TrainOptions) -> None:
-    """Make the output folder; an earlier run in it is only touched when told.
+def _check_output(output: Path, options: TrainOptions) -> None:
+    """An earlier run is only touched when told, and anything else never.
 
     Raises:
-        ValueError: it is not empty.
+        ValueError: the output is a file, or a folder that holds something.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {output} is a file; give a folder")
-    if not options.resume and output.is_dir() and any(output.iterdir()):
-        if not options.overwrite:
-            raise ValueError(
-                f"the output folder {output} is not empty; use --resume to go on with its run, --overwrite to replace "
-                "it, or another --output"
-            )
-        for name in _OURS:
-            (output / name).unlink(missing_ok=True)
-        for folder in output.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-    output.mkdir(parents=True, exist_ok=True)
+    if options.resume or not output.is_dir() or not any(output.iterdir()):
+        return
+    if not options.overwrite:
+        raise ValueError(
+            f"the output folder {output} is not empty; use --resume to go on with its run, --overwrite to replace "
+            "it, or another --output"
+        )
+    if not (output / SETTINGS).is_file():
+        raise ValueError(
+            f"--overwrite: {output} holds no run (there is no {SETTINGS}) but other files; use another folder"
+        )
 
 
-def _keep_settings(output: Path, options: TrainOptions, values: dict[str, Any]) -> None:
+def _clear(output: Path) -> None:
+    """Remove an earlier run's files, and no others."""
+    if (output / SETTINGS).is_file():
+        for path in [path for pattern in _WRITTEN for path in output.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _keep_settings(output: Path, values: dict[str, Any], command: str) -> None:
     """settings.yaml: what this run was asked for, for `--resume` and `--config`."""
     import yaml
 
     defaults = vars(_parser().parse_args([]))
-    leave = {"config", "output", "output_dir", "overwrite", "resume"}
-    asked = {k: getattr(v, "value", v) for k, v in values.items() if k not in leave and v != defaults[k]}
-    asked |= {"model": options.model}
-    text = yaml.safe_dump(asked, sort_keys=True, allow_unicode=True)
-    (output / "settings.yaml").write_text(text, encoding="utf-8")
+    # those of DEMO always: without them a default would be DEMO's
+    asked = {k: getattr(v, "value", v) for k, v in values.items()
+             if k not in _COMMAND_LINE_ONLY and (v != defaults[k] or k in DEMO or k == "model")}  # fmt: skip
+    text = f"# {json.dumps(command)}\n{yaml.safe_dump(asked, sort_keys=True, allow_unicode=True)}"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _seconds_before(checkpoint: str | None) -> float:
+    """How long the LPA steps took that a checkpoint brings along."""
+    if checkpoint is None:
+        return 0.0
+    log = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    phases = ("seconds_attack", "seconds_defence", "seconds_other")
+    return sum(entry[phase] for entry in log if "lpa_step" in entry for phase in phases)
 
 
 @contextmanager
@@ -291,26 +368,36 @@ def _save(trainer: Any, options: TrainOptions) -> None:
 
 
 def _record(
-    options: TrainOptions, trainer: Any, pairs: Any, before: dict[str, float], after: dict[str, float], seconds: float
+    options: TrainOptions, trainer: Any, pairs: Any, before: dict[str, float], after: dict[str, float], command: str
 ) -> dict[str, Any]:
-    from ..card import data_hash, peak_memory_gb, versions
+    """What metrics.json holds, without "seconds": this process's, and those of LPA steps before an interruption."""
+    from ..card import peak_memory_gb, versions
 
+    benign = None
+    if trainer.benign is not None:
+        benign = _data_record(
+            options.benign or "the shipped desirable statements", trainer.benign, ("prompt", "response")
+        )
     return {
         "model": options.model,
-        "command": shlex.join(["lpa", *sys.argv[1:]]),
+        "command": command,
         "versions": versions(),
-        "settings": {k: getattr(v, "value", v) for k, v in trainer.args.own_settings.items()},
-        "sites": trainer.pgd.sites and [site.name for site in trainer.pgd.sites],
-        "data": {
-            "source": options.data or "the shipped undesirable statements",
-            "rows": len(pairs),
-            "sha256": data_hash(pairs, ("prompt", "rejected", "chosen")),
-        },
+        "settings": trainer.args.own_settings,
+        "sites": [site.name for site in trainer.pgd.sites],
+        "data": _data_record(
+            options.data or "the shipped undesirable statements", pairs, ("prompt", "rejected", "chosen")
+        ),
+        "benign": benign,
         "device": str(trainer.args.device),
         "lpa_steps": trainer.lpa_step,
         "before": before,
         "after": after,
         "steps": [entry for entry in trainer.state.log_history if "lpa_step" in entry],
-        "seconds": seconds,
         "peak_memory_gb": peak_memory_gb(),
     }
+
+
+def _data_record(source: str, dataset: Any, columns: tuple[str, ...]) -> dict[str, Any]:
+    from ..card import data_hash
+
+    return {"source": source, "rows": len(dataset), "sha256": data_hash(dataset, columns)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ def model(tmp_path_factory: Any) -> str:
     tiny_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def train(*arguments: str) -> int:
@@ -76,12 +80,24 @@ def test_a_run_writes_adapter_record_and_card(model: str, tmp_path: Path, capsys
 def test_an_earlier_run_is_kept_unless_told(model: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "checkpoint-5").mkdir()
+    before = contents(tmp_path)
     assert train("--model", model, "--output", str(tmp_path), *SMALL) == 1
     assert "is not empty; use --resume" in capsys.readouterr().err
-    assert (tmp_path / "metrics.json").read_text() == "{}"
+    assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL) == 1
+    assert "holds no run (there is no settings.yaml) but other files" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    (tmp_path / "settings.yaml").write_text("lpa_steps: 1")
+    (tmp_path / "config.json").write_text("{}")  # of a fully trained model
+    before = contents(tmp_path)
+    for wrong in (["--data", "gone.csv"], ["--epsilon", "-1"], ["--sites", "mlp:99"]):
+        assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL, *wrong) == 1
+        assert contents(tmp_path) == before, wrong
     assert train("--model", model, "--output", str(tmp_path), "--overwrite", "--no_measure", *SMALL) == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"]
+    assert not (tmp_path / "checkpoint-5").exists()
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
@@ -103,6 +119,9 @@ def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
         (["--resume", "--output", "nowhere"], "nowhere holds no run"),
         (["--kl", "other"], "kl='other' is unknown"),
         (["--data", "none.csv"], "none.csv cannot be read"),
+        (["--benign", "none.csv"], "the benign data set is not used"),
+        (["--measure_attacked", "-1"], "measure_attacked=-1 must be 0"),
+        (["--norm", "l7"], "norm='l7' is unknown"),
     ],
 )
 def test_bad_use_is_told_in_a_line(
@@ -136,31 +155,149 @@ def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
     file.write_text("prompt,rejected\nI agree,yes\n")
     assert train("--model", model, "--data", str(file), "--output", str(tmp_path / "two"), *SMALL) == 1
     assert "no column chosen" in capsys.readouterr().err
-    assert not any((tmp_path / "two").iterdir())
+    assert not (tmp_path / "two").exists()
 
 
-def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(model: str, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 2.5", "argument --steps: invalid int value: '2.5'"),
+        ("epsilon: true", "argument --epsilon: invalid float value: 'true'"),
+        ("sites: []", "argument --sites: expected at least one argument"),
+        ("dtype: bf16", "argument --dtype: invalid choice: 'bf16'"),
+        ("resume: true", "sets resume, which belongs on the command line"),
+        ("output: here", "sets output, which belongs on the command line"),
+        ("epsilon:", "the setting 'epsilon' has no value"),
+    ],
+)
+def test_yaml_is_checked_like_the_command_line(tmp_path: Path, capsys: Any, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with contextlib.suppress(SystemExit):
+        assert train("--config", str(file)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_yaml_of_every_kind_reaches_the_parser() -> None:
+    from lpa.commands.train import _as_words, _parse, _parser
+
+    settings = {"sites": "embedding", "lora_targets": ["q_proj", "v_proj"], "save_strategy": False, "measure": False,
+                "learning_rate": "1e-3", "optim_args": "a=-1", "lr_scheduler_kwargs": {"min_lr": 0}}  # fmt: skip
+    values = _parse(_parser(), _as_words(_parser(), settings), {})
+    wanted = settings | {"sites": ["embedding"], "save_strategy": "no", "learning_rate": 1e-3,
+                         "lr_scheduler_kwargs": '{"min_lr": 0}'}  # fmt: skip
+    assert {name: getattr(values[name], "value", values[name]) for name in wanted} == wanted
+
+
+def test_the_demo_settings_are_defaults_of_a_new_run_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    from lpa.commands import train as command
+
+    demo = {"lpa_steps": 6, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "merge_adapters": True,
+            "measure_attacked": 4}  # fmt: skip
+    monkeypatch.setattr(command, "DEMO", demo)
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
+    # all of these are LPAConfig's own defaults, and not the demo's
+    own = [
+        "--lpa_steps",
+        "30",
+        "--gradient_accumulation_steps",
+        "4",
+        "--merge_adapters",
+        "false",
+        "--measure_attacked",
+        "12",
+    ]
+    assert train(*own) == train() == train("--no_lora") == 0
+    command._keep_settings(tmp_path, seen[0], "lpa train")
+    assert train("--resume", "--output", str(tmp_path)) == train("--config", str(tmp_path / "settings.yaml")) == 0
+    names = ("lpa_steps", "gradient_accumulation_steps", "merge_adapters", "measure_attacked")
+    found = [tuple(values[name] for name in names) for values in seen]
+    assert found == [(30, 4, False, 12), (6, 1, True, 4), (6, 1, False, 4), (30, 4, False, 12), (30, 4, False, 12)]
+
+
+def test_benign_data_are_recorded(model: str, tmp_path: Path) -> None:
+    file, output = tmp_path / "benign.csv", tmp_path / "out"
+    file.write_text("prompt,response\nI agree,yes\nI do not agree,no\n")
+    assert train("--model", model, "--benign", str(file), "--sft_coef", "0.5", "--optim", "sgd", "--no_measure",
+                 "--output", str(output), *SMALL, "--lpa_steps", "1") == 0  # fmt: skip
+    record = json.loads((output / "metrics.json").read_text())
+    assert record["benign"]["source"] == str(file)
+    assert record["benign"]["rows"] == 2
+    assert record["benign"]["sha256"] in (output / "README.md").read_text()
+    assert record["settings"]["optim"] == "sgd"
+
+
+def test_ranks_agree_on_the_folder(model: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda given: ["runs/of-rank-0"])
+    assert train("--model", model, "--no_measure", *SMALL, "--lpa_steps", "1") == 0
+    assert (tmp_path / "runs/of-rank-0/metrics.json").is_file()
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["of-rank-0"]
+
+
+def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(
+    model: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from lpa import LPATrainer
+
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = [*SMALL, "--lpa_steps", "8", "--no_measure", "--save_total_limit", "1"]
-    command = [sys.executable, "-m", "lpa", "train", "--model", model, "--output", str(parts), *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(parts.glob("checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, err
+    more = ["--model", model, *SMALL, "--lpa_steps", "3", "--no_measure", "--save_total_limit", "1"]
+    attack = LPATrainer._attack
+
+    def interrupted(self: Any, *arguments: Any) -> None:
+        if self.lpa_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        attack(self, *arguments)
+
+    monkeypatch.setattr(LPATrainer, "_attack", interrupted)
+    assert train("--output", str(parts), *more) == 128 + signal.SIGTERM
+    monkeypatch.setattr(LPATrainer, "_attack", attack)
+    out = capsys.readouterr().out
+    assert "stopped after 2 LPA steps" in out
     assert "go on with: lpa train --resume" in out
-    assert "Traceback" not in err
     assert not (parts / "metrics.json").exists()
     assert train("--resume", "--output", str(parts)) == 0
     assert "going on from" in capsys.readouterr().out
-    assert train("--model", model, "--output", str(whole), *more) == 0
+    assert train("--output", str(whole), *more) == 0
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    record = json.loads((parts / "metrics.json").read_text())
+    assert record["command"].startswith(f"lpa train --output {parts} --model")  # not that of the resumption
+    steps = [sum(step[f"seconds_{phase}"] for phase in ("attack", "defence", "other")) for step in record["steps"]]
+    assert len(steps) == 3
+    assert record["seconds"] > sum(steps)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("no module named gguf"), "error: no module named gguf"),
+        (KeyError("rows"), "error: KeyError: 'rows' (this may be a bug of lpa)"),
+        (TypeError("a float is no int"), "error: TypeError: a float is no int (this may be a bug of lpa)"),
+    ],
+)
+def test_errors_are_told_in_a_line(monkeypatch: Any, capsys: Any, error: Exception, message: str) -> None:
+    def fail(arguments: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("lpa.commands.traits.run", fail)
+    assert main(["traits"]) == 1
+    assert capsys.readouterr().err.startswith(message)
+    monkeypatch.setenv("LPA_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["traits"])
+
+
+def test_fetch_takes_the_embedded_model_alone_unless_told(monkeypatch: Any, capsys: Any) -> None:
+    from lpa import assets
+
+    fetched: list[str] = []
+    monkeypatch.setattr(assets, "fetch", lambda name, force=False: fetched.append(name))
+    assert main(["assets", "fetch"]) == 0
+    assert fetched == ["smollm2-135m-instruct"]
+    assert main(["assets", "fetch", "--all"]) == 0
+    assert fetched[1:] == list(assets.ASSETS)
 
 
 def test_traits_and_assets(model: str, capsys: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lpa.config import LPAConfig, default_sites, read_yaml, setting_names
+from lpa.config import LPAConfig, default_sites, read_yaml
 
 
 def config(**settings: Any) -> LPAConfig:
@@ -56,10 +58,32 @@ def test_weights_are_divided_by_their_sum() -> None:
         ({"kl": "public"}, "needs normaliser='micro'"),
         ({"lpa_steps": 0}, "lpa_steps=0 must be at least 1"),
         ({"steps": -1}, "steps=-1 must be 0"),
-        ({"toward_coef": -1.0}, "toward_coef=-1.0, away_coef=0.5, sft_coef=0.0, kl_coef=0.0: weights must not"),
+        (
+            {"toward_coef": -1.0},
+            "toward_coef=-1.0, away_coef=0.5, dpo_coef=0.0, ipo_coef=0.0, sft_coef=0.0, kl_coef=0.0: weights must not",
+        ),
         ({"attack_toward_coef": 0, "attack_away_coef": 0}, "one of them must be above 0"),
         ({"max_steps": 7}, r"max_steps=7 counts model updates and follows from lpa_steps=30 x defence_steps=4 = 120"),
         ({"bf16": True}, "bf16=True asks for autocast"),
+        ({"norm": "l7"}, "norm='l7' is unknown; use one of l2, linf"),
+        ({"rule": "newton"}, "rule='newton' is unknown"),
+        ({"engine": "steam"}, "engine='steam' is unknown"),
+        ({"backend": "abacus"}, "backend='abacus' is unknown"),
+        ({"epsilon": -1.0}, "epsilon=-1.0 must be positive"),
+        ({"step_size": math.nan}, "step_size=nan must be positive"),
+        ({"kl_coef": math.nan}, "weights must not be negative"),
+        ({"lora_r": 0}, "lora_r=0 must be at least 1"),
+        ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be in \[0, 1\)"),
+        ({"max_length": 0}, "max_length=0 must be at least 1"),
+        ({"seed": 2**32}, "seed=4294967296 must be in"),
+        ({"dpo_coef": 1.0}, "mixes 'dpo' with other losses"),
+        ({"attack_ipo_coef": 1.0}, "mixes 'ipo' with other losses"),
+        ({"lora": False, "merge_adapters": True}, "there are no adapters to merge"),
+        ({"eval_strategy": "steps"}, "eval_strategy='steps' cannot be used with LPA: nothing is evaluated"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True cannot be used"),
+        ({"torch_compile": True}, "torch_compile=True cannot be used"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True cannot be used"),
+        ({"num_train_epochs": 1.0}, "num_train_epochs=1.0 cannot be used with LPA: a run's length is lpa_steps"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -67,10 +91,25 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         config(**settings)
 
 
+def test_a_single_name_is_a_list_of_one() -> None:
+    c = config(sites="embedding", lora_targets="all-linear")
+    assert (c.sites, c.lora_targets) == (["embedding"], ["all-linear"])
+
+
+def test_the_record_holds_what_was_changed() -> None:
+    told = config(optim="sgd", max_grad_norm=0.5).own_settings
+    assert (told["optim"], told["max_grad_norm"], told["epsilon"], told["seed"]) == ("sgd", 0.5, 6.0, 42)
+    json.dumps(told, allow_nan=False)
+    usual = config().own_settings
+    assert "optim" not in usual
+    assert "max_grad_norm" not in usual
+
+
 def test_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lpa-steps: 3\nlearning_rate: 1e-4\n")
-    assert read_yaml(file, setting_names()) == {"lpa_steps": 3, "learning_rate": "1e-4"}
+    names = ["lpa_steps", "learning_rate"]
+    assert read_yaml(file, names) == {"lpa_steps": 3, "learning_rate": "1e-4"}
     for text, message in (
         ("lpa_stepz: 3", "unknown key 'lpa_stepz'; did you mean 'lpa_steps'"),
         ("qqqqqq: 3", "unknown key 'qqqqqq'$"),
@@ -79,6 +118,6 @@ def test_yaml(tmp_path: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_yaml(file, setting_names())
+            read_yaml(file, names)
     with pytest.raises(ValueError, match="cannot be read"):
         read_yaml(tmp_path / "none.yaml", [])
