@@ -103,14 +103,13 @@ def benign_terms(
     total = torch.zeros((), device=batch.ids.device)
     terms: dict[str, Tensor] = {}
     public = "kl" in coefs and kl == "public"
-    logits = None if public and "sft" not in coefs else batch.logits(model)
+    logits = batch.logits(model, at=public and "sft" not in coefs)
     if "sft" in coefs:
-        assert logits is not None
         terms["sft"] = F.cross_entropy(logits.float(), batch.labels, reduction="sum") / count
         total = total + coefs["sft"] * terms["sft"]
     if "kl" in coefs:
         assert base is not None
-        rows = batch.logits(model, at=True) if public else logits
+        rows = batch.logits(model, at=True) if public and "sft" in coefs else logits
         log_base = base.float().log_softmax(-1)
         if public:
             log_new = rows.float().log_softmax(-1)

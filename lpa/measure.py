@@ -127,8 +127,8 @@ def measure(
     found["perplexity"] = perplexity(model, tokenizer)
     if odd := [name for name, value in found.items() if not math.isfinite(value)]:
         raise FloatingPointError(
-            f"{odd[0]} is {found[odd[0]]}: the model's logits are not finite; look for NaN in its weights, or load it in "
-            "bfloat16 or float32 instead of float16"
+            f"{odd[0]} is {found[odd[0]]}: the model's logits are not finite; look for NaN in its weights, or load it "
+            "in bfloat16 or float32 instead of float16"
         )
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lpa import assets
+from . import assets
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF_MODELS = {DEFAULT_MODEL: "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -110,13 +110,23 @@ def _dequantise(source: Path, file: str, folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
+def check_head(model: Any, name: str = "the model") -> Any:
+    """The model's LM head.
+
+    Raises:
+        ModelError: it has none.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    if get is None or (head := get()) is None:
+        raise ModelError(f"{name} ({type(model).__name__}) has no LM head; a causal language model is needed")
+    return head
+
+
 def _check(name: str, model: Any, missing: Any) -> None:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name!r} is an encoder-decoder ({config.model_type}); a causal language model is needed")
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{name!r} ({type(model).__name__}) has no LM head; a causal language model is needed")
+    head = check_head(model, repr(name))
     heads = {f"{path}.weight" for path, module in model.named_modules() if module is head}
     if lost := heads & set(missing):
         raise ModelError(

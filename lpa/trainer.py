@@ -58,10 +58,11 @@ class LPATrainer(Trainer):
     transformers' loop sees the micro-batches `defence_steps` times over, so callbacks, logging, schedules and
     checkpoints are its own; `global_step` counts model updates, and checkpoints are made at the ends of LPA steps only.
 
-    Logged every LPA step: "attack_toward_first", "_last" and the same for "away" (the adversary's losses at its first
-    and last inner step; "_dpo", "_ipo"), "defence_toward", "_away", "_dpo", "_ipo", "_sft", "_kl", "_total" (the last
-    update's losses, the total being their plain sum), "norm/SITE" (mean over attacked tokens), "boundary_fraction", "seconds_attack", "_defence",
-    "_other", "tokens_per_second" (tokens of both texts times the passes made over them), and "lpa_step".
+    Logged every LPA step: "attack_toward_first", "_last" and the same for "away", "dpo" and "ipo" (the adversary's
+    losses at its first and last inner step), "defence_toward", "_away", "_dpo", "_ipo", "_sft", "_kl", "_total" (the
+    last update's losses, the total being their plain sum), "norm/SITE" (mean over attacked tokens),
+    "boundary_fraction", "seconds_attack", "_defence", "_other", "tokens_per_second" (tokens of both texts times the
+    passes made over them), and "lpa_step".
 
     Args:
         model: a causal language model, or what `lpa.models.load` takes.
@@ -119,8 +120,8 @@ class LPATrainer(Trainer):
         if ("kl" in args.coefs or self._refers) and ref_model is None and not hasattr(model, "disable_adapter"):
             name = "kl" if "kl" in args.coefs else self.objective and self.objective.preference
             raise ValueError(
-                f"{name}_coef={getattr(args, f'{name}_coef')} needs the base model, and without adapters there is none; "
-                f"give ref_model, train adapters, or set {name}_coef to 0"
+                f"{name}_coef={getattr(args, f'{name}_coef')} needs the base model, and without adapters there is "
+                f"none; give ref_model, train adapters, or set {name}_coef to 0"
             )
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)

@@ -1,9 +1,9 @@
 """The data of LPA: shipped statements, loading, chat templates, batches."""
 
-from lpa.data.chat import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
-from lpa.data.collate import ATTACK_ON, BenignCollator, PairCollator, encode_benign, encode_pairs
-from lpa.data.loading import AGREE, DISAGREE, TRAITS, DataError, load_benign, load_pairs, perplexity_text, statements
-from lpa.data.preview import preview
+from .chat import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
+from .collate import ATTACK_ON, BenignCollator, PairCollator, encode_benign, encode_pairs
+from .loading import AGREE, DISAGREE, TRAITS, DataError, load_benign, load_pairs, perplexity_text, statements
+from .preview import preview
 
 __all__ = [
     "AGREE",

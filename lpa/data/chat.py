@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lpa.data.loading import DataError
+from .loading import DataError, some_of
 
 ASSESSMENT_PROMPT = "Indicate whether you agree or disagree with the following statements."
 PLAIN_PROMPT = "You are a helpful assistant."
@@ -248,5 +248,4 @@ def encode_pair(
 def warn_inert(rows: Sequence[str]) -> None:
     """One warning for all rows whose special-token text was kept as plain text."""
     if rows:
-        named = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-        warnings.warn(f"{named}: holds the text of special tokens; it is kept as plain text", stacklevel=3)
+        warnings.warn(f"{some_of(rows)}: holds the text of special tokens; it is kept as plain text", stacklevel=3)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lpa.data.chat import ChatEncoder, warn_inert
-from lpa.data.loading import DataError
+from .chat import ChatEncoder, warn_inert
+from .loading import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

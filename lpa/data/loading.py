@@ -92,7 +92,9 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
     name = _name(source)
     _check_cells(rows, PAIR_COLUMNS, name)
     if same := [row["row"] for row in rows if row["rejected"] == row["chosen"]]:
-        raise DataError(f"{_some(same)}: rejected and chosen are the same text; a pair needs two different completions")
+        raise DataError(
+            f"{some_of(same)}: rejected and chosen are the same text; a pair needs two different completions"
+        )
     return _dataset(rows, PAIR_COLUMNS, name)
 
 
@@ -130,7 +132,7 @@ def _name(source: Any) -> str:
     return str(source) if isinstance(source, (str, Path)) else "the data set"
 
 
-def _some(rows: Sequence[str]) -> str:
+def some_of(rows: Sequence[str]) -> str:
     """The first few of many."""
     return ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
 
@@ -153,7 +155,7 @@ def _read(source: Any, columns: Sequence[str], split: str, messages: bool = Fals
         yield {**{column: row[column] for column in columns}, "row": where, **_tags(row)}
     if unused:
         message = "only the first user message and its answer are used"
-        warnings.warn(f"{_name(source)}: {message}; there are others in {_some(unused)}", stacklevel=4)
+        warnings.warn(f"{_name(source)}: {message}; there are others in {some_of(unused)}", stacklevel=4)
 
 
 def _parts(source: Any, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -241,12 +243,12 @@ def _check_cells(rows: Sequence[Row], columns: Sequence[str], name: str) -> None
         raise DataError(f"{name} has no rows; give at least one with {', '.join(columns)}")
     cells = [(row, column) for row in rows for column in columns]
     if empty := [f"{row['row']} ({column})" for row, column in cells if row[column] is None or row[column] == ""]:
-        raise DataError(f"{name}: empty cells in {_some(empty)}; fill them in or drop the rows")
+        raise DataError(f"{name}: empty cells in {some_of(empty)}; fill them in or drop the rows")
     for row, column in cells:
         if not isinstance(row[column], str):
             raise DataError(f"{row['row']}: {column} is {row[column]!r} ({type(row[column]).__name__}), not text")
     if blank := [f"{row['row']} ({column})" for row, column in cells if not row[column].strip()]:
-        raise DataError(f"{name}: empty cells in {_some(blank)}; fill them in or drop the rows")
+        raise DataError(f"{name}: empty cells in {some_of(blank)}; fill them in or drop the rows")
 
 
 def _dataset(rows: Sequence[Row], columns: Sequence[str], name: str) -> Dataset:

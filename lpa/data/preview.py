@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lpa.data.collate import PairCollator
+from .collate import PairCollator
 
 _STYLES = {"prompt": "cyan", "rejected": "red", "chosen": "green"}
 _ATTACKED = "underline"

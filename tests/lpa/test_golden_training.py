@@ -33,31 +33,30 @@ def collate_benign(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
 
 def golden_trainer(folder: Path, **settings: Any) -> LPATrainer:
     info = load_golden().info["cases"]["train"]
-    config = LPAConfig(
-        str(folder),
-        sites=["embedding", "1", "3"],
-        epsilon=info["epsilon"],
-        step_size=info["inner_learning_rate"],
-        steps=info["pgd_iterations_per_step"],
-        learning_rate=info["outer_learning_rate"],
-        max_grad_norm=info["clip_grad"],
-        defence_steps=info["model_iterations_per_step"],
-        lpa_steps=info["num_steps"],
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=1,
-        normaliser="micro",
-        kl="public",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        **settings,
-    )
+    given: dict[str, Any] = {
+        "sites": ["embedding", "1", "3"],
+        "epsilon": info["epsilon"],
+        "step_size": info["inner_learning_rate"],
+        "steps": info["pgd_iterations_per_step"],
+        "learning_rate": info["outer_learning_rate"],
+        "max_grad_norm": info["clip_grad"],
+        "defence_steps": info["model_iterations_per_step"],
+        "lpa_steps": info["num_steps"],
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1,
+        "normaliser": "micro",
+        "kl": "public",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    config = LPAConfig(str(folder), **given | settings)
     rows = [{"index": i} for i in range(3)]
     return LPATrainer(
         load_golden().model(lora=True),
         config,
         rows,
-        benign_dataset=rows,
+        benign_dataset=rows if {"sft", "kl"} & config.coefs.keys() else None,
         data_collator=collate,
         benign_collator=collate_benign,
     )
@@ -71,13 +70,15 @@ def test_three_training_steps(tmp_path: Path, engine: str) -> None:
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "lpa_step" in entry]
     assert [entry["lpa_step"] for entry in logged] == [1, 2, 3]
-    # A run in float64 differs from the golden one by 8e-5 in the last loss and 6e-6 in the weights, as ours does: the
-    # public code's away loss cancels in float32, and Adam's first steps take only the signs of tiny gradients.
-    for entry, expected in zip(logged, info["log"], strict=True):
-        assert entry["attack_toward_last"] == pytest.approx(expected["adv_toward"], abs=2e-5)
-        assert entry["attack_away_last"] == pytest.approx(expected["adv_away"], abs=2e-5)
+    # The first LPA step starts from the golden weights and holds to rounding. Later ones start from weights that differ
+    # by a little: Adam's first steps take only the signs of tiny gradients, and the public code's away loss cancels in
+    # float32. A run in float64 differs from the golden one by as much: 8e-5 in the last loss, 6e-6 in the weights.
+    tolerances = [(2e-6, 2e-6), (2e-6, 1e-5), (2e-5, 1e-4)]
+    for entry, expected, (inner, defence) in zip(logged, info["log"], tolerances, strict=True):
+        assert entry["attack_toward_last"] == pytest.approx(expected["adv_toward"], abs=inner)
+        assert entry["attack_away_last"] == pytest.approx(expected["adv_away"], abs=inner)
         for name in ("toward", "away", "kl", "total"):
-            assert entry[f"defence_{name}"] == pytest.approx(expected[f"def_{name}"], abs=1.5e-4), name
+            assert entry[f"defence_{name}"] == pytest.approx(expected[f"def_{name}"], abs=defence), name
     weights = dict(trainer.model.named_parameters())
     start, expected_weights = golden.group("lora"), golden.group("trained")
     assert expected_weights
@@ -91,13 +92,11 @@ def test_three_training_steps(tmp_path: Path, engine: str) -> None:
 def test_defence_gradients(tmp_path: Path, case: str) -> None:
     golden = load_golden()
     info = golden.info["cases"][f"defence.{case}"]
-    trainer = golden_trainer(tmp_path, **{f"{name}_coef": value for name, value in info["coefs"].items()})
+    attack = golden.info["cases"]["lpa.lora"]  # the public code's attack of this case
+    coefs = {f"{name}_coef": value for name, value in info["coefs"].items()}
+    trainer = golden_trainer(tmp_path, steps=attack["pgd_iterations"], lpa_steps=1, **coefs)
     assert trainer.args.coefs == pytest.approx(info["normalised"])
     gradients: dict[str, torch.Tensor] = {}
-
-    # the public code's attack of this case: that of "lpa.lora"
-    attack = golden.info["cases"]["lpa.lora"]
-    trainer.args.steps, trainer.args.lpa_steps = attack["pgd_iterations"], 1
 
     def before_clip(model: Any) -> None:
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

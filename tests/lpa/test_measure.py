@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lpa.card import write_json
 from lpa.data import PairCollator, load_pairs
 from lpa.measure import ROWS, attack_of, completion_log_probs, labels, margins, measure, perplexity, table
 from lpa_kernels.attack import PairBatch
@@ -64,7 +65,25 @@ def test_measure_and_its_table(tmp_path: Path) -> None:
     assert model.training  # left as it was
     assert "  under a latent attack (n=3)" in labels(found).values()
     assert table(found, found).row_count == 5
+    with pytest.raises(ValueError, match="attacked_rows=-1 must be 0"):
+        measure(model, TOKENIZER, config, attacked_rows=-1)
     clean = measure(model, TOKENIZER, config, attacked_rows=0)
     assert "agree_desirable_attacked" not in clean
     assert clean["agree_desirable"] == found["agree_desirable"]
     assert table(clean, None).row_count == 3
+
+
+def test_nan_is_no_number(tmp_path: Path) -> None:
+    model = tiny_model(len(TOKENIZER))
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="disagree_undesirable_margin is nan: the model's logits are not"):
+        measure(model, TOKENIZER, tiny_config(tmp_path), attacked_rows=0)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "metrics.json", {"perplexity": math.nan})
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_site_may_be_a_plain_name_or_number(tmp_path: Path) -> None:
+    model, config = tiny_model(len(TOKENIZER)), tiny_config(tmp_path)
+    assert [site.name for site in attack_of(model, config, sites="embedding").sites] == ["embedding"]
+    assert [site.name for site in attack_of(model, config, sites=1).sites] == ["mlp:1"]

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from lpa import LPATrainer
 from lpa.data import DataError
-from lpa.losses import BenignBatch, benign_terms, plain_logits
 from tests.lpa.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -284,26 +283,6 @@ def test_any_peft_config(tmp_path: Path) -> None:
     assert all("q_proj" in name for name in weights(trainer))
 
 
-def test_standard_kl_is_that_of_the_textbook() -> None:
-    torch.manual_seed(0)
-    model = tiny_model(50)
-    batch = BenignBatch(torch.randint(50, (2, 6)), torch.tensor([[0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1]]).bool())
-    base = batch.rows(plain_logits(tiny_model(50, seed=1), batch.ids)).detach()
-    total, terms = benign_terms(model, batch, {"kl": 0.5, "sft": 0.25}, batch.count, "standard", base)
-    total = total.detach()
-    logits, other = plain_logits(model, batch.ids), plain_logits(tiny_model(50, seed=1), batch.ids)
-    kls, losses = [], []
-    for example, position in batch.mask.nonzero().tolist():
-        new = torch.distributions.Categorical(logits=logits[example, position - 1].double())
-        old = torch.distributions.Categorical(logits=other[example, position - 1].double())
-        kls.append(torch.distributions.kl_divergence(old, new))
-        losses.append(-new.log_prob(batch.ids[example, position]))
-    kl, sft = torch.stack(kls).mean().detach(), torch.stack(losses).mean().detach()
-    assert float(terms["kl"]) == pytest.approx(float(kl), rel=1e-5)
-    assert float(terms["sft"]) == pytest.approx(float(sft), rel=1e-5)
-    assert float(total) == pytest.approx(float(0.5 * kl + 0.25 * sft), rel=1e-5)
-
-
 def test_nan_in_the_model_is_told_before_anything_changes(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER))
     trainer = trainer_of(tmp_path, model=model, save_strategy="steps", lpa_steps=3)
@@ -346,11 +325,42 @@ def test_one_row_is_enough_but_told(tmp_path: Path) -> None:
 
 
 def test_a_model_without_head(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="LlamaModel has no LM head"):
+    with pytest.raises(ValueError, match=r"\(LlamaModel\) has no LM head"):
         trainer_of(tmp_path, model=tiny_model(len(TOKENIZER)).model)
 
 
-def test_modules_without_lora_targets_get_adapters_everywhere(tmp_path: Path, caplog: Any) -> None:
-    trainer = trainer_of(tmp_path, lora_targets=["q_proj", "wi"])
-    assert "has no modules ['wi']" in caplog.text
-    assert any("gate_proj" in name for name in weights(trainer))
+def test_models_without_the_usual_modules_get_adapters_everywhere(tmp_path: Path, caplog: Any) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=2, n_positions=128))
+    trainer = trainer_of(tmp_path, model=model)
+    assert "has no modules ['q_proj'" in caplog.text
+    assert any("c_fc" in name for name in weights(trainer))
+
+
+def test_lora_targets_are_names_of_modules(tmp_path: Path) -> None:
+    one = weights(trainer_of(tmp_path, lora_targets="q_proj"))
+    assert one
+    assert all("q_proj" in name for name in one)
+    assert any("gate_proj" in name for name in weights(trainer_of(tmp_path, lora_targets="all-linear")))
+    assert len(weights(trainer_of(tmp_path, lora_targets=["0.self_attn.q_proj"]))) == 2
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no modules wi; use names"):
+        trainer_of(tmp_path, lora_targets=["q_proj", "wi"])
+
+
+def test_max_length_is_within_the_context(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_length=129 is above the model's context of 128 tokens"):
+        trainer_of(tmp_path, max_length=129)
+    with pytest.raises(DataError, match="the context holds 5"):
+        trainer_of(tmp_path, max_length=5)
+
+
+def test_what_would_not_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the benign data set is not used: sft_coef and kl_coef are 0"):
+        trainer_of(tmp_path, benign_dataset=[{"prompt": "I agree", "response": "no"}])
+    with pytest.raises(ValueError, match="mlp:9"):  # before any step
+        trainer_of(tmp_path, sites="mlp:9")
+
+
+def test_large_seeds(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, seed=2**32 - 1, random_start=True, lpa_steps=1)
+    trainer.train()
+    assert len(logged(trainer)) == 1
