@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .hooks import swapped
 
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # adapter -> its copy, where captured graphs read it
+logger = logging.getLogger(__name__)
+
+KEPT_ON = {"cuda"}  # devices with captured graphs, which find the copies of adapters where they were
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # adapter -> its copy
+_told: WeakSet[nn.Module] = WeakSet()  # models whose dropout leaves no checkpointing, which has been said
+
+
+def adapter_state(model: nn.Module) -> object:
+    """What else than weights an adapted model's results depend on: which adapters are on, merged, and how strong."""
+    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]  # models: a method
+    names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
+    return tuple(tuple(str(getattr(layer, name, None)) for name in names) for layer in layers)
 
 
 def weights_dtype(model: nn.Module) -> torch.dtype | None:
@@ -52,45 +65,73 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
     no gradient of anything but inputs, is exchanged for the other kind.
     """
     training = [(m, m.training) for m in model.modules()]
-    wanted = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
-        if not _has_dropout(model):
-            for module in _checkpointed(model):
+        checkpointed = _checkpointed(model)
+        if checkpointed and _has_dropout(model):
+            if model not in _told:
+                _told.add(model)
+                logger.warning(
+                    "%s has dropout in its configuration: its activations are not checkpointed in the inner loop, "
+                    "since the mode that does so would drop some", type(model).__name__,
+                )  # fmt: skip
+        else:
+            for module in checkpointed:
                 module.training = True
-        for p in wanted:
-            p.requires_grad_(False)
-        with swapped(model, "_gradient_checkpointing_func", _not_reentrant):
+        with kept_flags(model), swapped(model, "_gradient_checkpointing_func", _not_reentrant):
+            for p in model.parameters():
+                p.requires_grad_(False)
             yield
     finally:
-        for p in wanted:
-            p.requires_grad_(True)
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def kept_flags(model: nn.Module) -> Iterator[None]:
+    """Every parameter wants a gradient afterwards if it did before, whatever happens within."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, flag in wanted:
+            p.requires_grad_(flag)
 
 
 @contextmanager
 def cast_adapters(model: nn.Module) -> Iterator[None]:
     """Float32 adapters on lower-precision weights are replaced by copies in the weights' dtype, then put back.
 
-    A copy stays where it is for as long as the adapter lives, so that captured graphs find it there again.
+    The parameters themselves stay as they are: data of another dtype would cost them their gradients' accumulators,
+    and with these the hooks by which DDP keeps ranks together. On a device with captured graphs a copy stays where it
+    is for as long as the adapter lives.
     """
     dtype = weights_dtype(model)
-    held: list[tuple[nn.Parameter, Tensor]] = []
+    copies: dict[nn.Parameter, nn.Parameter] = {}
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         if dtype is not None and dtype.itemsize < 4:
-            for p in model.parameters():
-                if p.requires_grad and p.dtype == torch.float32:
-                    copy = _copies.get(p)
-                    if copy is None or (copy.dtype, copy.device, copy.shape) != (dtype, p.device, p.shape):
-                        copy = _copies[p] = torch.empty_like(p.data, dtype=dtype)
-                    copy.copy_(p.data)
-                    held.append((p, p.data))
-                    p.data = copy
+            for module in model.modules():
+                for name, p in module._parameters.items():
+                    if p is not None and p.requires_grad and p.dtype == torch.float32:
+                        if p not in copies:
+                            copies[p] = _copy(p, dtype)
+                        held.append((module, name, p))
+                        module._parameters[name] = copies[p]
         yield
     finally:
-        for p, data in held:
-            p.data = data
+        for module, name, p in held:
+            module._parameters[name] = p
+
+
+def _copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    copy: nn.Parameter | None = _copies.get(p)
+    if copy is None or (copy.dtype, copy.device, copy.shape) != (dtype, p.device, p.shape):
+        copy = nn.Parameter(torch.empty_like(p.data, dtype=dtype), requires_grad=False)
+        if p.device.type in KEPT_ON:
+            _copies[p] = copy
+    copy.data.copy_(p.data)
+    return copy
 
 
 @contextmanager
@@ -100,14 +141,21 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     The weights are changed where they are and the copies are what goes, so that captured graphs find them again.
 
     Raises:
-        ValueError: the model has no adapter that can be merged.
+        ValueError: the model has no adapter that can be merged, or a weight under one is quantised, or another module's
+            too.
     """
     layers = [m for m in model.modules() if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
     if not layers:
         raise ValueError("merge_adapters=True, but the model has no adapter that peft can merge")
     layers = [layer for layer in layers if not layer.merged_adapters]
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for layer in layers:
         for name, p in layer.get_base_layer().named_parameters(recurse=False):  # type: ignore[operator]
+            if owners[id(p)] > 1:
+                raise ValueError(
+                    f"merge_adapters=True, but the {name} {tuple(p.shape)} under an adapter belongs to {owners[id(p)]} "
+                    "modules (as a tied head's does), and merging would change the others too; use merge_adapters=False"
+                )
             if not p.is_floating_point():
                 raise ValueError(f"merge_adapters=True, but the {name} under an adapter is quantised ({p.dtype})")
     held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
@@ -118,7 +166,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             layer.merge()  # type: ignore[operator]
         yield
     finally:
-        for p, data, saved in reversed(held):  # where two layers share a weight, the first copy is the one to keep
+        for p, data, saved in reversed(held):  # where adapters of one module nest, the first copy is it
             p.data = data
             p.data.copy_(saved)
         for layer in layers:
@@ -130,6 +178,7 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
     """Everything above together. `autocast` is None for none at all, whatever is active around this call."""
     device = next(model.parameters()).device
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, dtype=autocast, enabled=autocast is not None))
         if merge_adapters:
             stack.enter_context(merged_adapters(model))

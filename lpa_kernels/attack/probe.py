@@ -152,7 +152,8 @@ def _probe(model: nn.Module) -> str:
 def _pairs(model: nn.Module) -> PairBatch:
     """Two ragged pairs: prompts of 7 and 5 tokens, completions of 9 and 5, of 3 and 6."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    step = max((embeddings.num_embeddings - 2) // 36, 1)  # all over the vocabulary
+    vocabulary = embeddings.weight.shape[0]
+    step = max((vocabulary - 2) // 36, 1)  # all over it
     texts = torch.zeros(4, 16, dtype=torch.long)
     labels = torch.zeros(4, 16, dtype=torch.bool)
     spans = [((0, 7), (7, 16)), ((0, 7), (16, 21)), ((21, 26), (26, 29)), ((21, 26), (29, 35))]
@@ -160,7 +161,7 @@ def _pairs(model: nn.Module) -> PairBatch:
         text = torch.cat([torch.arange(*prompt), torch.arange(*completion)])
         texts[row, : len(text)] = text
         labels[row, prompt[1] - prompt[0] : len(text)] = True
-    texts = (1 + texts * step) % embeddings.num_embeddings
+    texts = (1 + texts * step) % vocabulary
     attack = torch.zeros(2, 16, dtype=torch.bool)
     batch = PairBatch(texts[::2], labels[::2], texts[1::2], labels[1::2], attack)
     return batch.to(embeddings.weight.device)

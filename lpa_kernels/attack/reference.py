@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import token_loss
 from .batch import PairBatch
 from .hooks import gradients, grid_rows, perturbed, rows_by_length
+from .modes import kept_flags
 from .objective import Objective, PairRows, kl_rows
 from .sites import Site, hidden_of
 from .state import AttackState
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def text_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [n, V] before each True of mask [B, L], from one plain pass over ids [B, L]."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits[:, :-1][mask[:, 1:]]
+    row, before = mask[:, 1:].nonzero(as_tuple=True)  # autograd keeps these, and may not keep a caller's inference mask
+    return logits[row, before]
 
 
 def two_pass_rows(model: nn.Module, batch: PairBatch, halves: tuple[bool, bool] = (True, True)) -> PairRows:
@@ -49,7 +51,7 @@ def adapters_off(model: Any) -> Iterator[None]:
     """
     if not hasattr(model, "disable_adapter"):
         raise ValueError("the reference model is this one without adapters, and it has none; use reference_free=True")
-    with model.disable_adapter():
+    with kept_flags(model), model.disable_adapter():  # peft turns every adapter's requires_grad on at its end
         yield
 
 
