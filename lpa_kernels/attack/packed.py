@@ -18,6 +18,7 @@ from .objective import PairRows
 from .packing import PackedLayout
 from .reference import adapters_off
 from .state import AttackState
+from .trim import trimmable, trimmed
 
 if TYPE_CHECKING:
     from .pgd import LatentPGD
@@ -44,19 +45,31 @@ def attacked_rows(
 def _chunked(model: nn.Module, layout: PackedLayout, pgd: LatentPGD) -> bool:
     head = output_head(model)
     size = layout.labels.shape[0] * getattr(head, "out_features", 0)
-    return size >= CHUNK_FROM and "kl" not in pgd.objective.terms and plain_head(model)
+    whole = "kl" in pgd.objective.terms or pgd.autocast is not None  # the chunked head's products know no autocast
+    return size >= CHUNK_FROM and not whole and plain_head(model)
 
 
 class InnerStep:
     """One inner step on fixed tensors: forward, losses, backward, update. Nothing in it waits for the device."""
 
-    def __init__(self, pgd: LatentPGD, state: AttackState, layout: PackedLayout, packed: bool) -> None:
+    def __init__(
+        self, pgd: LatentPGD, state: AttackState, layout: PackedLayout, packed: bool, chunked: bool | None = None
+    ) -> None:
         self.pgd, self.state, self.layout, self.packed = pgd, state, layout, packed
         self.away = pgd.objective.scored_away(layout.rejected)
-        self.chunked = _chunked(pgd.model, layout, pgd)
+        self.chunked = _chunked(pgd.model, layout, pgd) if chunked is None else chunked
         self.clean: Tensor | None = None
         self.reference: Tensor | None = None
         self.weights: Tensor | None = None
+        self.last: nn.Module | None = None  # what need be run on `needed` alone
+        self.needed: Tensor | None = None
+
+    def trim(self) -> None:
+        """Leave out what the last block computes for tokens that predict nothing; their number becomes part of it."""
+        self.last = trimmable(self.pgd.model, self.pgd.sites)
+        if self.last is not None:
+            layout = self.layout
+            self.needed = (layout.select_rows * layout.shape[1] + layout.select_positions).unique()
 
     def prepare(self) -> None:
         """What is computed once an attack, without the perturbation: reference and clean probabilities, weights."""
@@ -89,7 +102,8 @@ class InnerStep:
         """Run the step; the losses go into the state's history."""
         kept: dict[str, Tensor] = {}
         state, layout, penalty = self.state, self.layout, self.pgd.objective.l2_penalty
-        with perturbed(self.pgd.sites, state.deltas, fixed_rows(layout.token_rows), kept):
+        few = nullcontext() if self.last is None or self.needed is None else trimmed(self.last, self.needed)
+        with few, perturbed(self.pgd.sites, state.deltas, fixed_rows(layout.token_rows), kept, self.pgd.backend):
             rows = layout_rows(self.pgd.model, layout, state.size, self.packed, run_head=not self.chunked)
             output, grad_output, losses, hits, kl = self._loss(rows)
             grads = gradients(output, [kept[site.name] for site in self.pgd.sites], grad_output)
@@ -144,16 +158,15 @@ class InnerStep:
 
 def _saved(logits: Tensor) -> bool:
     """Whether the operation that made the logits keeps them for its backward (a tanh does, a product does not)."""
-    node = logits.grad_fn
-    while node is not None and "View" in node.name():
-        node = node.next_functions[0][0]
-    return hasattr(node, "_saved_result")
+    base = logits._base if logits._is_view() else logits
+    return base is None or hasattr(base.grad_fn, "_saved_result")
 
 
 def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout, packed: bool) -> None:
     """The inner loop on a layout. `packed`: whether it is of `pack`, or of `unshared`."""
     step = InnerStep(pgd, state, layout, packed)
     step.prepare()
+    step.trim()
     depth = pgd.frozen_depth()
     with frozen_blocks(pgd.model, depth) if depth else nullcontext():
         for _ in range(pgd.steps):

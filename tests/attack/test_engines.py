@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpa_kernels.attack import LatentPGD, packed, pgd
+from lpa_kernels.attack.sites import decoder_layers, in_block
+from lpa_kernels.attack.trim import trimmable
 from lpa_kernels.ops.reference import NORMS, RULES
 
 from .batches import PLAIN, RAGGED, assert_close, assert_same, attack_with, llama, pairs, with_lora
@@ -194,6 +196,36 @@ def test_lower_blocks_run_once(sites: list[Any], monkeypatch: pytest.MonkeyPatch
     assert torch.equal(found.history["total"], plain.history["total"])
     for got, want in zip(found.deltas_by_row, plain.deltas_by_row, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_moe", "llama4_text", "gpt2", "falcon"])
+def test_the_last_feed_forward_runs_on_few_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(family)
+    seen: list[int] = []
+    layers = decoder_layers(model)
+    module = in_block(layers[-1], DEPTH - 1, "mlp")
+    module.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1].numel()))
+    batch = pairs(RAGGED, "all")
+    found = attack_with(model, batch, SITES, "packed")
+    layout = found.layout
+    assert layout is not None
+    few = len({*zip(layout.select_rows.tolist(), layout.select_positions.tolist(), strict=True)})
+    assert few < layout.shape[0] * layout.shape[1]
+    assert seen[-3:] == [few] * 3
+    whole = attack_with(model, batch, [*SITES, f"mlp:{DEPTH - 1}"], "packed")  # attacked, so run on all
+    assert seen[-3:] == [layout.shape[0] * layout.shape[1]] * 3
+    assert whole.losses[0]["total"] == pytest.approx(found.losses[0]["total"], rel=1e-5)
+    monkeypatch.setattr(packed, "trimmable", lambda model, sites: None)
+    assert_same(found, attack_with(model, batch, SITES, "packed"))
+
+
+def test_a_feed_forward_that_mixes_tokens_runs_on_all() -> None:
+    model = llama()
+    model.model.layers[3].mlp.register_forward_hook(lambda m, args, out: out + out.mean((0, 1)))
+    assert trimmable(model, []) is None
+    assert trimmable(llama(), []) is not None
+    assert trimmable(tiny("mamba2"), []) is None
+    assert trimmable(nn.Linear(2, 2), []) is None
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,0 +1,76 @@
+"""Run the last block's feed-forward over the few tokens that predict a label: what it gives for others is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .sites import Site, decoder_layers, hidden_of, in_block, with_hidden
+
+_exact: WeakKeyDictionary[nn.Module, dict[torch.dtype, bool]] = WeakKeyDictionary()
+
+
+@contextmanager
+def trimmed(module: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Within it, `module` gets of its input [B, L, H] the rows `tokens` [n] (distinct numbers in 0..B*L-1) alone.
+
+    Its output has its usual shape, with 0 at the other tokens.
+    """
+    shape: list[torch.Size] = []
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shape[:] = [args[0].shape]
+        return (args[0].flatten(0, -2).index_select(0, tokens.to(args[0].device))[None], *args[1:])
+
+    def spread(_: nn.Module, args: Any, output: Any) -> Any:
+        few = hidden_of(output)
+        rows, width = shape[0][:-1], few.shape[-1]
+        every = few.new_zeros(rows.numel(), width).index_copy(0, tokens.to(few.device), few.reshape(-1, width))
+        return with_hidden(output, every.view(*rows, width) if few.dim() > 2 else every)
+
+    handles = [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trimmable(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
+    """The last block's feed-forward, where no site is in it and it treats every token by itself; None elsewhere.
+
+    The latter is found out on a few tokens, once a model and dtype.
+    """
+    try:
+        layers = decoder_layers(model)
+        module = in_block(layers[-1], len(layers) - 1, "mlp")
+    except ValueError:
+        return None
+    inside = {id(child) for child in module.modules()}
+    if any(id(site.module) in inside for site in sites):
+        return None
+    known = _exact.setdefault(model, {})
+    dtype = next(model.parameters()).dtype
+    if dtype not in known:
+        try:
+            known[dtype] = _by_token(model, module)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # the module is not called with hidden states
+            known[dtype] = False
+    return module if known[dtype] else None
+
+
+@torch.no_grad()
+def _by_token(model: nn.Module, module: nn.Module) -> bool:
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.arange(1, 9, device=device).view(2, 4)
+    tokens = torch.tensor([1, 3, 6], device=device)
+    whole = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[tokens]
+    with trimmed(module, tokens):
+        few = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[tokens]
+    # a product with fewer rows may round otherwise
+    return bool((whole - few).abs().max() <= 16 * torch.finfo(whole.dtype).eps * whole.abs().max())
