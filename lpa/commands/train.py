@@ -32,7 +32,8 @@ SETTINGS = "settings.yaml"
 # What a run may have written: adapter, or model and tokenizer; record; checkpoints.
 _WRITTEN = ("adapter_config.json", "adapter_model*.safetensors*", "config.json", "generation_config.json",
             "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-            "merges.txt", "chat_template.jinja", "README.md", "metrics.json*", "checkpoint-*", SETTINGS)  # fmt: skip
+            "merges.txt", "chat_template.jinja", "README.md", "metrics.json*", "checkpoint-[0-9]*",
+            SETTINGS)  # fmt: skip
 _COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "resume")
 
 
@@ -293,6 +294,9 @@ def _check_output(output: Path, options: TrainOptions) -> None:
         raise ValueError(
             f"--overwrite: {output} holds no run (there is no {SETTINGS}) but other files; use another folder"
         )
+    model = Path(options.model).resolve()
+    if output.resolve() in (model, *model.parents):
+        raise ValueError(f"--overwrite: the model {options.model} is in the output folder {output}; use another folder")
 
 
 def _clear(output: Path) -> None:

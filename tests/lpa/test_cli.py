@@ -90,7 +90,7 @@ def test_an_earlier_run_is_kept_unless_told(model: str, tmp_path: Path, capsys: 
     (tmp_path / "settings.yaml").write_text("lpa_steps: 1")
     (tmp_path / "config.json").write_text("{}")  # of a fully trained model
     before = contents(tmp_path)
-    for wrong in (["--data", "gone.csv"], ["--epsilon", "-1"], ["--sites", "mlp:99"]):
+    for wrong in (["--data", "gone.csv"], ["--epsilon", "-1"], ["--sites", "mlp:99"], ["--model", str(tmp_path)]):
         assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL, *wrong) == 1
         assert contents(tmp_path) == before, wrong
     assert train("--model", model, "--output", str(tmp_path), "--overwrite", "--no_measure", *SMALL) == 0

@@ -148,7 +148,7 @@ class Loop(TrainerCallback):
 
 
 SETTINGS: dict[str, Any] = {
-    "lpa_steps": 4,
+    "lpa_steps": 3,
     "save_strategy": "steps",
     "kl_coef": 0.2,
     "lora_dropout": 0.1,
