@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import PairBatch
 from .hooks import grid_rows, perturbed, perturbing_hook
 from .packing import PackedLayout
 from .sites import Site
@@ -23,13 +24,15 @@ class LatentAttack:
         sites: where the perturbations are added.
         deltas_by_row: one [R, H] float32 tensor a site, one row an attacked position.
         grid: [B, La] int64, the row of each position of each example, -1 where it is not attacked.
-        epsilon: the radius, a number or one a row ([S, R]).
+        epsilon: the radius, a number (infinite without a ball) or one a row ([S, R]).
         history: by name, a [steps] tensor on the device: "toward", "away", "total" and what else the objective logs,
             and "toward_accuracy", "away_accuracy": the share of completion tokens that are the most probable.
         row_norms: [S, R] float32, each row's norm after the last step and before its projection.
         clipped: [S] int32, how many rows the projections shortened, over all steps.
         engine: which engine ran ("reference", "packed", "unshared"), and `reason` why not the packed one.
         layout: how the batch was laid out for one pass, None for the reference engine.
+        batch: what was attacked; `LatentPGD.rows` takes no other.
+        backend: of the op that adds the perturbations.
         captured: "yes" where the steps were replays of a captured graph, else why not.
         enabled: False makes `applied` and hooks do nothing.
     """
@@ -44,6 +47,8 @@ class LatentAttack:
     engine: str = "reference"
     reason: str = ""
     layout: PackedLayout | None = field(default=None, repr=False)
+    batch: PairBatch | None = field(default=None, repr=False)
+    backend: str = field(default="auto", repr=False)
     captured: str = "the engine is 'reference'"
     enabled: bool = True
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -84,9 +89,16 @@ class LatentAttack:
         reached = self.row_norms >= self.epsilon * (1 - 1e-4)  # a row that was brought back is there up to rounding
         return float(reached.sum() / (self.row_norms > 0).sum().clamp(min=1))
 
+    @property
+    def padding_share(self) -> float | None:
+        """The share of the one pass's places that held no token; None for the reference engine. Reads the device."""
+        return None if self.layout is None else self.layout.padding_share
+
     def to(self, device: torch.device | str) -> LatentAttack:
         """Move the perturbations, to keep many attacks off the GPU between their uses; returns this attack."""
         self.deltas_by_row = [d.to(device) for d in self.deltas_by_row]
+        if self.layout is not None:
+            self.layout.masks.clear()  # [B, 1, L, L] each; made again when they are asked for
         return self
 
     @contextmanager
@@ -99,7 +111,7 @@ class LatentAttack:
         if not self.enabled:
             yield
             return
-        with perturbed(self.sites, self.deltas_by_row, rows or grid_rows(self.grid)):
+        with perturbed(self.sites, self.deltas_by_row, rows or grid_rows(self.grid), backend=self.backend):
             yield
 
     def hook(self, site: str | None = None) -> Any:
@@ -107,5 +119,8 @@ class LatentAttack:
         index = 0 if site is None else self.names.index(site)
         rows = grid_rows(self.grid)
         return perturbing_hook(
-            self.names[index], lambda: self.deltas_by_row[index], lambda h: rows(h) if self.enabled else None
+            self.names[index],
+            lambda: self.deltas_by_row[index],
+            lambda h: rows(h) if self.enabled else None,
+            backend=self.backend,
         )

@@ -95,6 +95,16 @@ class PairBatch:
     def __len__(self) -> int:
         return self.rejected_ids.shape[0]
 
+    def difference(self, other: PairBatch) -> str | None:
+        """The first field in which the other batch differs, None where it is the same. Reads from the device."""
+        if other is self:
+            return None
+        for name in (f.name for f in fields(self)):
+            mine, its = getattr(self, name), getattr(other, name)
+            if (mine is None) != (its is None) or (mine is not None and not torch.equal(mine, its)):
+                return f"its {name} differs"
+        return None
+
     @property
     def counts(self) -> tuple[int, int]:
         """How many completion tokens are predicted: (rejected, chosen). Reads from the device."""

@@ -148,7 +148,7 @@ def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
 def _record(source: InnerStep, lower: Replay | None) -> Captured | str:
     """A copy of the step, captured; or why that failed."""
     state, layout = source.state.padded(source.state.rows), _changed(source.layout, Tensor.clone)
-    step = InnerStep(source.pgd, state, layout, True)
+    step = InnerStep(source.pgd, state, layout, True, source.chunked)
     step.weights = None if source.weights is None else source.weights.clone()
     output = None if lower is None else tree_map(_cloned, lower.output)
     given = _inputs(source, lower)

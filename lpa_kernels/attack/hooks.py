@@ -23,15 +23,17 @@ class _Tapped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tap: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
-        return perturb(hidden, delta, rows)
+    def forward(ctx: Any, hidden: Tensor, tap: Tensor, delta: Tensor, rows: Tensor, backend: str) -> Tensor:
+        return perturb(hidden, delta, rows, backend=backend)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return grads[0], grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        return grads[0], grads[0], None, None, None
 
 
-def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: dict[str, Tensor] | None = None) -> Any:
+def perturbing_hook(
+    name: str, delta: Callable[[], Tensor], rows: Rows, keep: dict[str, Tensor] | None = None, backend: str = "auto"
+) -> Any:
     """A forward hook that adds delta [R, H] to the module's hidden states [..., H], out of place.
 
     Args:
@@ -51,11 +53,11 @@ def perturbing_hook(name: str, delta: Callable[[], Tensor], rows: Rows, keep: di
         flat = hidden.reshape(-1, hidden.shape[-1])
         values, index = delta().to(hidden.device), index.to(hidden.device)
         if keep is None:
-            out = perturb(flat, values, index)
+            out = perturb(flat, values, index, backend=backend)
         else:
             tap = flat.new_zeros(()).expand(flat.shape).requires_grad_()  # no memory of its own
             keep.setdefault(name, tap)
-            out = _Tapped.apply(flat, tap, values, index)
+            out = _Tapped.apply(flat, tap, values, index, backend)
         return with_hidden(output, out.view(hidden.shape))
 
     return hook
@@ -67,7 +69,11 @@ def _same(delta: Tensor) -> Tensor:
 
 @contextmanager
 def perturbed(
-    sites: Sequence[Site], deltas: Sequence[Tensor], rows: Rows, keep: dict[str, Tensor] | None = None
+    sites: Sequence[Site],
+    deltas: Sequence[Tensor],
+    rows: Rows,
+    keep: dict[str, Tensor] | None = None,
+    backend: str = "auto",
 ) -> Iterator[None]:
     """While active, every site's output is perturbed by its delta [R, H].
 
@@ -76,7 +82,7 @@ def perturbed(
     handles = []
     try:
         for site, delta in zip(sites, deltas, strict=True):
-            hook = perturbing_hook(site.name, partial(_same, delta), rows, keep)
+            hook = perturbing_hook(site.name, partial(_same, delta), rows, keep, backend)
             handles.append(site.module.register_forward_hook(hook))
         yield
     finally:

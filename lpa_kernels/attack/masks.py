@@ -60,8 +60,8 @@ def packed_masks(layout: PackedLayout) -> Iterator[MaskCalls]:
     """
     outer = _active.get()
     calls = outer[1] if outer is not None and outer[0] is layout else MaskCalls()
-    token = _active.set((layout, calls))
     _install()
+    token = _active.set((layout, calls))
     try:
         yield calls
     finally:

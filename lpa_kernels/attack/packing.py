@@ -76,7 +76,7 @@ def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
     Raises:
         ValueError: `bucket` is not positive, or no text has a label.
     """
-    rejected, chosen = _length(batch.rejected_mask), _length(batch.chosen_mask)
+    rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
     width = min(batch.rejected_ids.shape[1], batch.chosen_ids.shape[1])
     same = batch.rejected_ids[:, :width] == batch.chosen_ids[:, :width]
     same &= _arange(same) < torch.minimum(rejected, chosen)[:, None]
@@ -97,7 +97,7 @@ def unshared(batch: PairBatch, bucket: int = 1) -> PackedLayout:
     Raises:
         ValueError: `bucket` is not positive, or no text has a label.
     """
-    rejected, chosen = _length(batch.rejected_mask), _length(batch.chosen_mask)
+    rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
     return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), (rejected > 0) & (chosen > 0), bucket)
 
 
@@ -106,7 +106,7 @@ def _arange(like: Tensor) -> Tensor:
     return torch.arange(like.shape[-1], device=like.device)
 
 
-def _length(mask: Tensor) -> Tensor:
+def text_lengths(mask: Tensor) -> Tensor:
     """[B] int64: how many tokens predict something, which is the position of the last label (0 where there is none)."""
     return (_arange(mask) * mask).amax(1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.long)
 

@@ -204,7 +204,7 @@ class LatentPGD:
                     reference.run(self, pairs, state)
                 else:
                     packed.run(self, state, plan.layout, plan.engine == "packed")
-        found = state.finish(self, plan, captured)
+        found = state.finish(self, pairs, plan, captured)
         self._check(found)
         return found
 
@@ -239,16 +239,13 @@ class LatentPGD:
         completions are there, whatever the attack's objective, and activations may be checkpointed.
 
         Raises:
-            ValueError: the attack is on a batch of another size or attack mask.
+            ValueError: the attack is on another batch.
         """
         pairs = self._pairs(batch)
         if attack is None:
             plan = self.plan(pairs)
-        elif attack.grid.shape != pairs.attack_mask.shape:
-            raise ValueError(
-                f"the attack is on a batch whose attack_mask is {tuple(attack.grid.shape)}; this one's is "
-                f"{tuple(pairs.attack_mask.shape)}"
-            )
+        elif attack.batch is None or (difference := attack.batch.difference(pairs)):
+            raise ValueError(f"the attack is on another batch ({difference}); call attack() on this one first")
         else:
             plan = Plan(attack.engine, attack.reason, attack.layout)
             if plan.layout is not None and not all(self.halves):  # the attack's layout has one completion alone

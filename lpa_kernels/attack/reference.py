@@ -102,7 +102,7 @@ def run(pgd: LatentPGD, batch: PairBatch, state: AttackState) -> None:
             clean = two_pass_rows(model, batch, halves).logits.float().log_softmax(-1)
     for _ in range(pgd.steps):
         leaves = [delta.detach().clone().requires_grad_() for delta in state.deltas]
-        with perturbed(pgd.sites, leaves, grid_rows(batch.grid)):
+        with perturbed(pgd.sites, leaves, grid_rows(batch.grid), backend=pgd.backend):
             rows = two_pass_rows(model, batch, halves)
             away = objective.scored_away(rows.rejected)
             losses, hits = token_loss(rows.logits, rows.labels, away, objective.threshold, backend=pgd.backend)

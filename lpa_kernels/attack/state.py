@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ..ops.reference import gather_grad
 from .attack import LatentAttack
 from .batch import PairBatch
 from .objective import PairRows
+from .packing import text_lengths
 
 if TYPE_CHECKING:
     from .pgd import LatentPGD, Plan
@@ -53,7 +55,8 @@ class AttackState:
 
     Attributes:
         grid: [B, La] int64, see `PairBatch.grid`. size: B. rows: R. steps: how many the loop has.
-        row_example: [R] int64, the pair of each row. own_rows: [R, 1] int64, its own number.
+        row_example: [R] int64, the pair of each row. own_rows: [R, 1] int64, its own number, -1 where no scored token
+            depends on it: rows at or past the last label of both texts, which are left as they are.
         counts: [2] float32, the tokens that the means of "toward" and "away" divide by.
         positions: [] float32, B x La, which the penalty's mean divides by.
         step: [] float32, the number of steps begun. index: [1] int64, where the next one's losses go.
@@ -70,7 +73,10 @@ class AttackState:
         self.size = len(batch)
         self.steps = pgd.steps
         self.stop_below = pgd.stop_below
-        self.own_rows = torch.arange(self.rows, device=device)[:, None]
+        scored = batch.only(*pgd.halves)
+        ends = torch.maximum(text_lengths(scored.rejected_mask), text_lengths(scored.chosen_mask))
+        used = batch.attack_mask.nonzero()[:, 1] < ends[self.row_example]
+        self.own_rows = torch.where(used, torch.arange(self.rows, device=device), -1)[:, None]
         self.counts = torch.tensor([max(float(count), 1.0) for count in counts], device=device)
         self.positions = torch.full((), float(batch.attack_mask.numel()), device=device)
         self.step = torch.zeros((), dtype=torch.float32, device=device)
@@ -206,11 +212,11 @@ class AttackState:
 
     # ---- after the last step -----------------------------------------------------------------------------------
 
-    def finish(self, pgd: LatentPGD, plan: Plan, captured: str) -> LatentAttack:
-        """The attack that this loop has found."""
+    def finish(self, pgd: LatentPGD, batch: PairBatch, plan: Plan, captured: str) -> LatentAttack:
+        """The attack on `batch` that this loop has found."""
         device = self.grid.device
-        epsilon: float | Tensor = float(pgd.epsilon)
-        if self.groups[0].epsilon.dim():
+        epsilon: float | Tensor = math.inf if pgd.norm == "none" else float(pgd.epsilon)
+        if self.groups[0].epsilon.dim() and pgd.norm != "none":
             epsilon = torch.stack([e.to(device) for e in self.per_site("epsilon")])
         return LatentAttack(
             sites=pgd.sites,
@@ -223,6 +229,8 @@ class AttackState:
             engine=plan.engine,
             reason=plan.reason,
             layout=plan.layout,
+            batch=batch,
+            backend=pgd.backend,
             captured=captured,
         )
 

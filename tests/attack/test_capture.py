@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lpa_kernels.attack import LatentPGD, capture
+from lpa_kernels.attack import LatentPGD, capture, packed
 from lpa_kernels.attack.capture import bucketed, padded_layout
+from lpa_kernels.attack.head import plain_head
 from lpa_kernels.attack.modes import merged_adapters
 from lpa_kernels.attack.packing import pack
 
@@ -98,6 +99,20 @@ def test_lower_blocks_are_an_input(recorded: list[Any]) -> None:
         check(model, pairs(sizes, "all", seed), ["mlp:2", "block:3"])
     assert len(recorded) == 1
     assert "forward" not in model.base_model.model.model.layers[0].__dict__
+
+
+def test_a_chunked_head_above_frozen_blocks(recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(lora=True)
+    want = attack_with(model, pairs(), ["mlp:2"], "reference")
+    monkeypatch.setattr(packed, "CHUNK_FROM", 1)
+    monkeypatch.setattr(packed, "plain_head", lambda model: plain_head(model) and not chunks.append(1))
+    chunks: list[int] = []
+    untouched = tiny("llama")
+    for tested, expected in ((model, want), (untouched, attack_with(untouched, pairs(), ["mlp:2"], "reference"))):
+        check(tested, pairs(), ["mlp:2"])
+        assert_same(attack_with(tested, pairs(), ["mlp:2"], "packed", capture_graph=True), expected)
+    assert chunks
+    assert len(recorded) == 2
 
 
 def test_weights_that_move_or_change(recorded: list[Any]) -> None:

@@ -20,6 +20,7 @@ from .models import DEPTH, PACKS, STANDS_APART, implementations, tiny
 
 EVERY_FAMILY = [(family, attn) for family in PACKS for attn in implementations(family)]
 SITES = ["embedding", "mlp:1", "block:2"]
+ENGINES = ["packed", "reference"]
 
 
 def both(model: nn.Module, batch: Any = None, sites: Any = SITES, **options: Any) -> tuple[Any, Any]:
@@ -257,6 +258,36 @@ def test_logits_that_their_own_backward_needs() -> None:
     model = llama()
     model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
     assert_same(*both(model))
+
+
+@pytest.mark.parametrize("after", [lambda z: z[:, :, :97], lambda z: z[..., 2:99], lambda z: z, lambda z: z[0][None]],
+                         ids=["cut", "middle", "whole", "row"])  # fmt: skip
+def test_views_of_such_logits(after: Any) -> None:
+    values = torch.randn(1, 7, 101, requires_grad=True)
+    assert packed._saved(after(values.tanh()).flatten(0, -2))
+    assert not packed._saved(after(values * 2).flatten(0, -2))
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("options", [{}, {"coefs": {"toward": 1.0}}, {"l2_penalty": 0.5}, {"clip_grad": 0.01},
+    {"norm": "l2_sequence"}, {"relative": True, "epsilon": 0.02}], ids=lambda o: "-".join(o))  # fmt: skip
+def test_rows_that_no_label_depends_on_stay(options: dict[str, Any], rule: str) -> None:
+    """At or past the last label of both texts: they keep their random start in both engines."""
+    batch = pairs(RAGGED, "some")
+    size = {"sgd": 3.0}.get(rule, 0.02)
+    options = {"random_start": True, "step_size": size, "weight_decay": 0.5, "rule": rule} | options
+    got, want = (attack_with(shared_llama(), batch, SITES, engine, seed=5, **options) for engine in ENGINES)
+    assert_same(got, want)
+    if "coefs" in options or options.get("norm") == "l2_sequence":  # other texts; or moved by their sequence's ball
+        return
+    still = options | {"steps": 1, "step_size": 1e-12, "weight_decay": 0.0}
+    start = attack_with(shared_llama(), batch, SITES, "packed", seed=5, **still)
+    position = torch.arange(batch.attack_mask.shape[1])
+    last = torch.stack([(mask * position).amax(1) for mask in (batch.rejected_mask, batch.chosen_mask)]).amax(0)
+    unused = batch.attack_mask & (position >= last[:, None])
+    assert unused.any()
+    for name, delta in got.deltas.items():
+        assert_close(delta[unused], start.deltas[name][unused], 1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lpa_kernels.attack import LatentPGD, Objective, PairBatch, Site, resolve_sites
+from lpa_kernels.attack import LatentPGD, Objective, PairBatch, Site, packed, resolve_sites
 from lpa_kernels.attack.modes import cast_adapters, inner_mode, merged_adapters, weights_dtype
+from lpa_kernels.ops import registry
 
 from .batches import PLAIN, assert_close, assert_same, attack_with, llama, pairs, with_lora
 from .models import WIDTH, tiny
@@ -191,9 +192,61 @@ def test_attacks_side_by_side() -> None:
             assert losses(model, batch) < attack.losses[0]["total"]
     with attacks[0].applied(), pytest.raises(ValueError, match=r"attack is on a batch of 2.* batch of 1"):
         logits(model, batches[1])
-    with pytest.raises(ValueError, match="attack is on a batch whose attack_mask is"):
-        attacker.rows(batches[1], attacks[0])
+    for other, field in ((batches[1], "rejected_ids"), (batches[2], "rejected_ids")):
+        with pytest.raises(ValueError, match=rf"attack is on another batch \(its {field} differs\)"):
+            attacker.rows(other, attacks[0])
+    assert attacker.rows(vars(batches[0]), attacks[0]).size == 2  # the same in other memory
+    assert attacks[0].layout.masks
     assert attacks[0].to("cpu") is attacks[0]
+    assert not attacks[0].layout.masks  # they would keep the GPU's memory
+
+
+@pytest.mark.parametrize("field", ["rejected_mask", "attack_mask", "chosen_ids", "chosen_labels"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_of_another_batch_are_refused(engine: str, field: str) -> None:
+    batch = pairs()
+    attacker = LatentPGD(llama(), SITES, engine=engine, steps=1)
+    found = attacker.attack(batch)
+    changed = batch.labels("chosen") if field == "chosen_labels" else getattr(batch, field).clone()
+    if field == "chosen_labels":
+        changed = changed + 1
+    else:
+        changed[1, 4] = ~changed[1, 4] if changed.dtype == torch.bool else changed[1, 4] + 1
+    with pytest.raises(ValueError, match=f"its {field} differs"):
+        attacker.rows(PairBatch(**vars(batch) | {field: changed}), found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_backend_reaches_every_op(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = registry.select
+    monkeypatch.setattr(registry, "select", lambda op, backend, args: asked.append((op, backend))
+                        or original(op, "auto", args))  # fmt: skip
+    attacker = LatentPGD(llama(), SITES, engine=engine, steps=1, backend="reference")
+    found = attacker.attack(pairs())
+    with found.applied():
+        logits(attacker.model, pairs())
+    attacker.rows(pairs(), found)
+    handle = found.sites[0].module.register_forward_hook(found.hook(found.names[0]))
+    logits(attacker.model, pairs())
+    handle.remove()
+    assert {op for op, _ in asked} >= {"perturb", "pgd_update_", "token_loss_"}
+    assert {backend for _, backend in asked} == {"reference"}
+
+
+def test_without_a_ball_nothing_is_at_its_boundary() -> None:
+    for options in ({}, {"relative": True}):
+        found = attack_with(llama(), pairs(), SITES, "packed", norm="none", epsilon=1e-6, **options)
+        assert found.boundary_fraction == 0.0
+        assert found.epsilon == float("inf")
+
+
+def test_the_share_of_padding() -> None:
+    uneven = pairs([(6, 4, 3, 0), (2, 2, 2, 0)])
+    found = attack_with(llama(), uneven, SITES, "packed", steps=1)
+    # the last label's token predicts nothing: rows of 6 + 3 + 2 and 2 + 1 + 1 tokens
+    assert found.padding_share == pytest.approx(1 - (11 + 4) / 22)
+    assert attack_with(llama(), uneven, SITES, "reference", steps=1).padding_share is None
 
 
 def test_a_mapping_is_a_batch() -> None:
@@ -282,7 +335,7 @@ def test_merged_adapters(engine: str) -> None:
         attack_with(llama(), pairs(), SITES, engine, merge_adapters=True)
 
 
-def test_autocast_outside_has_no_part() -> None:
+def test_autocast_outside_has_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     want = attack_with(model, pairs(), SITES, "packed")
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
@@ -292,6 +345,9 @@ def test_autocast_outside_has_no_part() -> None:
     low = attack_with(model, pairs(), SITES, "packed", autocast=torch.bfloat16)
     assert low.losses[0]["toward"] == pytest.approx(want.losses[0]["toward"], abs=0.1)
     assert low.losses[0]["toward"] != want.losses[0]["toward"]
+    monkeypatch.setattr(packed, "CHUNK_FROM", 1)  # whose products would not be in the autocast's dtype
+    again = attack_with(model, pairs(), SITES, "packed", autocast=torch.bfloat16)
+    assert_same(again, low, losses=0, deltas=0)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
