@@ -211,9 +211,12 @@ def test_the_demo_settings_are_defaults_of_a_new_run_alone(tmp_path: Path, monke
     assert train(*own) == train() == train("--no_lora") == 0
     command._keep_settings(tmp_path, seen[0], "lpa train")
     assert train("--resume", "--output", str(tmp_path)) == train("--config", str(tmp_path / "settings.yaml")) == 0
+    (tmp_path / "settings.yaml").write_text("steps: 3")  # written by hand: what it leaves out is LPAConfig's default
+    assert train("--resume", "--output", str(tmp_path)) == 0
     names = ("lpa_steps", "gradient_accumulation_steps", "merge_adapters", "measure_attacked")
     found = [tuple(values[name] for name in names) for values in seen]
-    assert found == [(30, 4, False, 12), (6, 1, True, 4), (6, 1, False, 4), (30, 4, False, 12), (30, 4, False, 12)]
+    assert found == [(30, 4, False, 12), (6, 1, True, 4), (6, 1, False, 4), (30, 4, False, 12), (30, 4, False, 12),
+                     (30, 4, False, 12)]  # fmt: skip
 
 
 def test_benign_data_are_recorded(model: str, tmp_path: Path) -> None:
