@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..ops.registry import requested
 from .frozen import Replay, frozen_blocks
 from .masks import refill_masks
+from .modes import adapter_state
 from .packed import InnerStep, layout_rows
 from .packing import PADDING, PackedLayout
 from .state import AttackState
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 YES = "yes"
 GRAPHS = 8  # kept for a model; the one that was used longest ago goes first
+GRAPH_BYTES = 1 << 30  # of their inputs, in all; the one in use stays, however large
+ONCE = "a batch of its shape is captured when a second one comes"
 WARM_UP = 3  # steps before a capture, for what is set up at a first call: kernels, workspaces, allocations
 
 # From a step and what puts its inputs back, a function that runs the step again. One entry a device that has graphs.
@@ -52,15 +56,26 @@ class Captured:
 
 
 _captured: WeakKeyDictionary[nn.Module, OrderedDict[object, Captured | str]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # hashes of keys that have come once
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-_pools: dict[torch.device, Any] = {}  # one for all graphs: nothing in it outlives a replay
+
+
+class _Pool:
+    """The memory that all graphs of a device share: nothing in it outlives a replay. It ends with the last of them."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+
+_pools: WeakValueDictionary[torch.device, _Pool] = WeakValueDictionary()
 
 
 def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
     """A CUDA graph of `step`, after some steps on a side stream; `restore` before each, for they change the state."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
+    pool = _pools.get(device)
+    if pool is None:  # torch refuses to capture into one whose graphs have all died
+        pool = _pools[device] = _Pool()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -70,9 +85,13 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # thread_local: what a data loader's thread does on the device meanwhile is none of this capture's business
-    with torch.cuda.graph(graph, pool=_pools[device], capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool.handle, capture_error_mode="thread_local"):
         step()
-    return graph.replay
+
+    def replay(_: _Pool = pool) -> None:
+        graph.replay()
+
+    return replay
 
 
 RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
@@ -129,10 +148,14 @@ def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
         inputs = _inputs(source, lower)
         key = _key(pgd, inputs)
         if key not in graphs:
+            seen = _seen.setdefault(pgd.model, set())
+            if pgd.capture_graph == "auto" and hash(key) not in seen:  # warm-ups and a capture would cost some steps
+                seen.add(hash(key))
+                return ONCE
             graphs[key] = _record(source, lower)
-            while len(graphs) > GRAPHS:
-                graphs.popitem(last=False)
         graphs.move_to_end(key)
+        while len(graphs) > GRAPHS or (len(graphs) > 1 and _bytes(graphs.values()) > GRAPH_BYTES):
+            graphs.popitem(last=False)
         found = graphs[key]
         if isinstance(found, str):
             return found
@@ -143,6 +166,10 @@ def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
             found.replay()
     state.take(found.state)
     return ""
+
+
+def _bytes(graphs: Iterable[Captured | str]) -> int:
+    return sum(t.numel() * t.element_size() for g in graphs if isinstance(g, Captured) for t in g.inputs)
 
 
 def _record(source: InnerStep, lower: Replay | None) -> Captured | str:
@@ -178,14 +205,17 @@ def _inputs(step: InnerStep, lower: Replay | None) -> list[Tensor]:
 
 
 def _key(pgd: LatentPGD, inputs: list[Tensor]) -> object:
-    """What a graph depends on: the shapes, the settings, and where the model's weights are."""
-    settings = (pgd.steps, pgd.norm, pgd.rule, pgd.weight_decay, pgd.clip_grad, pgd.stop_below, pgd.backend)
+    """What a graph depends on: the shapes, the settings, the model's adapters and hooks, and where its weights are."""
+    backend = requested(pgd.backend)
+    settings = (pgd.steps, pgd.norm, pgd.rule, pgd.weight_decay, pgd.clip_grad, pgd.stop_below, backend)
     objective = (repr(pgd.objective), pgd.merge_adapters, pgd.autocast)
     sites = tuple(id(site.module) for site in pgd.sites)
     attention = getattr(getattr(pgd.model, "config", None), "_attn_implementation", None)
-    weights = hash(tuple(p.data_ptr() for p in pgd.model.parameters()))
+    weights = hash(tuple(t.data_ptr() for t in (*pgd.model.parameters(), *pgd.model.buffers())))
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pgd.model.modules())
+    model = (attention, weights, hooks, adapter_state(pgd.model))
     shapes = tuple((tuple(t.shape), t.dtype) for t in inputs)
-    return settings, objective, sites, attention, weights, shapes
+    return settings, objective, sites, model, shapes
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -115,6 +116,59 @@ def test_a_chunked_head_above_frozen_blocks(recorded: list[Any], monkeypatch: py
     assert len(recorded) == 2
 
 
+def test_adapters_hooks_and_buffers_need_their_own_graph(recorded: list[Any]) -> None:
+    model = llama(lora=True)
+    model.add_adapter("b", model.peft_config["default"])
+    check(model, pairs())
+    model.set_adapter("b")
+    check(model, pairs())
+    assert len(recorded) == 2
+    with model.disable_adapter():
+        check(model, pairs())
+    assert len(recorded) == 3
+    model.set_adapter("default")
+    check(model, pairs())
+    assert len(recorded) == 3  # the first again
+    model.base_model.model.model.layers[0].mlp.up_proj.scaling["default"] *= 3
+    check(model, pairs())
+    handle = model.base_model.model.model.layers[3].register_forward_hook(lambda m, args, out: out * 2)
+    check(model, pairs())
+    handle.remove()
+    rope = model.base_model.model.model.rotary_emb
+    rope.inv_freq = rope.inv_freq.clone() * 0.5
+    check(model, pairs())
+    assert len(recorded) == 6
+
+
+def test_a_shape_is_captured_when_it_comes_again(recorded: list[Any]) -> None:
+    model = llama()
+    found = [attack_with(model, pairs(seed=seed), SITES, "packed") for seed in (1, 1, 2)]
+    assert [attack.captured for attack in found] == [capture.ONCE, "yes", "yes"]
+    assert_same(found[1], found[0], losses=1e-6)
+    assert len(recorded) == 1
+
+
+def test_a_pool_ends_with_its_last_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object, raising=False)
+    for name in ("current_device", "Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock(name=name))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    used = lambda: torch.cuda.graph.call_args.kwargs["pool"]  # noqa: E731
+    replays, pools = [], []
+    for _ in range(2):
+        replays.append(capture.cuda_graph(lambda: None, lambda: None))
+        pools.append(used())
+    assert pools[0] is pools[1]
+    replays.pop()
+    gc.collect()
+    replays.append(capture.cuda_graph(lambda: None, lambda: None))
+    assert used() is pools[0]
+    replays.clear()
+    gc.collect()
+    assert capture.cuda_graph(lambda: None, lambda: None)
+    assert used() is not pools[0]
+
+
 def test_weights_that_move_or_change(recorded: list[Any]) -> None:
     """A change in place is seen by a replay; other memory needs another capture."""
     model = llama()
@@ -137,9 +191,12 @@ def test_the_cache_is_bounded_and_dies_with_the_model(recorded: list[Any], monke
     model = llama()
     # three steps are used all the time, so that four, not they, make room for five
     for steps, graphs in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
-        attack_with(model, pairs(), SITES, "packed", steps=steps)
+        attack_with(model, pairs(), SITES, "packed", steps=steps, capture_graph=True)
         assert len(recorded) == graphs
         assert len(capture._captured[model]) == min(graphs, 2)
+    monkeypatch.setattr(capture, "GRAPH_BYTES", 1)  # only the one in use stays
+    attack_with(model, pairs(), SITES, "packed", steps=3, capture_graph=True)
+    assert len(capture._captured[model]) == 1
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -189,12 +246,13 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
     monkeypatch.setitem(capture.RECORDERS, "cpu", fail)
     model = llama()
+    assert attack_with(model, pairs(), SITES, "packed").captured == capture.ONCE
     for _ in range(2):
         found = attack_with(model, pairs(), SITES, "packed")
         assert found.captured == "the capture failed: operation not permitted when stream is capturing"
         assert_same(found, attack_with(model, pairs(), SITES, "packed", capture_graph=False), losses=0, deltas=0)
     assert len(tries) == 1
-    assert sum("not captured" in record.message for record in caplog.records) == 1
+    assert sum("not captured: the capture failed" in record.message for record in caplog.records) == 1
 
 
 def test_the_unshared_path_is_not_captured(recorded: list[Any]) -> None:
@@ -204,9 +262,9 @@ def test_the_unshared_path_is_not_captured(recorded: list[Any]) -> None:
 
 def test_an_attack_outlives_the_next_replay(recorded: list[Any]) -> None:
     model = llama()
-    first = attack_with(model, pairs(SMALL), SITES, "packed")
+    first = attack_with(model, pairs(SMALL), SITES, "packed", capture_graph=True)
     before = [delta.clone() for delta in first.deltas_by_row], first.losses
-    attack_with(model, pairs(LARGER, seed=9), SITES, "packed")
+    assert attack_with(model, pairs(LARGER, seed=9), SITES, "packed").captured == "yes"
     first._read.clear()
     assert first.losses == before[1]
     assert all(map(torch.equal, first.deltas_by_row, before[0]))
