@@ -37,20 +37,34 @@ def _detached(output: Any) -> Any:
     return output
 
 
-_exact: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+_exact: WeakKeyDictionary[nn.Module, dict[tuple[int, int], bool]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def can_freeze(model: nn.Module, depth: int) -> bool:
-    """Whether replaying the lowest `depth` blocks leaves the logits of a few tokens bitwise the same; cached."""
+    """Whether replaying the lowest `depth` blocks leaves the logits of a few tokens bitwise the same.
+
+    Cached by the depth and the number of hooks in those blocks. A model that raises an error when it is asked may not.
+    """
     known = _exact.setdefault(model, {})
-    if depth not in known:
+    blocks = list(decoder_layers(model))[:depth]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for block in blocks for m in block.modules())
+    if (depth, hooks) not in known:
+        known[depth, hooks] = _replays(model, depth)
+    return known[depth, hooks]
+
+
+def _replays(model: nn.Module, depth: int) -> bool:
+    try:
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         ids = torch.arange(1, 5, device=device)[None]
         with frozen_blocks(model, depth):
             first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
-        known[depth] = torch.equal(first, second)
-    return known[depth]
+        return torch.equal(first, second)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # what such passes break is run in full, every step
+        return False
 
 
 @contextmanager

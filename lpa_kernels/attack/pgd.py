@@ -43,6 +43,16 @@ class Plan:
     layout: PackedLayout | None = None
 
 
+def _adam_reach(steps: int, beta1: float = 0.9, beta2: float = 0.999) -> float:
+    """How many step sizes Adam can move a coordinate at most, by Cauchy and Schwarz: a little more than one a step."""
+    moved = 0.0
+    for t in range(1, steps + 1):
+        first = [(1 - beta1) * beta1**k / (1 - beta1**t) for k in range(t)]
+        second = [(1 - beta2) * beta2**k / (1 - beta2**t) for k in range(t)]
+        moved += math.sqrt(sum(m * m / v for m, v in zip(first, second, strict=True)))
+    return moved
+
+
 class LatentPGD:
     """Projected gradient descent on hidden states: finds what makes a model prefer `rejected` over `chosen`.
 
@@ -141,7 +151,7 @@ class LatentPGD:
         self.random_start, self.relative, self.state_dtype = random_start, relative, state_dtype
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.merge_adapters, self.capture_graph, self.autocast = merge_adapters, capture_graph, autocast
-        self._widths: list[tuple[int, torch.device]] | None = None
+        self._widths: dict[object, list[tuple[int, torch.device]]] = {}  # by where the model is
 
     @property
     def halves(self) -> tuple[bool, bool]:
@@ -150,15 +160,19 @@ class LatentPGD:
 
     def widths(self) -> list[tuple[int, torch.device]]:
         """Width and device of each site, measured by one small pass of the model."""
-        if self._widths is None:
-            self._widths = site_widths(self.model, self.sites)
-            self._warn_if_never_binding(max(width for width, _ in self._widths))
-        return self._widths
+        where = tuple(p.device for p in self.model.parameters())
+        if where not in self._widths:
+            found = site_widths(self.model, self.sites)
+            if not self._widths:
+                self._warn_if_never_binding(max(width for width, _ in found))
+            self._widths[where] = found
+        return self._widths[where]
 
     def reach(self, width: int) -> float:
         """How far from its start a perturbation of this width can get at most: steps of step_size a coordinate."""
+        steps = _adam_reach(self.steps) if self.rule in ("adamw", "adam") else self.steps
         each = self.step_size if self.norm == "linf" else self.step_size * math.sqrt(width)
-        return self.steps * (self.step_size if self.rule == "normalized" else each)
+        return steps * (self.step_size if self.rule == "normalized" else each)
 
     def _warn_if_never_binding(self, width: int) -> None:
         fixed = self.rule in ("adamw", "adam", "sign", "normalized") and not (self.relative or self.random_start)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .batch import PairBatch
 from .head import selected_logits
 from .masks import IMPLEMENTATIONS, packed_masks
+from .modes import adapter_state
 from .packing import CHOSEN, REJECTED, PackedLayout, pack, unshared
 from .sites import decoder_layers
 
@@ -47,20 +48,22 @@ def can_pack(model: nn.Module, length: int = 0) -> Verdict:
     windows of thousands could not be filled cheaply. It asks:
 
     - *use*: do the masks come from the library's mask functions, with the shortened window among them?
-    - *isolation*: with other tokens in one completion, do the other's logits stay the same bit for bit? (Masked keys
-      add exact zeros, so they do in any dtype. Where not, the arithmetic itself may mix tokens, as grouped experts do:
-      then by no more than when only *another row* of the batch changes.)
+    - *isolation*: with other tokens in one completion, do the other's logits stay the same, to 1e-6 of the largest?
+      (Masked keys add exact zeros, in any dtype. Where they do not stay, the arithmetic itself may mix tokens, as
+      grouped experts do: then by no more than when only *another row* of the batch changes.)
     - *parity*: are the logits those of plain passes over the separate texts? In float32 within 2e-4 of the largest.
       Half precision hides small errors (other padding alone moves the bf16 logits of 30 layers as far as packing does),
       so there the second completion's must be less than half as far off as with positions that run on, and less than
       a tenth as far or twice as far as more padding moves them.
 
-    Cached for as long as the model lives, by attention implementation, dtype and active adapter.
+    Cached for as long as the model lives, by its configuration, dtypes, devices and the state of its adapters.
 
     Args:
         length: the longest row that is to be run, for models whose positions change meaning beyond some length.
     """
-    key = (getattr(_config(model), "_attn_implementation", None), str(_dtypes(model)), str(_adapter(model)))
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    config = hash(str(vars(_config(model)))) if _config(model) is not None else None
+    key = (config, frozenset(_dtypes(model)), frozenset(devices), str(_adapter(model)), adapter_state(model))
     known = _verdicts.setdefault(model, {})
     if key not in known:
         reason = _refusal(model)

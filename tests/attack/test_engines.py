@@ -380,9 +380,12 @@ def test_no_step_waits(family: str, options: dict[str, Any], device: str, monkey
         if steps:  # the first makes the masks
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            with NoWaiting():
-                original(step)
-            torch.cuda.set_sync_debug_mode("default") if device == "cuda" else None
+            try:
+                with NoWaiting():
+                    original(step)
+            finally:
+                if device == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
         else:
             original(step)
         steps.append(1)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lpa_kernels.attack import modes
+from lpa_kernels.attack.frozen import can_freeze
 from lpa_kernels.attack.modes import adapter_state, cast_adapters, frozen_eval, inner_mode, merged_adapters
+from lpa_kernels.attack.probe import can_pack
 from lpa_kernels.attack.reference import adapters_off
 
 from .batches import assert_same, attack_with, llama, pairs, with_lora
@@ -130,3 +132,29 @@ def test_dropout_that_prevents_checkpointing_is_told_once(caplog: pytest.LogCapt
             assert not any(m.training for m in model.modules())
         assert sum("not checkpointed" in r.message for r in caplog.records) == told
     assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_a_model_that_cannot_be_asked_is_not_frozen() -> None:
+    model = llama()
+    assert can_freeze(model, 2)
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    assert not can_freeze(model, 2)
+    handle.remove()
+    assert can_freeze(model, 2)
+    assert "forward" not in model.model.layers[0].__dict__
+
+
+def test_a_verdict_goes_with_configuration_and_adapters() -> None:
+    model = llama(lora=True)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    for again in (False, True):
+        before = len(calls)
+        assert can_pack(model)
+        assert (len(calls) == before) == again
+    with model.disable_adapter():
+        before = len(calls)
+        assert can_pack(model)
+        assert len(calls) > before
+    model.base_model.model.config.is_causal = False
+    assert not can_pack(model)

@@ -138,6 +138,34 @@ def test_the_warning_that_the_radius_never_binds(caplog: pytest.LogCaptureFixtur
     assert not caplog.records
 
 
+@pytest.mark.parametrize("rule", ["adamw", "adam", "sign"])
+def test_reach_is_a_bound_that_is_met(rule: str) -> None:
+    """By gradients that grow as Adam's bound wants them, in torch's own Adam."""
+    steps = 16
+    reach = LatentPGD(llama(), SITES, rule=rule, steps=steps, step_size=1.0).reach(1)
+    best = 0.0
+    for growth in (1.0, 1.02, 1.05, 1.1, 1.12, 1.15, 1.2):
+        leaf = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        adam = torch.optim.Adam([leaf], lr=1.0)
+        for t in range(steps):
+            leaf.grad = torch.full_like(leaf, growth**t)
+            adam.step()
+        best = max(best, float(leaf.detach().abs()))
+    if rule == "sign":
+        assert reach == steps
+    else:
+        assert 16 < best <= reach < 1.15 * steps
+
+
+def test_a_model_that_moved_is_measured_again() -> None:
+    model = llama()
+    attacker = LatentPGD(model, SITES, steps=1)
+    first = attacker.widths()
+    assert attacker.widths() is first
+    attacker._widths = {("elsewhere",): [(7, torch.device("meta"))]}
+    assert attacker.widths() == first
+
+
 # ---- what an attack is good for ------------------------------------------------------------------------------------
 
 
