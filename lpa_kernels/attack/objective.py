@@ -143,6 +143,17 @@ class Objective:
         return torch.stack(norms).sum() / positions.sqrt()
 
 
+def loss_scale(dtype: torch.dtype, *weights: Tensor) -> Tensor | None:
+    """For float16 [] float32, the power of two that brings the largest of `weights` into (1/2, 1]; None otherwise.
+
+    Losses are means over many tokens: unscaled, gradients of single logits lie below 6e-8, the least float16.
+    """
+    if dtype != torch.float16:
+        return None
+    largest = torch.stack([w.detach().float().abs().amax() for w in weights]).amax()
+    return torch.exp2(-largest.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil())
+
+
 def kl_rows(base_log_probs: Tensor, logits: Tensor) -> Tensor:
     """KL(base || model) of each row, [N] float32, from base log-probabilities [N, V] and the model's logits [N, V]."""
     log_probs = logits.float().log_softmax(-1)

@@ -14,7 +14,7 @@ from .attack import LatentAttack
 from .frozen import frozen_blocks
 from .head import output_head, plain_head, selected_logits
 from .hooks import fixed_rows, gradients, kept_for_recompute, perturbed
-from .objective import PairRows
+from .objective import PairRows, loss_scale
 from .packing import PackedLayout
 from .reference import adapters_off
 from .state import AttackState
@@ -105,21 +105,24 @@ class InnerStep:
         few = nullcontext() if self.last is None or self.needed is None else trimmed(self.last, self.needed)
         with few, perturbed(self.pgd.sites, state.deltas, fixed_rows(layout.token_rows), kept, self.pgd.backend):
             rows = layout_rows(self.pgd.model, layout, state.size, self.packed, run_head=not self.chunked)
-            output, grad_output, losses, hits, kl = self._loss(rows)
+            output, grad_output, losses, hits, kl, scale = self._loss(rows)
             grads = gradients(output, [kept[site.name] for site in self.pgd.sites], grad_output)
         _, terms = self._combine(losses)
         if kl is not None:
             terms["kl"] = kl
         terms["total"] = torch.stack([term.double() for term in terms.values()]).sum()
         tokens = layout.row_tokens
+        if scale is not None:
+            grads = [gather_grad(g, tokens.to(g.device)) / scale.to(g.device) for g in grads]
+            tokens = state.own_rows
         if penalty:
             terms["l2_norm"] = self.pgd.objective.penalty(state.deltas, state.positions)
-            grads, tokens = self._penalised(grads), state.own_rows
+            grads, tokens = self._penalised(grads, tokens), state.own_rows
         state.record(terms, losses, hits, rows)
         state.update(self.pgd, grads, tokens)
 
-    def _loss(self, rows: PairRows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """(what to differentiate, its gradient, losses [N], hits [N], the KL term): of logits or of hidden rows."""
+    def _loss(self, rows: PairRows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(what to differentiate, its gradient, losses [N], hits [N], the KL term, by what the gradient is scaled)."""
         labels, objective, backend = self.layout.labels, self.pgd.objective, self.pgd.backend
         if self.chunked:
             head = output_head(self.pgd.model)
@@ -127,7 +130,10 @@ class InnerStep:
             losses, hits = linear_token_loss(
                 rows.logits, head.weight, labels, self.away, objective.threshold, bias=head.bias, backend=backend
             )
-            return losses, self._weights(losses) if self.weights is None else self.weights, losses.detach(), hits, None
+            slope = self._weights(losses) if self.weights is None else self.weights
+            scale = loss_scale(rows.logits.dtype, slope)
+            slope = slope if scale is None else slope * scale
+            return losses, slope, losses.detach(), hits, None, scale
         logits = rows.logits
         # the gradient takes the logits' place, unless the operation that made them needs them for its own backward
         grad = logits.detach().clone() if _saved(logits) else logits.detach()
@@ -139,12 +145,16 @@ class InnerStep:
         weights = self.weights
         if weights is None:
             weights = self._weights(token_loss_(grad, labels, self.away, None, objective.threshold, backend=backend)[0])
+        scale = loss_scale(grad.dtype, weights, weights.new_full((1,), objective.coefs.get("kl", 0) / labels.shape[0]))
+        if scale is not None:
+            weights = weights * scale
+            extra = None if extra is None else extra * scale
         losses, hits = token_loss_(grad, labels, self.away, weights, objective.threshold, backend=backend)
         if extra is not None:
             grad += extra.to(grad.dtype)
-        return logits, grad, losses, hits, kl
+        return logits, grad, losses, hits, kl, scale
 
-    def _penalised(self, grads: list[Tensor]) -> list[Tensor]:
+    def _penalised(self, grads: list[Tensor], tokens: Tensor) -> list[Tensor]:
         """Row gradients [R, H] with that of the penalty: delta / norm2(delta), 0 at 0."""
         rows = []
         for grad, delta in zip(grads, self.state.deltas, strict=True):
@@ -152,7 +162,7 @@ class InnerStep:
             norm = torch.linalg.vector_norm(values)
             unit = torch.where(norm > 0, values / norm, torch.zeros_like(values))
             scale = self.pgd.objective.l2_penalty / (self.state.positions.to(grad.device) * delta.shape[-1]).sqrt()
-            rows.append(gather_grad(grad, self.layout.row_tokens.to(grad.device)) + scale * unit)
+            rows.append(gather_grad(grad, tokens.to(grad.device)) + scale * unit)
         return rows
 
 

@@ -13,7 +13,7 @@ from ..ops import token_loss
 from .batch import PairBatch
 from .hooks import gradients, grid_rows, perturbed, rows_by_length
 from .modes import kept_flags
-from .objective import Objective, PairRows, kl_rows
+from .objective import Objective, PairRows, kl_rows, loss_scale
 from .sites import Site, hidden_of
 from .state import AttackState
 
@@ -114,6 +114,10 @@ def run(pgd: LatentPGD, batch: PairBatch, state: AttackState) -> None:
             if objective.l2_penalty:
                 terms["l2_norm"] = objective.penalty(leaves, state.positions)
                 total = total + objective.l2_penalty * terms["l2_norm"]
-            grads = gradients(total, leaves)
+            (weights,) = torch.autograd.grad(total, losses, retain_graph=True, materialize_grads=True)
+            each = losses.new_full((1,), objective.coefs.get("kl", 0) / len(losses))
+            scale = loss_scale(rows.logits.dtype, weights, each)
+            grads = gradients(total, leaves, None if scale is None else scale.to(total.dtype))
+            grads = grads if scale is None else [grad / scale.to(grad.device) for grad in grads]
         state.record(terms, losses, hits, rows)
         state.update(pgd, grads, state.own_rows)

@@ -61,6 +61,22 @@ def test_families_that_stand_apart(family: str, caplog: pytest.LogCaptureFixture
         assert_same(attack, attack_with(model, batch, sites, "reference"))
 
 
+@pytest.mark.parametrize("options", [{}, {"l2_penalty": 1e-7}, {"clip_grad": 1e-8}], ids=lambda o: "-".join(o))
+@pytest.mark.parametrize("chunk_from", [1, 1 << 27])
+def test_float16(options: dict[str, Any], chunk_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 1e-6 a token would leave no float16 gradient; these end within float16's rounding of float32's."""
+    monkeypatch.setattr(packed, "CHUNK_FROM", chunk_from)
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        for engine in ENGINES:
+            attacker = LatentPGD(tiny("llama", dtype=dtype), SITES, engine=engine, steps=3, step_size=1e4, rule="sgd",
+                                 norm="none", random_start=False, threshold=-8.0, **options)  # fmt: skip
+            found[dtype, engine] = attacker.attack(pairs(), (1e6, 1e6))
+    for engine in ENGINES:
+        for name, want in found[torch.float32, engine].deltas.items():
+            assert (found[torch.float16, engine].deltas[name] - want).norm() <= 0.02 * want.norm(), (engine, name)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_bfloat16(family: str) -> None:
     """The two engines are as near to each other as bfloat16 is to float32: what differs is where it rounds."""
