@@ -1,6 +1,6 @@
-"""Measure the inner loop side by side and write benchmarks/results/inner-loop-<device>.json and a Markdown table.
+"""Measure the inner loop side by side and write benchmarks/results/<name>-<device>.json and a Markdown table.
 
-    python -m benchmarks.record_loop [--rounds 5] [--threads 1] [--shapes small smollm2 long]
+    python -m benchmarks.record_loop [--rounds 5] [--steps 16] [--threads 1] [--shapes small smollm2 long] [--name N]
 
 CPU time of each way, interleaved in one process so that a noisy machine hits all alike, as medians and as ratios to
 the conventional loop round by round; peak memory above what stood before, each way in a process of its own.
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--name", default="inner-loop", help="of the result files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {}
@@ -110,7 +111,7 @@ def main() -> None:
         "results": results,
     }
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"inner-loop-{device()}.json"
+    target = RESULTS / f"{args.name}-{device()}.json"
     target.write_text(json.dumps(record, indent=1) + "\n")
     target.with_suffix(".md").write_text(f"`{record['command']}`, {record['date']}\n\n{table(results)}")
 

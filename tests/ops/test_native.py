@@ -28,6 +28,7 @@ from tests.ops.cases import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+HEADERS = Path(torch.__file__).parent / "include"  # not through cpp_extension, whose import wants setuptools first
 REQUIRED = os.environ.get("LPA_KERNELS_REQUIRE_NATIVE") == "1"
 WIDTHS = (1, 33, 576, 3584, 4096, 8192, 16384)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -382,11 +383,9 @@ def test_nvcc_spills_nothing(target, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None or shutil.which("c++") is None, reason="no nvcc or no C++ compiler")
 def test_the_cuda_binding_compiles_where_nvcc_is():
-    from torch.utils.cpp_extension import include_paths
-
     found = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], text=True, capture_output=True).stderr
     toolkit = re.search(r"INCLUDES=\"?-I([^\s\"]+)", found)[1]
-    paths = [f"-I{path}" for path in (*include_paths(), toolkit)]
+    paths = [f"-I{path}" for path in (HEADERS, HEADERS / "torch/csrc/api/include", toolkit)]
     macros = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     done = subprocess.run(
         ["c++", "-std=c++20", "-fsyntax-only", "-Wall", *macros, *paths, "csrc/ops_cuda.cpp"],
