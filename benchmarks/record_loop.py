@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -85,13 +86,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--name", default="inner-loop", help="of the result files")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {}
     for shape in args.shapes:
         for kind, steps in (("inner loop", args.steps), ("LPA step", 16)):
-            if kind == "LPA step" and shape == "long":
+            if kind not in args.kinds or (kind == "LPA step" and shape == "long"):
                 continue
             title = f"{kind}, {steps} inner steps: {SHAPES[shape].name}"
             rounds = args.rounds if kind == "inner loop" else max(1, args.rounds // 2)
@@ -100,7 +102,7 @@ def main() -> None:
     import transformers
 
     record = {
-        "command": "python -m benchmarks.record_loop " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "benchmarks.record_loop", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": {

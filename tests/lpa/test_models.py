@@ -129,7 +129,7 @@ def write_gguf(path: Path, model: Any) -> None:
     out.add_tokenizer_model("gpt2")
     out.add_token_list(WORDS)
     out.add_token_types([3] * 3 + [1] * (len(WORDS) - 3))
-    out.add_token_merges(["a b"])
+    out.add_token_merges(["a b", "a b", "a b"])
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
     out.add_chat_template(TEMPLATE)
