@@ -29,7 +29,7 @@ FIXED = {
     "eval_strategy": ("no", "nothing is evaluated during training; use lpa.measure or lpa evaluate afterwards"),
     "load_best_model_at_end": (False, "nothing is evaluated during training, so no checkpoint is best"),
     "torch_compile": (False, "a compiled model does not see the hooks that perturb it"),
-    "auto_find_batch_size": (False, "an LPA step's batch cannot change under way"),
+    "auto_find_batch_size": (False, "it starts anew with another batch; auto_micro_batch goes on with the same one"),
     "num_train_epochs": (3.0, "a run's length is lpa_steps"),
 }
 _SITES_OF_32 = (8, 16, 24, 30)
@@ -100,6 +100,12 @@ class LPAConfig(TrainingArguments):
     backend: str = _setting("auto", "Backend of the ops: auto, reference, triton or native.")
     merge_adapters: bool = _setting(False, "Merge LoRA into the weights while attacking.")
     capture_graph: str = _setting("auto", "Capture an inner step in a CUDA graph: auto, on or off.")
+
+    # memory
+    auto_micro_batch: bool = _setting(True, "Where memory runs out, go on with the same batch in micro-batches of half "
+                                      "the size. On one process; on several an error says what to set.")  # fmt: skip
+    offload_attacks: bool = _setting(False, "Keep perturbations and base logits in the host's memory between their "
+                                     "uses.")  # fmt: skip
 
     # data
     system_prompt: str | None = _setting(ASSESSMENT_PROMPT, "System prompt of the pairs; an empty one for none.")
@@ -215,6 +221,17 @@ class LPAConfig(TrainingArguments):
         """What the defence minimises of the pairs; None where it takes benign text alone."""
         coefs = {name: value for name, value in self.coefs.items() if name in PAIR_TERMS}
         return Objective(coefs, beta=self.preference_beta, reference_free=self.reference_free) if coefs else None
+
+    @property
+    def why_not_split(self) -> str:
+        """Why micro-batches cannot be halved where memory runs out; "" where they can."""
+        if not self.auto_micro_batch:
+            return "auto_micro_batch is False"
+        if self.world_size > 1:
+            return f"the {self.world_size} ranks must stay in step"
+        if self.kl == "public" and "kl" in self.coefs:
+            return "kl='public' depends on the micro-batch's size"
+        return ""
 
     @property
     def attack_options(self) -> dict[str, Any]:

@@ -35,6 +35,12 @@ class BenignBatch:
         """How many answer tokens are predicted."""
         return int(self.mask[:, 1:].sum())
 
+    def part(self, start: int, stop: int) -> BenignBatch:
+        """The rows start .. stop - 1, without the columns that follow the last answer token of them all."""
+        columns = self.mask[start:stop].any(0).nonzero()
+        width = int(columns[-1]) + 1 if len(columns) else 1
+        return BenignBatch(self.ids[start:stop, :width], self.mask[start:stop, :width])
+
     @property
     def labels(self) -> Tensor:
         """[N] int64, the answer tokens."""

@@ -34,7 +34,7 @@ class StepRecord:
         self.start = time.perf_counter()
         self.spans: dict[str, list[Any]] = {"attack": [], "defence": []}
         self.sums: dict[str, Any] = {}
-        self.attacks: list[LatentAttack] = []
+        self.attacks: list[tuple[LatentAttack, float]] = []
         self.micro = len(pairs)
         both = sum(text_tokens(p.rejected_mask) + text_tokens(p.chosen_mask) for p in pairs)
         self.tokens = both * (args.steps + args.defence_steps)
@@ -63,16 +63,16 @@ class StepRecord:
     def _add(self, name: str, value: Any) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def add_attack(self, attack: LatentAttack) -> None:
-        """Keep an inner loop for the step's end."""
-        self.attacks.append(attack)
+    def add_attack(self, attack: LatentAttack, share: float = 1.0) -> None:
+        """Keep an inner loop, on `share` of a micro-batch, for the step's end."""
+        self.attacks.append((attack, share))
 
-    def _read(self, attack: LatentAttack) -> None:
+    def _read(self, attack: LatentAttack, share: float) -> None:
         """Losses at both ends of an inner loop, norms and rows at the boundary."""
         for end, losses in (("first", attack.losses[0]), ("last", attack.losses[-1])):
             for name in PAIR_TERMS:
                 if name in losses:
-                    self._add(f"attack_{name}_{end}", losses[name])
+                    self._add(f"attack_{name}_{end}", losses[name] * (share if name in ("dpo", "ipo") else 1.0))
         for site, norms in attack.norms.items():
             self._add(f"norm/{site}", norms.sum().to(self.device))
             self._add(f"rows/{site}", norms.numel())
@@ -85,13 +85,17 @@ class StepRecord:
             for name, value in terms.items():
                 self._add(f"defence_{name}", value)
 
+    def forget_defence(self) -> None:
+        """The update's losses are all to come again."""
+        self.sums = {name: value for name, value in self.sums.items() if not name.startswith("defence_")}
+
     def metrics(self, accelerator: Any, lpa_step: int) -> dict[str, float]:
         """The numbers to log, over all ranks. Losses are sums of the micro-batches' shares, or means of their means.
 
         A preference loss is always a micro-batch's mean.
         """
-        for attack in self.attacks:
-            self._read(attack)
+        for attack, share in self.attacks:
+            self._read(attack, share)
         names = sorted(self.sums)
         values = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float32, device=self.device) for n in names])
         total = dict(zip(names, accelerator.reduce(values).tolist(), strict=True))

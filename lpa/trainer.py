@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
+from lpa_kernels.attack import LatentPGD, PairBatch, capture
 from lpa_kernels.attack.modes import frozen_eval
 from lpa_kernels.attack.reference import adapters_off
 
 from .config import BENIGN_TERMS, LPAConfig
 from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
 from .measure import attack_of
+from .microbatch import MemoryLimit, MicroBatch, free_memory
 from .models import check_head
 from .prepare import add_adapters, benign_as_tokens, pairs_as_tokens, warn_if_small
 from .progress import LPAProgress
@@ -33,21 +33,6 @@ logger = logging.getLogger(__name__)
 
 class StopTraining(Exception):
     """Raised inside the loop to leave it at the last LPA step's end."""
-
-
-@dataclass
-class MicroBatch:
-    """One micro-batch and what is kept for it over the updates of an LPA step.
-
-    `attack` is its own; of the base model there are `base`, the benign logits [N, V], and `reference`, the pairs'
-    log-probability gaps [B].
-    """
-
-    pairs: PairBatch
-    benign: BenignBatch | None = None
-    attack: LatentAttack | None = None
-    base: Tensor | None = None
-    reference: Tensor | None = None
 
 
 class LPATrainer(Trainer):
@@ -139,7 +124,8 @@ class LPATrainer(Trainer):
         warn_if_small(len(dataset), self.batch_size)
         self.interrupted = False
         self._pgd: LatentPGD | None = attack_of(self.model, args)  # now, for what it says of unknown sites
-        self._micro: list[MicroBatch] = []
+        self._micro: list[list[MicroBatch]] = []  # each in parts, one where memory is enough
+        self._memory = MemoryLimit(args.per_device_train_batch_size, args.why_not_split)
         self._index = 0
         self._counts = (0.0, 0.0, 0.0)
         self._record: StepRecord | None = None
@@ -218,29 +204,70 @@ class LPATrainer(Trainer):
             raise StopTraining
         self._counts = (rejected, chosen, answers)
         self._record = StepRecord(self.args, pairs, benign, device)
-        self._micro = [
-            MicroBatch(p.to(device), None if b is None else BenignBatch(b.ids.to(device), b.mask.to(device)))
-            for p, b in zip(pairs, benign, strict=True)
-        ]
+        whole = [
+            MicroBatch.of(
+                p.to(device), None if b is None else BenignBatch(b.ids.to(device), b.mask.to(device)),
+                (index * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size,
+            )
+            for index, (p, b) in enumerate(zip(pairs, benign, strict=True))
+        ]  # fmt: skip
+        self._micro = [micro.split(self._memory.size) for micro in whole]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch of one update: attacked first where it is new, then forward and backward under its attack."""
-        micro, record = self._micro[self._index], self._record
-        assert record is not None
-        if self._update == 0:
-            if self._stop_asked and self.args.world_size == 1:
-                raise StopTraining
-            with record.timed("attack"):
-                self._attack(micro, self._index)
-        with record.timed("defence"):
-            model.train()
-            total, terms = _through(model, self.model, lambda: self._losses(micro))
-            # DDP averages the ranks' gradients, and the loss is a sum over all of them
-            total = total * self.args.world_size
-            self.accelerator.backward(total)
-        record.add_defence(self._update, terms)
+        """One micro-batch of one update: attacked first where it is new, then forward and backward under its attack.
+
+        Where memory runs out, this and all later micro-batches are run in halves, and the update's gradients are made
+        again from its first one on: a backward pass that was broken off has left some of its own.
+        """
+        first = self._index
+        while True:
+            try:
+                for index in range(first, self._index + 1):
+                    total = self._run(model, self._micro[index])
+                break
+            except RuntimeError as error:
+                self._memory.halve(error, self._micro[index], self._doing)
+            first = 0
+            self._make_room(model)
         self._index += 1
-        return total.detach()
+        return total
+
+    def _make_room(self, model: nn.Module) -> None:
+        assert self._record is not None
+        self._micro = [[part for micro in parts for part in micro.split(self._memory.size)] for parts in self._micro]
+        self._record.forget_defence()
+        model.zero_grad(set_to_none=True)
+        capture.forget(self.model)
+        free_memory()
+
+    def _run(self, model: nn.Module, parts: list[MicroBatch]) -> Tensor:
+        """Attack what is new, and add the gradients of a micro-batch. Returns its loss."""
+        record, losses = self._record, []
+        assert record is not None
+        for part in parts:
+            self._doing = "attack"
+            if not part.attacked:
+                if self._stop_asked and self.args.world_size == 1:
+                    raise StopTraining
+                with record.timed("attack"):
+                    self._attack(part)
+            self._doing = "update"
+            with record.timed("defence"):
+                model.train()
+                torch.manual_seed(self._seed(part, self._update + 1))
+                total, terms = _through(model, self.model, lambda part=part: self._losses(part))  # type: ignore[misc]
+                # DDP averages the ranks' gradients, and the loss is a sum over all of them
+                total = total * self.args.world_size
+                self.accelerator.backward(total)
+            record.add_defence(self._update, terms)
+            losses.append(total.detach())
+        return torch.stack(losses).sum()
+
+    def _seed(self, micro: MicroBatch, draw: int) -> int:
+        """All that is random in an LPA step follows from its number, so that a resumed run is the same run, and from
+        a pair's place in it, so that one in smaller parts is too."""
+        seed = self.args.seed * 1_000_003 + self.lpa_step
+        return int((seed * 65_537 + micro.first) * 257 + draw) % 2**63
 
     @property
     def pgd(self) -> LatentPGD:
@@ -249,10 +276,8 @@ class LPATrainer(Trainer):
             self._pgd = attack_of(self.model, self.args)
         return self._pgd
 
-    def _attack(self, micro: MicroBatch, index: int) -> None:
-        number = index * self.args.world_size + self.args.process_index
-        # All that is random in an LPA step follows from its number, so that a resumed run is the same run.
-        seed = ((self.args.seed * 1_000_003 + self.lpa_step) * 65_537 + number) % 2**63
+    def _attack(self, micro: MicroBatch) -> None:
+        seed = self._seed(micro, 0)
         torch.manual_seed(seed)
         if self.objective is not None and self.args.steps:
             self.pgd.generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
@@ -260,16 +285,19 @@ class LPATrainer(Trainer):
                 micro.attack = self.pgd.attack(micro.pairs, self._normalisers(micro)[:2])
             except FloatingPointError as error:
                 raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
-            assert self._record is not None
-            self._record.add_attack(micro.attack)
         kl = micro.benign is not None and "kl" in self.args.coefs
-        if not (kl or self._refers):
-            return
-        with torch.no_grad(), self._base_model() as base:
-            if kl and micro.benign is not None:
-                micro.base = micro.benign.logits(base, at=self.args.kl == "public")
-            if self._refers and self.objective is not None:
-                micro.reference = reference_gap(self.pgd, base, micro.pairs, self.objective)
+        if kl or self._refers:
+            with torch.no_grad(), self._base_model() as base:
+                if kl and micro.benign is not None:
+                    micro.base = micro.benign.logits(base, at=self.args.kl == "public")
+                if self._refers and self.objective is not None:
+                    micro.reference = reference_gap(self.pgd, base, micro.pairs, self.objective)
+        if micro.attack is not None:
+            assert self._record is not None
+            self._record.add_attack(micro.attack, micro.share)
+        if self.args.offload_attacks:
+            micro.to_host()
+        micro.attacked = True
 
     @contextmanager
     def _base_model(self) -> Iterator[Any]:
@@ -283,7 +311,7 @@ class LPATrainer(Trainer):
         """Tokens that the means over rejected, chosen and benign completions divide by."""
         if self.args.normaliser == "global":
             return self._counts
-        return (*micro.pairs.counts, 0 if micro.benign is None else micro.benign.count)
+        return micro.counts
 
     def _losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of a micro-batch, and its terms by name."""
@@ -293,11 +321,14 @@ class LPATrainer(Trainer):
         if self.objective is not None:
             counts = (rejected, chosen)
             total, terms = pair_terms(self.pgd, micro.pairs, micro.attack, self.objective, counts, micro.reference)
-            if self.objective.preference and self.args.normaliser == "global":
-                total = total * (len(micro.pairs) / self.batch_size)  # it is a mean over the micro-batch's pairs
+            if self.objective.preference:  # it is a mean over these pairs
+                whole = self.batch_size if self.args.normaliser == "global" else micro.size
+                total = total * (len(micro.pairs) / whole)
+                terms = {name: value * micro.share for name, value in terms.items()}
         if micro.benign is not None:
             own = {name: value for name, value in self.args.coefs.items() if name in BENIGN_TERMS}
-            part, more = benign_terms(self.model, micro.benign, own, answers, self.args.kl, micro.base)
+            base = None if micro.base is None else micro.base.to(micro.benign.ids.device)
+            part, more = benign_terms(self.model, micro.benign, own, answers, self.args.kl, base)
             total, terms = total + part, terms | more
         return total, terms
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .batch import PairBatch
 from .hooks import grid_rows, perturbed, perturbing_hook
-from .packing import PackedLayout
+from .packing import PackedLayout, pack, unshared
 from .sites import Site
 
 
@@ -100,6 +100,26 @@ class LatentAttack:
         if self.layout is not None:
             self.layout.masks.clear()  # [B, 1, L, L] each; made again when they are asked for
         return self
+
+    def part(self, start: int, stop: int, batch: PairBatch) -> LatentAttack:
+        """The attack on the examples start .. stop - 1 alone, which are `batch`: views of the same perturbations.
+
+        History and `clipped` are the whole's; an example's perturbation does not depend on the others.
+        """
+        first, last = (int((self.grid[:end] >= 0).sum()) for end in (start, stop))
+        layout = None
+        if self.layout is not None:
+            layout = pack(batch) if self.engine == "packed" else unshared(batch)
+        return replace(
+            self,
+            deltas_by_row=[d[first:last] for d in self.deltas_by_row],
+            grid=batch.grid,
+            epsilon=self.epsilon[:, first:last] if isinstance(self.epsilon, Tensor) else self.epsilon,
+            row_norms=self.row_norms[:, first:last],
+            layout=layout,
+            batch=batch,
+            _read={},
+        )
 
     @contextmanager
     def applied(self, rows: Any = None) -> Iterator[None]:

@@ -92,6 +92,22 @@ class PairBatch:
             held[f"{name}_labels"] = None
         return PairBatch(**held) if unwanted else self
 
+    def part(self, start: int, stop: int) -> PairBatch:
+        """The pairs start .. stop - 1, without the columns that follow all of their labels and attacked positions.
+
+        Reads from the device.
+        """
+        held: dict[str, Any] = {}
+        width = max(_used(mask[start:stop]) for mask in (self.rejected_mask, self.chosen_mask, self.attack_mask))
+        for name in ("rejected", "chosen"):
+            mask, labels = getattr(self, f"{name}_mask"), getattr(self, f"{name}_labels")
+            held[f"{name}_ids"] = getattr(self, f"{name}_ids")[start:stop, :width]
+            held[f"{name}_mask"] = mask[start:stop, :width]
+            if labels is not None:
+                before, own = int(mask[:start, 1:].sum()), int(mask[start:stop, 1:].sum())
+                held[f"{name}_labels"] = labels[before : before + own]
+        return PairBatch(**held, attack_mask=self.attack_mask[start:stop, :width])
+
     def __len__(self) -> int:
         return self.rejected_ids.shape[0]
 
@@ -124,3 +140,9 @@ class PairBatch:
         """[B, La] int64: the delta row of each attacked position in row-major order, -1 elsewhere."""
         order = self.attack_mask.flatten().cumsum(0).view_as(self.attack_mask) - 1
         return torch.where(self.attack_mask, order, torch.full_like(order, -1))
+
+
+def _used(mask: Tensor) -> int:
+    """One more than the last column of mask [B, L] that holds a True, and at least 1."""
+    columns = mask.any(0).nonzero()
+    return int(columns[-1]) + 1 if len(columns) else 1

@@ -231,6 +231,11 @@ def _lower_blocks(pgd: LatentPGD, step: InnerStep) -> Iterator[Replay | None]:
         yield replay
 
 
+def forget(model: nn.Module) -> None:
+    """Let go of a model's graphs and of the memory that they hold."""
+    _captured.pop(model, None)
+
+
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,130 @@
+"""A micro-batch and what is kept for it over an LPA step; parts of it, where the device has too little memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+from lpa_kernels.attack import LatentAttack, PairBatch
+
+from .losses import BenignBatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch, or a part of one, and what is kept for it over the updates of an LPA step.
+
+    Attributes:
+        first: the place of its first pair in the global batch; what is random follows from it.
+        counts: completion tokens (rejected, chosen, benign), and `size` pairs, of the whole micro-batch.
+        attacked: whether all of the following is there.
+        attack: its own. Of the base model there are `base`, the benign logits [N, V], and `reference`, the pairs'
+            log-probability gaps [B].
+    """
+
+    pairs: PairBatch
+    benign: BenignBatch | None
+    first: int
+    counts: tuple[int, int, int]
+    size: int
+    attacked: bool = False
+    attack: LatentAttack | None = None
+    base: Tensor | None = None
+    reference: Tensor | None = None
+
+    @classmethod
+    def of(cls, pairs: PairBatch, benign: BenignBatch | None, first: int) -> MicroBatch:
+        """A whole one, not yet attacked."""
+        return cls(pairs, benign, first, (*pairs.counts, 0 if benign is None else benign.count), len(pairs))
+
+    @property
+    def share(self) -> float:
+        """Of the whole micro-batch."""
+        return len(self.pairs) / self.size
+
+    def split(self, limit: int) -> list[MicroBatch]:
+        """Itself, or parts of at most `limit` pairs with the same attack. Reads the device where there is one.
+
+        A part of a whole micro-batch adds its share to the same sums: its means divide by the whole's tokens.
+        """
+        if len(self.pairs) <= limit:
+            return [self]
+        if self.attack is not None and self.attack.layout is not None:
+            self.attack.layout.masks.clear()
+        starts = range(0, len(self.pairs), limit)
+        return [self._part(start, min(start + limit, len(self.pairs))) for start in starts]
+
+    def _part(self, start: int, stop: int) -> MicroBatch:
+        part = replace(self, pairs=self.pairs.part(start, stop), first=self.first + start)
+        if self.benign is not None:
+            # the benign rows of a micro-batch are as many as its pairs
+            part.benign = self.benign.part(start, stop)
+            if self.base is not None:
+                before = self.benign.part(0, start).count if start else 0
+                part.base = self.base[before : before + part.benign.count]
+        if self.attack is not None:
+            part.attack = self.attack.part(start, stop, part.pairs)
+        if self.reference is not None:
+            part.reference = self.reference[start:stop]
+        return part
+
+    def to_host(self) -> None:
+        """Keep the perturbations and base logits in the host's memory; they are moved where they are used."""
+        if self.attack is not None:
+            self.attack.to("cpu")
+        self.base = None if self.base is None else self.base.cpu()
+
+
+class MemoryLimit:
+    """How many pairs run at once. Halved whenever memory runs out, and never raised again in a run.
+
+    Args:
+        size: to begin with, the micro-batch's.
+        why_not: why a run's micro-batches cannot be split; "" where they can.
+    """
+
+    def __init__(self, size: int, why_not: str = "") -> None:
+        self.size, self.why_not = size, why_not
+
+    def halve(self, error: Exception, micro: Sequence[MicroBatch], doing: str) -> None:
+        """Lower the limit after an error for want of memory; raises any other one again.
+
+        Args:
+            micro: the parts that were being run. doing: in words, for messages.
+
+        Raises:
+            torch.OutOfMemoryError: a single pair is too much, or the run's micro-batches cannot be split.
+        """
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise error
+        largest = max(len(part.pairs) for part in micro)
+        told = str(error).splitlines()[0] if str(error) else "out of memory"
+        if self.why_not:
+            raise torch.OutOfMemoryError(
+                f"out of memory in the {doing}, with {largest} pairs at once, and {self.why_not}; lower "
+                f"per_device_train_batch_size and raise gradient_accumulation_steps ({told})"
+            ) from error
+        if largest == 1:
+            tokens = max(part.pairs.rejected_ids.shape[1] for part in micro)
+            raise torch.OutOfMemoryError(
+                f"out of memory in the {doing} with a single pair of up to {tokens} tokens; use "
+                "gradient_checkpointing=True, load_in_4bit=True, fewer lora_targets, shorter rows or a larger device "
+                f"(lpa plan tells what a run needs) ({told})"
+            ) from error
+        self.size = (largest + 1) // 2
+        logger.warning(
+            "out of memory in the %s with %d pairs at once: going on with %d at a time, of the same batch (%s)",
+            doing, largest, self.size, told,
+        )  # fmt: skip
+
+
+def free_memory() -> None:
+    """Give back what earlier passes hold, as far as nobody uses it."""
+    clear_device_cache(garbage_collection=True)
