@@ -100,6 +100,8 @@ def model_card(run: Mapping[str, Any]) -> str:
             "Figures here are not comparable with published scores of the original model.",
             "",
         ]
+    if run.get("quantized"):
+        lines += [f"The base model was loaded as {run['quantized']}; it is what these figures are of.", ""]
     lines += ["| held out: share (mean log-odds) | before | after |", "|---|---|---|"]
     for key, label in labels(run["before"]).items():
         lines.append(f"| {label.strip()} | {as_text(key, run['before'])} | {as_text(key, after)} |")

@@ -15,6 +15,7 @@ from .evaluation.bench import Bench, quiet_generation
 from .evaluation.sets import benign_prompts
 from .evaluation.subjects import Subjects, named_adapters
 from .models import load
+from .quantization import is_quantized
 
 CHECK_PROMPTS, CHECK_TOKENS = 4, 24
 # largest mean KL(adapter || merged) of the next token, in nats: rounding of the weights' dtype, and no more
@@ -50,7 +51,7 @@ def export_merged(
     target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} is there already and not empty; give another output folder")
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+    if is_quantized(model):
         raise ExportError("the base model is quantised; load it in float32 or bfloat16 to merge an adapter into it")
     dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
     name, path = next(iter(named_adapters([adapter]).items()))

@@ -10,6 +10,7 @@ from typing import Any
 from .config import LORA_TARGETS, LPAConfig
 from .data import BenignCollator, PairCollator, encode_benign, encode_pairs, load_benign, load_pairs
 from .models import context_length
+from .quantization import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +19,14 @@ def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
     """The model to train: with LoRA of the config, with any `peft_config`, as it is (adapters there), or in full.
 
     Raises:
-        ValueError: a `peft_config` for a model that has adapters already, or LoRA targets that the model has not.
+        ValueError: a `peft_config` for a model that has adapters already, LoRA targets that the model has not, or
+            merge_adapters on a quantised model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    if config.merge_adapters and is_quantized(model):
+        raise ValueError("merge_adapters=True, but the model is quantised, and merging would round the adapters away; "
+                         "use merge_adapters=False")  # fmt: skip
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("the model has adapters already; give either those or a peft_config")

@@ -59,6 +59,11 @@ class TrainOptions:
         "help": "Go on with the run in --output from its last checkpoint; its settings are the defaults."})  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={
         "help": "Of the weights; auto is what the checkpoint holds."})  # fmt: skip
+    load_in_4bit: bool = field(default=False, metadata={
+        "help": "Quantise the base model to 4 bits (bitsandbytes); the adapters are trained beside it."})  # fmt: skip
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same with 8 bits."})
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "Kind of 4-bit weights."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of 4-bit weights too."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ...; auto by default."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after, on held-out statements."})
@@ -68,6 +73,15 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.measure_attacked < 0:
             raise ValueError(f"measure_attacked={self.measure_attacked} must be 0 (none) or more")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit=True and load_in_8bit=True exclude each other; give one of them")
+
+    @property
+    def quantized(self) -> str | None:
+        """How the base model is quantised, in words."""
+        if self.load_in_4bit:
+            return f"4-bit {self.bnb_4bit_quant_type}{', nested' if self.use_bnb_nested_quant else ''} (bitsandbytes)"
+        return "8-bit (bitsandbytes)" if self.load_in_8bit else None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -97,7 +111,8 @@ def _parse(parser: Any, words: Sequence[str], demo: dict[str, Any]) -> dict[str,
     """The options by name. `demo`: defaults for the embedded model."""
     parser.set_defaults(**demo)
     values, unknown = parser.parse_known_args(words)
-    if demo and not values.lora:  # nothing to merge, unless it was asked for all the same
+    # nothing to merge, or nothing to merge into, unless it was asked for all the same
+    if demo and (not values.lora or values.load_in_4bit or values.load_in_8bit):
         parser.set_defaults(merge_adapters=False)
         values, unknown = parser.parse_known_args(words)
     if unknown:
@@ -183,6 +198,8 @@ def _train(values: dict[str, Any], command: str) -> int:
     options = TrainOptions(**{name: values[name] for name in TrainOptions.__annotations__})
     output = _output_folder(options, values)
     _check_output(output, options)
+    if options.quantized and not values["lora"]:
+        raise ValueError(f"lora=False trains all weights, and those of a {options.quantized} model cannot be trained")
     own = {*TrainOptions.__annotations__, "config"}
     config = LPAConfig(**{k: v for k, v in values.items() if k not in own} | {"output_dir": str(output)})
     config.output_dir = broadcast_object_list([str(output)])[0]  # it may hold the time, which ranks read differently
@@ -197,18 +214,26 @@ def _train(values: dict[str, Any], command: str) -> int:
     from ..measure import table
     from ..models import load
     from ..prepare import trained_share
+    from ..quantization import quantized_loading
     from ..trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()  # what it says is about a loop that here is only a part
     begun = time.time()
     pairs = load_pairs(options.data)
-    model, tokenizer = load(
-        options.model,
-        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
-        attn_implementation=options.attn_implementation,
-        trust_remote_code=options.trust_remote_code,
+    loading: dict[str, Any] = {
+        "dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        "attn_implementation": options.attn_implementation,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    loading |= quantized_loading(
+        load_in_4bit=options.load_in_4bit,
+        load_in_8bit=options.load_in_8bit,
+        quant_type=options.bnb_4bit_quant_type,
+        nested=options.use_bnb_nested_quant,
+        dtype=loading["dtype"],
     )
+    model, tokenizer = load(options.model, **loading)
     trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=options.benign)
     main = trainer.is_world_process_zero()
     say = print if main else _silent
@@ -384,6 +409,7 @@ def _record(
         )
     return {
         "model": options.model,
+        "quantized": options.quantized,
         "command": command,
         "versions": versions(),
         "settings": trainer.args.own_settings,

@@ -156,8 +156,11 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
                     f"merge_adapters=True, but the {name} {tuple(p.shape)} under an adapter belongs to {owners[id(p)]} "
                     "modules (as a tied head's does), and merging would change the others too; use merge_adapters=False"
                 )
-            if not p.is_floating_point():
-                raise ValueError(f"merge_adapters=True, but the {name} under an adapter is quantised ({p.dtype})")
+            if not p.is_floating_point() or hasattr(p, "quant_state"):  # 4-bit weights may be stored as bfloat16
+                raise ValueError(
+                    f"merge_adapters=True, but the {name} under an adapter is quantised ({p.dtype}); use "
+                    "merge_adapters=False"
+                )
     held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
     try:
         for layer in layers:
