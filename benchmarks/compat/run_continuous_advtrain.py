@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import importlib
-import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,8 +23,9 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.compat.run_latent_at import SPEED, gap, resident
-from benchmarks.compat.stage import tiny_model
+from benchmarks.compat.measure import cpu_seconds, gap, peak_above_start, peaks
+from benchmarks.compat.run_latent_at import SPEED
+from benchmarks.compat.stage import publish, tiny_model
 from lpa_kernels.compat import EmbeddingSpaceAttack
 
 OPTIMIZERS = {"sign": 1e-3, "adam": 1e-3, "rms": 1e-3}
@@ -80,32 +75,15 @@ def closeness(theirs: Any, kind: str) -> dict[str, Any]:
 def time_ratio(theirs: Any, repeats: int) -> dict[str, Any]:
     """CPU seconds of 8 steps, theirs and ours in turn."""
     model, data = setting(True)
-    calls = {
-        name: functools.partial(run, cls, model, data, "sign", 8)
-        for name, cls in (("public", theirs), ("ours", EmbeddingSpaceAttack))
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            gc.collect()
-            begin = time.process_time()
-            call()
-            if repeat:  # the first is the warm-up
-                seconds[name].append(time.process_time() - begin)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {"cpu_seconds": seconds, "cpu_seconds_median": medians, "ratio": medians["public"] / medians["ours"]}
+    sides = {"public": theirs, "fused": EmbeddingSpaceAttack}
+    return cpu_seconds({k: functools.partial(run, cls, model, data, "sign", 8) for k, cls in sides.items()}, repeats)[0]
 
 
-def measure_memory(cls: Any) -> int:
+def memory(cls: Any) -> int:
     """MiB that the attack's peak lies above what the process held before it."""
-    small, few = setting(False)
-    run(cls, small, few, "sign", 1)
+    run(cls, *setting(False), "sign", 1)  # so that what is allocated once is there
     model, data = setting(True)
-    gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    run(cls, model, data, "sign", 8)
-    return resident("VmHWM") - before
+    return peak_above_start(lambda: run(cls, model, data, "sign", 8))
 
 
 def main() -> None:
@@ -113,7 +91,7 @@ def main() -> None:
     parser.add_argument("clone", type=Path, help="your clone of the public code")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--memory", choices=("public", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=("public", "fused"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -122,23 +100,15 @@ def main() -> None:
     sys.path.insert(0, str(arguments.clone / "src"))
     theirs = importlib.import_module("embedding_attack").EmbeddingSpaceAttack
     if arguments.memory:
-        print(measure_memory(theirs if arguments.memory == "public" else EmbeddingSpaceAttack))
+        print(memory(theirs if arguments.memory == "public" else EmbeddingSpaceAttack))
         return
-    memory = {}
-    for name in ("public", "ours"):
-        command = [sys.executable, __file__, str(arguments.clone), "--memory", name]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        memory[name] = int(result.stdout.splitlines()[-1])
     report = {
-        "python": platform.python_version(), "torch": torch.__version__, "threads": 1,
         "closeness": {kind: closeness(theirs, kind) for kind in OPTIMIZERS},
+        "size": SPEED,
         "time": time_ratio(theirs, arguments.repeats),
-        "memory": {"peak_mib_above_start": memory, "ratio": memory["public"] / max(memory["ours"], 1)},
-    }  # fmt: skip
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+        "memory": peaks(__file__, [str(arguments.clone)], ("public", "fused")),
+    }
+    publish(report, [arguments.clone], arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Stage a clone of public code for a comparison: a copy with the stated lines changed, and stubs for its imports."""
+"""Stage a clone of public code for a comparison: a copy with the stated lines changed, stubs; models, reports."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from importlib.machinery import ModuleSpec
@@ -20,9 +23,7 @@ STUBS = (
     "wandb", "einops", "dotenv", "trl", "hydra", "omegaconf", "sklearn", "tasks", "tasks.general_capabilities",
     "tasks.general_capabilities.multiple_choice_tasks", "tasks.wmdp", "tasks.wmdp.WMDP_MCTask",
 )  # fmt: skip
-WIDTH_LINE = re.compile(
-    r"^(\s+)dim=\d+,$", re.MULTILINE
-)  # the public code writes the width of one model into its source
+WIDTH_LINE = re.compile(r"^(\s+)dim=\d+,$", re.MULTILINE)  # the public code writes one model's width into its source
 
 
 class Stub(ModuleType):
@@ -97,3 +98,34 @@ def tiny_model(family: str = "llama", lora: int = 0, seed: int = 0, **sizes: Any
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def publish(report: dict[str, Any], clones: list[Path], out: Path | None) -> None:
+    """Print a report, headed by what it was made with, and write it to `out` where one is given.
+
+    Args:
+        clones: the folders of the public code; their names and commits are part of the report.
+    """
+    made_with = {
+        "command": " ".join(["python benchmarks/compat/" + Path(sys.argv[0]).name, *map(_shown, sys.argv[1:])]),
+        "code": {clone.resolve().name: revision(clone) for clone in clones},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    text = json.dumps(made_with | report, indent=2)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
+def _shown(argument: str) -> str:
+    """An argument without the folders that only this machine has."""
+    path = Path(argument)
+    return path.resolve().name if path.is_absolute() else argument
+
+
+def revision(clone: Path) -> str | None:
+    """The commit that a clone is at; None where it is no clone."""
+    result = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..attack import LatentPGD, PairBatch
 from ..attack.sites import Site, in_block, unwrapped
 from .latent_at_hooks import CustomHook, GDAdversary, clear_hooks, install, make_room, say_once
-from .patch import Patch, find_in, foreign_module, same_parameters
+from .patch import Patch, find_in, foreign_module, imports, same_parameters
 
 NAMES = ("projected_gradient_descent", "clear_hooks", "GDAdversary")  # what `patch_latent_at` replaces
+HOME = "lat_methods"  # the submodule that has them, in forks whose package imports nothing by itself
 ACCUMULATION = ("each", "upstream")
 
 
@@ -201,7 +202,8 @@ def fused_latent_pgd(
     coefs, scale = _coefs(loss_coefs), 1.0
     if accelerator is not None:
         device = accelerator.device
-        scale = 1 / (getattr(accelerator, "gradient_accumulation_steps", None) or 1)  # what its backward divides by
+        if "dpo" not in coefs:  # as there: a preference loss does not go through the accelerator
+            scale = 1 / (getattr(accelerator, "gradient_accumulation_steps", None) or 1)  # its backward divides by it
     if clip_grad is not None:
         say_once("clip_grad clips the gradients of all perturbations jointly; the public code clips the last alone")
     inner = _inner(model)
@@ -264,6 +266,8 @@ def patch_latent_at(package_or_module: str | ModuleType | None = None, **options
             raise TypeError(f"patch_latent_at() has no option {name!r}; the options are {', '.join(known)}")
     module = foreign_module("latent_at" if package_or_module is None else package_or_module)
     found = find_in(module, NAMES)
+    if not found[NAMES[0]] and imports(module, HOME):
+        found = find_in(module, NAMES)
     for name in NAMES[:2]:
         if not found[name]:
             raise ValueError(f"{module.__name__} has no {name}; expected latent-adversarial-training or a fork of it")

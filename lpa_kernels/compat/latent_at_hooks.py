@@ -82,6 +82,23 @@ class GDAdversary(nn.Module):
         project_(self.attack.data, self.epsilon)
 
 
+class _Call:
+    """What the module calls: the hook, while it lives. A deep copy of the model shares it; a saved model is clean."""
+
+    def __init__(self, hook: CustomHook | None = None) -> None:
+        self._hook = (lambda: None) if hook is None else ref(hook)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        hook = self._hook()
+        return output if hook is None else hook._apply(output)
+
+    def __deepcopy__(self, memo: Any) -> _Call:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Call], tuple[()]]:
+        return _Call, ()
+
+
 class CustomHook:
     """One perturbed module: `.module`, `.hook_fn` (its `GDAdversary`), and `.enabled`, which may be toggled.
 
@@ -95,13 +112,7 @@ class CustomHook:
         self.hook_fn = hook_fn
         self.enabled = True
         self._removed = self._used = False
-        this = ref(self)
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            me = this()
-            return output if me is None else me._apply(output)
-
-        self._handle = module.register_forward_hook(hook)
+        self._handle = module.register_forward_hook(_Call(self))
         _in_place.setdefault(module, WeakSet()).add(self)
 
     def _apply(self, output: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,20 @@ def foreign_module(package_or_module: str | ModuleType) -> ModuleType:
             f"cannot patch {package_or_module!r}: {error}; put the clone's folder on sys.path and install what it "
             "imports, or pass the module that has the functions"
         ) from error
+
+
+def imports(package: ModuleType, submodule: str) -> bool:
+    """Import a submodule of a package, where it is one and has it; returns whether it did.
+
+    Raises:
+        ImportError: it has one that cannot be imported.
+    """
+    name = f"{package.__name__}.{submodule}"
+    importable = hasattr(package, "__path__") and sys.modules.get(package.__name__) is package
+    if not importable or importlib.util.find_spec(name) is None:
+        return False
+    foreign_module(name)
+    return True
 
 
 def _loaded(also: ModuleType) -> Iterator[ModuleType]:
@@ -87,17 +102,18 @@ class Patch:
         self._pairs = pairs
         self._places: list[tuple[ModuleType, str, Any, Any]] = []
         try:
-            for theirs, ours in pairs:
-                self._replace(theirs, ours)
+            self._replace(pairs)
         except BaseException:
             self.undo()
             raise
 
-    def _replace(self, old: Any, new: Any) -> None:
-        # wherever the object is bound: a trainer that said `from package import *` has its own reference
+    def _replace(self, pairs: list[tuple[Any, Any]]) -> None:
+        # wherever an object is bound: a trainer that said `from package import *` has its own reference
+        exchange = {id(old): (old, new) for old, new in pairs}
         for module in _loaded(self._module):
             for name, value in list(vars(module).items()):
-                if value is old:
+                if id(value) in exchange:
+                    old, new = exchange[id(value)]
                     setattr(module, name, new)
                     self._places.append((module, name, old, new))
 
@@ -111,9 +127,8 @@ class Patch:
         for module, name, old, new in reversed(self._places):
             if vars(module).get(name) is new:
                 setattr(module, name, old)
-        for theirs, ours in self._pairs:  # modules that imported ours while it was in place
-            if not inspect.isclass(ours):
-                self._replace(ours, theirs)
+        # modules that imported ours while it was in place; a class of ours is not made for this patch alone
+        self._replace([(ours, theirs) for theirs, ours in self._pairs if not inspect.isclass(ours)])
         self._places = []
         done, self._on_undo = self._on_undo, None
         if done is not None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -105,11 +106,12 @@ def test_half_a_batch_is_enough_for_one_term():
         call(fused_latent_pgd, batch, model)
 
 
-def test_accelerator_places_the_batch_and_scales_the_loss():
+@pytest.mark.parametrize("coefs", [{"toward": 0.5, "away": 0.5}, {"dpo": 1.0}], ids=str)
+def test_accelerator_places_the_batch_and_scales_the_loss(coefs):
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), gradient_accumulation_steps=4, backward=lambda loss: (loss / 4).backward()
     )
-    changes = {"accelerator": accelerator, "l2_regularization": 0.5, "device": "meta"}
+    changes = {"accelerator": accelerator, "l2_regularization": 0.5, "device": "meta", "loss_coefs": coefs}
     ours, theirs = (
         call(f, lat_batch(), small_model(), **changes) for f in (fused_latent_pgd, foreign.projected_gradient_descent)
     )
@@ -133,6 +135,7 @@ def test_wrappers_toggle_and_serve_several_updates():
     clean, names = logits(model, batch), list(model.state_dict())
     _, wrappers = call(fused_latent_pgd, batch, model)
     assert list(model.state_dict()) == names
+    assert not any(w.hook_fn.attack is p for w in wrappers for p in model.parameters())  # no part in a defence's clip
     attacked = logits(model, batch)
     assert not torch.allclose(attacked, clean)
     for _ in range(2):
@@ -225,6 +228,44 @@ def test_a_copy_of_an_attacked_model_is_clean_when_the_model_is():
     clear_hooks(model)
     assert wrappers
     assert torch.equal(logits(twin, batch), clean)
+
+
+def test_a_model_saved_under_an_attack_is_clean(tmp_path):
+    model, batch = small_model(lora=False), lat_batch()
+    clean = logits(model, batch)
+    _, wrappers = call(fused_latent_pgd, batch, model, lora=False)
+    attacked = logits(model, batch)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False), batch), clean)
+    assert torch.equal(logits(copy.deepcopy(model), batch), attacked)
+    assert wrappers
+
+
+def test_adapters_on_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    results = []
+    for function in (fused_latent_pgd, foreign.projected_gradient_descent):
+        model = get_peft_model(small_model(), LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")).eval()
+        results.append(call(function, lat_batch(), model, model_layers_module="base_model.model." + LAYERS[True]))
+    assert_same(*results)
+
+
+def test_models_in_threads_do_not_meet():
+    models = [small_model(seed=seed) for seed in range(3)]
+
+    def attacked(seed):
+        model, batch = models[seed], lat_batch(seed=seed)
+        losses, wrappers = call(fused_latent_pgd, batch, model)
+        assert wrappers
+        return losses, logits(model, batch)
+
+    alone = [attacked(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(attacked, range(3)))
+    for got, want in zip(together, alone, strict=True):
+        assert got[0] == want[0]
+        assert torch.equal(got[1], want[1])
 
 
 def test_distributed_data_parallel(tmp_path):

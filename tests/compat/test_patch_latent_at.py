@@ -220,6 +220,23 @@ def test_a_forks_own_defaults_and_order_hold(monkeypatch):
     assert fork.projected_gradient_descent is projected_gradient_descent
 
 
+def test_a_package_that_imports_nothing_has_its_methods_imported(tmp_path, monkeypatch):
+    (tmp_path / "bare_fork").mkdir()
+    (tmp_path / "bare_fork" / "__init__.py").touch()
+    (tmp_path / "bare_fork" / "lat_methods.py").write_text(f"from {PACKAGE}.trainer import *\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = trainer.projected_gradient_descent
+    with patch_latent_at("bare_fork") as patch:
+        assert trainer.projected_gradient_descent is not own
+        assert "bare_fork.lat_methods.projected_gradient_descent" in patch.places
+    assert trainer.projected_gradient_descent is own
+    (tmp_path / "bare_fork" / "lat_methods.py").write_text("import no_such_logger\n")
+    for name in ("bare_fork", "bare_fork.lat_methods"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"bare_fork\.lat_methods.*no_such_logger"):
+        patch_latent_at("bare_fork")
+
+
 def test_the_package_may_be_imported_by_the_patch(tmp_path, monkeypatch):
     (tmp_path / "clone_of_mine").mkdir()
     (tmp_path / "clone_of_mine" / "__init__.py").write_text(

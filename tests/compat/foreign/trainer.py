@@ -44,7 +44,7 @@ def preference(model, batch, favoured, other, wrappers, beta=0.3):
 def both_losses(model, batch, favoured, other, coefs, wrappers, backward):
     if "dpo" in coefs:
         loss = preference(model, batch, favoured, other, wrappers)
-        backward(coefs["dpo"] * loss)
+        (coefs["dpo"] * loss).backward()  # past the accelerator, as in the public code
         return {"total": loss.item(), "dpo": loss.item()}
     losses = {"total": 0.0}
     for name, side in (("toward", favoured), ("away", other)):
