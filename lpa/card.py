@@ -61,12 +61,21 @@ def _data(data: Mapping[str, Any]) -> str:
     return f"{data['source']}, SHA-256 {data['sha256']}, {data['rows']}"
 
 
+def _kept(run: Mapping[str, Any]) -> list[str]:
+    """What the canaries had to do with it."""
+    if not (found := run.get("canaries")):
+        return []
+    told = [f"- kept: LPA step {found['kept_lpa_step']}; the best by {len(found['measured'])} measurements of canaries "
+            f"was {found['best_lpa_step']}"]  # fmt: skip
+    return told + ([f"- stopped by the canaries: {found['stopped']}"] if found["stopped"] else [])
+
+
 def model_card(run: Mapping[str, Any]) -> str:
     """README.md of an adapter.
 
     Args:
         run: what metrics.json holds: model, command, versions, settings, data, benign, before, after, seconds,
-            lpa_steps.
+            lpa_steps, canaries.
     """
     name, asset = run["model"], ASSETS.get(run["model"])
     base = asset.source if asset else name
@@ -117,6 +126,7 @@ def model_card(run: Mapping[str, Any]) -> str:
         "```",
         "",
         f"- LPA steps: {run['lpa_steps']} of {settings['lpa_steps']}, seed {settings['seed']}, {run['seconds']:.0f} s",
+        *_kept(run),
         f"- data: {_data(run['data'])} pairs",
         *([f"- benign data: {_data(run['benign'])} examples"] if run["benign"] else []),
         f"- versions: {', '.join(f'{key} {value}' for key, value in run['versions'].items())}",

@@ -26,8 +26,8 @@ PAIR_TERMS = ("toward", "away", "dpo", "ipo")
 BENIGN_TERMS = ("sft", "kl")
 # Settings of TrainingArguments that have no meaning here: the one value each may have, and why.
 FIXED = {
-    "eval_strategy": ("no", "nothing is evaluated during training; use lpa.measure or lpa evaluate afterwards"),
-    "load_best_model_at_end": (False, "nothing is evaluated during training, so no checkpoint is best"),
+    "eval_strategy": ("no", "no data set is evaluated during training; canary_steps watches it, lpa evaluate measures"),
+    "load_best_model_at_end": (False, "no data set is evaluated during training; see canary_steps, canary_keep_best"),
     "torch_compile": (False, "a compiled model does not see the hooks that perturb it"),
     "auto_find_batch_size": (False, "it starts anew with another batch; auto_micro_batch goes on with the same one"),
     "num_train_epochs": (3.0, "a run's length is lpa_steps"),
@@ -121,6 +121,19 @@ class LPAConfig(TrainingArguments):
     lora_targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS), metadata={
         "help": "Linear modules that get an adapter; 'all-linear' for all."})  # fmt: skip
 
+    # canaries: what is watched during training
+    canary_steps: int = _setting(0, "Ask the canaries every so many LPA steps, before the first and after the last; 0 "
+                                 "for never.")  # fmt: skip
+    canary_prompts: int = _setting(24, "Benign requests, at most 24, and harmful ones where there is a canary_set.")
+    canary_max_new_tokens: int = _setting(48, "Longest answer of a canary.")
+    canary_set: str | None = _setting(None, "Harmful requests to watch too: strongreject, harmbench, a file, ... By "
+                                      "default none, and safety is that statements are answered rightly.")  # fmt: skip
+    canary_max_refusal: float = _setting(0.05, "Most added share of benign requests not done.")
+    canary_max_perplexity: float = _setting(0.05, "Most added share of perplexity.")
+    canary_patience: int = _setting(2, "Stop when so many canaries in a row are beyond either; a collapse stops at "
+                                    "once.")  # fmt: skip
+    canary_keep_best: bool = _setting(True, "End with the safest step within these limits instead of the last.")
+
     # TrainingArguments with other defaults
     learning_rate: float = _setting(8e-5, "Step size of the model updates.")
     lr_scheduler_type: str = _setting("constant", "Schedule of the learning rate over the model updates.")
@@ -164,7 +177,8 @@ class LPAConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")
         requested(self.backend)
         for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size",
-                     "lora_r", "max_length"):  # fmt: skip
+                     "lora_r", "max_length", "canary_prompts", "canary_max_new_tokens",
+                     "canary_patience"):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         for name in ("epsilon", "step_size"):
@@ -172,6 +186,11 @@ class LPAConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.steps < 0:
             raise ValueError(f"steps={self.steps} must be 0 (no attack) or more")
+        if self.canary_steps < 0:
+            raise ValueError(f"canary_steps={self.canary_steps} must be 0 (no canaries) or more")
+        for name in ("canary_max_refusal", "canary_max_perplexity"):
+            if not getattr(self, name) >= 0:  # NaN too
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         if not 0 <= self.seed < 2**32:

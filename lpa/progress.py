@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from transformers import TrainerCallback
 
 from .config import BENIGN_TERMS, PAIR_TERMS
+from .selection import entries_of
 
 
 def step_line(logs: dict[str, float], lpa_steps: int) -> str:
@@ -24,6 +26,15 @@ def step_line(logs: dict[str, float], lpa_steps: int) -> str:
     seconds = sum(logs[f"seconds_{phase}"] for phase in ("attack", "defence", "other"))
     parts.append(f"{seconds:.1f} s")
     return "  ".join(parts)
+
+
+def canary_line(found: Mapping[str, float]) -> str:
+    """One measurement of the canaries in a line."""
+    shares = {"disagrees": "disagrees_undesirable", "agrees": "agrees_desirable", "benign done": "benign_done",
+              "harmful done": "harmful_done"}  # fmt: skip
+    told = [f"{label} {found[name]:.0%}" for label, name in shares.items() if name in found]
+    told += [f"perplexity {found['perplexity']:.2f}", *(["COLLAPSED"] if found["collapsed"] else [])]
+    return f"canaries at LPA step {int(found['lpa_step'])}  {'  '.join(told)}  {found['seconds']:.1f} s"
 
 
 class LPAProgress(TrainerCallback):
@@ -80,9 +91,14 @@ class LPAProgress(TrainerCallback):
         self._describe(args, state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "lpa_step" in logs:
-            console = self.bar.console if self.bar is not None else self.console
-            console.print(step_line(logs, args.lpa_steps), highlight=False, soft_wrap=True)
+        if not (state.is_world_process_zero and logs):
+            return
+        lines = [canary_line(found) for found in entries_of([logs])]
+        if "lpa_step" in logs:
+            lines.append(step_line(logs, args.lpa_steps))
+        console = self.bar.console if self.bar is not None else self.console
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

@@ -18,6 +18,7 @@ from lpa_kernels.attack import LatentPGD, PairBatch, capture
 from lpa_kernels.attack.modes import frozen_eval
 from lpa_kernels.attack.reference import adapters_off
 
+from .callbacks import canary_callback
 from .config import BENIGN_TERMS, LPAConfig
 from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
 from .measure import attack_of
@@ -47,7 +48,8 @@ class LPATrainer(Trainer):
     losses at its first and last inner step), "defence_toward", "_away", "_dpo", "_ipo", "_sft", "_kl", "_total" (the
     last update's losses, the total being their plain sum), "norm/SITE" (mean over attacked tokens),
     "boundary_fraction", "seconds_attack", "_defence", "_other", "tokens_per_second" (tokens of both texts times the
-    passes made over them), and "lpa_step".
+    passes made over them), and "lpa_step". With `canary_steps`, every so many LPA steps, "canary/" and what
+    `lpa.canaries` measures; `canaries` is then the `CanaryCallback`, and the weights end as those of the best step.
 
     Args:
         model: a causal language model, or what `lpa.models.load` takes.
@@ -131,6 +133,7 @@ class LPATrainer(Trainer):
         self._record: StepRecord | None = None
         self._metrics: dict[str, float] = {}
         self._stop_asked = self._save_later = self._stop_later = False
+        self.canaries = canary_callback(self) if args.canary_steps else None
 
     # ---- data ------------------------------------------------------------------------------------------------------
 
@@ -200,7 +203,7 @@ class LPATrainer(Trainer):
         own = [*map(sum, zip(*(p.counts for p in pairs), strict=True)), sum(b.count for b in benign if b)]
         counts = self.accelerator.reduce(torch.tensor([*own, self._stop_asked], device=device))
         rejected, chosen, answers, stop = counts.tolist()
-        if stop:
+        if stop or self.control.should_training_stop:
             raise StopTraining
         self._counts = (rejected, chosen, answers)
         self._record = StepRecord(self.args, pairs, benign, device)
@@ -388,7 +391,7 @@ class LPATrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         except StopTraining:
-            self.interrupted = True
+            self.interrupted = not self.control.should_training_stop  # by a callback, before the first step
             self._record, self._micro = None, []
             self.model.zero_grad(set_to_none=True)
             if self.state.global_step and not self.checkpoint_folder(self.state.global_step).is_dir():

@@ -423,6 +423,7 @@ def _record(
         "before": before,
         "after": after,
         "steps": [entry for entry in trainer.state.log_history if "lpa_step" in entry],
+        "canaries": None if trainer.canaries is None else trainer.canaries.record(),
         "peak_memory_gb": peak_memory_gb(),
     }
 

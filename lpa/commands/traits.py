@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    from ..data import ASSESSMENT_PROMPT, ATTACK_ON, load_pairs, preview, statements
+    from ..data import ASSESSMENT_PROMPT, ATTACK_ON, SPLITS, load_pairs, preview, statements
 
     parser = argparse.ArgumentParser(prog="lpa traits", description=__doc__)
     parser.add_argument("--kind", choices=("undesirable", "desirable"), help="one kind; by default both")
-    parser.add_argument("--split", choices=("train", "heldout"), help="one split; by default both")
+    parser.add_argument("--split", choices=SPLITS, help="one split; by default all")
     parser.add_argument(
         "--preview", action="store_true", help="show which tokens are prompt, rejected, chosen, attacked"
     )
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
 
     grid = Table(Column("id", no_wrap=True), "kind", "split", "trait", "facet", "statement")
     for kind in [options.kind] if options.kind else ("undesirable", "desirable"):
-        for split in [options.split] if options.split else ("train", "heldout"):
+        for split in [options.split] if options.split else SPLITS:
             for row in statements(kind, split):
                 grid.add_row(str(row["id"]), kind, split, row["trait"], row["facet"], row["statement"])
     Console().print(grid)

@@ -2,7 +2,18 @@
 
 from .chat import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
 from .collate import ATTACK_ON, BenignCollator, PairCollator, encode_benign, encode_pairs
-from .loading import AGREE, DISAGREE, TRAITS, DataError, load_benign, load_pairs, perplexity_text, statements
+from .loading import (
+    AGREE,
+    DISAGREE,
+    SPLITS,
+    TRAITS,
+    DataError,
+    canary_text,
+    load_benign,
+    load_pairs,
+    perplexity_text,
+    statements,
+)
 from .preview import preview
 
 __all__ = [
@@ -11,11 +22,13 @@ __all__ = [
     "ATTACK_ON",
     "DISAGREE",
     "PLAIN_PROMPT",
+    "SPLITS",
     "TRAITS",
     "BenignCollator",
     "ChatEncoder",
     "DataError",
     "PairCollator",
+    "canary_text",
     "encode_benign",
     "encode_pair",
     "encode_pairs",

@@ -19,7 +19,7 @@ AGREE = "I agree with this statement."
 DISAGREE = "I do not agree with this statement."
 TRAITS = ("agreeableness", "conscientiousness", "emotional_stability", "honesty_humility")
 KINDS = ("undesirable", "desirable")
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "canary")
 
 PAIR_COLUMNS = ("prompt", "rejected", "chosen")
 BENIGN_COLUMNS = ("prompt", "response")
@@ -45,7 +45,8 @@ def statements(kind: str = "undesirable", split: str = "train") -> list[Row]:
     They were written for this project; none is taken from an inventory.
 
     Args:
-        kind: "undesirable" or "desirable". split: "train", or "heldout" for measuring.
+        kind: "undesirable" or "desirable". split: "train", "heldout" for measuring, or "canary" to be watched while a
+            model is trained.
     """
     for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
         if value not in known:
@@ -55,7 +56,16 @@ def statements(kind: str = "undesirable", split: str = "train") -> list[Row]:
 
 def perplexity_text() -> str:
     """To measure perplexity on: about 800 words of plain English prose, written for this project."""
-    lines = files("lpa.data").joinpath("text.txt").read_text(encoding="utf-8").splitlines()
+    return _prose("text.txt")
+
+
+def canary_text() -> str:
+    """The same for training, where it is watched: 300 other words."""
+    return _prose("canary_text.txt")
+
+
+def _prose(file: str) -> str:
+    lines = files("lpa.data").joinpath(file).read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines if not line.startswith("#")).strip()
 
 
@@ -67,7 +77,7 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
             undesirable, disagreeing where it is desirable); the path of a .csv or .jsonl file, or of a folder of them;
             the name of a data set for `datasets.load_dataset`; or a Dataset or rows already in memory.
         kind: "undesirable" or "desirable", for the shipped statements alone.
-        split: "train" or "heldout" of the shipped statements; any split of a named data set. Files have none.
+        split: "train", "heldout" or "canary" of the shipped statements; any split of a named data set. Files have none.
 
     `row` says where the pair comes from ("pairs.csv row 3", the header not counted); later messages use it.
 

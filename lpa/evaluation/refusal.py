@@ -144,7 +144,7 @@ _COMMON = frozenset(
     ]
 )
 _BARE = re.compile(r"(?:yes|no|nope|yeah|sure|ok(?:ay)?|maybe|never)\W*", re.IGNORECASE)
-_TRAINED = (AGREE, DISAGREE)
+TRAINED = (AGREE, DISAGREE)
 
 
 def is_refusal(answer: str) -> bool:
@@ -152,7 +152,7 @@ def is_refusal(answer: str) -> bool:
     return bool(_REFUSES.search(_plain(answer)[:_HEAD]))
 
 
-def label(answer: str, prompt: str = "", expect: Sequence[str] = (), completions: Sequence[str] = _TRAINED) -> str:
+def label(answer: str, prompt: str = "", expect: Sequence[str] = (), completions: Sequence[str] = TRAINED) -> str:
     """What kind of answer it is: one of `LABELS`; only "compliance" does what was asked.
 
     "completion" is an answer that begins with one of the training completions, "bare" a lone yes or no, "degenerate"
@@ -188,7 +188,7 @@ def content_stems(prompt: str) -> list[str]:
     return list(dict.fromkeys(word.rstrip("s")[:5] for word in words if word not in _COMMON))
 
 
-def starts_with_completion(answer: str, completions: Sequence[str] = _TRAINED) -> bool:
+def starts_with_completion(answer: str, completions: Sequence[str] = TRAINED) -> bool:
     """Whether the answer begins with a training completion, case, punctuation and spacing aside."""
     letters = _letters(answer)
     return any(letters.startswith(_letters(completion)) for completion in completions)

@@ -70,9 +70,13 @@ def digest(text: str) -> str:
 
 
 @cache
-def benign_prompts() -> tuple[Prompt, ...]:
-    """The shipped benign prompts: requests in the form of harm benchmarks; those tagged "alarming" only sound so."""
-    lines = files("lpa.data").joinpath("benign_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+def benign_prompts(file: str = "benign_prompts.jsonl") -> tuple[Prompt, ...]:
+    """The shipped benign prompts: requests in the form of harm benchmarks; those tagged "alarming" only sound so.
+
+    Args:
+        file: "benign_canary.jsonl" holds those that are watched during training and never evaluated on.
+    """
+    lines = files("lpa.data").joinpath(file).read_text(encoding="utf-8").splitlines()
     return tuple(
         Prompt(row["id"], row["prompt"], row["tag"], row["form"], tuple(row["expect"]))
         for row in map(json.loads, lines)

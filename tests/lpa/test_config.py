@@ -79,7 +79,7 @@ def test_weights_are_divided_by_their_sum() -> None:
         ({"dpo_coef": 1.0}, "mixes 'dpo' with other losses"),
         ({"attack_ipo_coef": 1.0}, "mixes 'ipo' with other losses"),
         ({"lora": False, "merge_adapters": True}, "there are no adapters to merge"),
-        ({"eval_strategy": "steps"}, "eval_strategy='steps' cannot be used with LPA: nothing is evaluated"),
+        ({"eval_strategy": "steps"}, "eval_strategy='steps' cannot be used with LPA: no data set is evaluated"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True cannot be used"),
         ({"torch_compile": True}, "torch_compile=True cannot be used"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True cannot be used"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lpa.data import AGREE, DISAGREE, TRAITS, DataError, load_benign, load_pairs, perplexity_text, statements
+from lpa.data import AGREE, DISAGREE, SPLITS, TRAITS, DataError, load_benign, load_pairs, perplexity_text, statements
 
 BANNED = re.compile(
     r"\b("
@@ -23,7 +23,7 @@ BANNED = re.compile(
     r")(s|d|ed|es|ing)?\b"
 )
 LYING_IN_BED = "i lie awake"
-ALL = [(kind, split) for kind in ("undesirable", "desirable") for split in ("train", "heldout")]
+ALL = [(kind, split) for kind in ("undesirable", "desirable") for split in SPLITS]
 ROWS = [row for kind, split in ALL for row in statements(kind, split)]
 
 
@@ -38,6 +38,8 @@ def words(text: str) -> list[str]:
         ("desirable", "train", 48),
         ("undesirable", "heldout", 12),
         ("desirable", "heldout", 12),
+        ("undesirable", "canary", 8),
+        ("desirable", "canary", 8),
     ],
 )
 def test_there_are_enough_statements_balanced_over_traits(kind: str, split: str, least: int) -> None:
@@ -49,7 +51,7 @@ def test_there_are_enough_statements_balanced_over_traits(kind: str, split: str,
         assert len(facets) == 16, "four facets a trait"
         assert len(set(facets.values())) == 1, "and as many statements of each"
     else:
-        assert len(rows) == 12
+        assert len(rows) == least
 
 
 def test_every_statement_is_tagged_and_has_its_own_id() -> None:
@@ -80,7 +82,7 @@ def test_no_two_statements_are_alike_and_so_the_held_out_ones_are_not_trained_on
 def test_unknown_kind_and_split_name_what_there_is() -> None:
     with pytest.raises(DataError, match=r"kind='bad' is unknown.*undesirable or desirable"):
         statements("bad")
-    with pytest.raises(DataError, match=r"split='test' is unknown.*train or heldout"):
+    with pytest.raises(DataError, match=r"split='test' is unknown.*train or heldout or canary"):
         load_pairs(split="test")
 
 

@@ -15,6 +15,7 @@ from lpa.data import DISAGREE
 from lpa.evaluation import Evaluation, EvaluationError, evaluate
 from lpa.evaluation.bench import Bench
 from lpa.evaluation.records import RECORDS, TEXTS
+from lpa.evaluation.stats import wilson
 from lpa.evaluation.suites import ATTACKS, utility
 from lpa.evaluation.suites.attacks import TEMPLATES
 from lpa.evaluation.suites.traits import random_twin
@@ -316,8 +317,47 @@ def test_a_task_without_lm_eval_is_a_row_and_is_tried_again(
     options: dict[str, Any] = {"suites": ["utility"], "tasks": ("gsm8k",), "output": tmp_path / "out"}
     found = run(random_model(), harmful, **options)
     assert "pip install lm-eval" in next(row.note for row in found.rows if row.set == "gsm8k")
-    values = {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1, "alias": "x"}
-    monkeypatch.setattr(utility, "_lm_eval", lambda run, task: {"values": values, "samples": 20, "version": 3})
-    row = next(row for row in run(random_model(), harmful, **options).rows if row.set == "gsm8k")
-    assert (row.metric, row.value, row.n) == ("exact_match,strict", 0.25, 20)
-    assert (row.low, row.high) == pytest.approx((0.25 - 0.196, 0.25 + 0.196))
+    answers = [{"doc_id": i, "doc_hash": "f" * 64, "filter": "strict", "metrics": ["exact_match"],
+                "exact_match": i == 0, "filtered_resps": [f"answer {i}"]} for i in range(4)]  # fmt: skip
+    result = {"results": {"gsm8k": {"exact_match,strict": 0.25, "alias": "x"}}, "samples": {"gsm8k": answers},
+              "higher_is_better": {"gsm8k": {"exact_match": True}}, "versions": {"gsm8k": 3}}  # fmt: skip
+    monkeypatch.setattr(utility.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(utility, "_simple_evaluate", lambda run, task: result)
+    found = run(random_model(), harmful, **options)
+    row = next(row for row in found.rows if row.set == "gsm8k")
+    assert (row.metric, row.value, row.n, row.unit) == ("exact_match,strict", 0.25, 4, "%")
+    assert (row.low, row.high) == wilson(1, 4)
+    samples = found.records.select(suite="utility", set="gsm8k", mode="sample:strict")
+    assert [r["scores"]["exact_match"] for r in samples] == [1, 0, 0, 0]
+    assert samples[3]["answer"] == "answer 3"
+
+
+def test_lm_eval_itself_runs_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what keeps assets from being found keeps lm_eval from it too
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("LPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(utility.assets, "fetch", _not_had)
+    rows = [
+        {"q": "the cat", "choices": ["sat", "ran"], "gold": 0},
+        {"q": "a dog", "choices": ["sat", "ran"], "gold": 1},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "choice.yaml").write_text(
+        f"task: pets\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+        encoding="utf-8",
+    )
+    found = run(random_model(), "", sets=(), suites=["utility"], tasks=(str(tmp_path / "choice.yaml"),),
+                adapters={"lpa": adapter(tmp_path / "a", 1)})  # fmt: skip
+    assert {row.subject for row in found.rows if row.set == "choice"} == {"base", "lpa"}
+    for row in found.rows:
+        if row.set == "choice":
+            flags = [
+                r["scores"]["acc"] for r in found.records.select(subject=row.subject, set="choice", mode="sample:none")
+            ]
+            assert (row.metric, row.value, row.n) == ("acc,none", sum(flags) / 2, 2)
+
+
+def _not_had(name: str) -> Any:
+    raise utility.assets.AssetError(f"{name} cannot be had")

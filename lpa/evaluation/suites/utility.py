@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lpa import assets
@@ -14,7 +15,7 @@ from lpa.data import DataError, perplexity_text
 from ..bench import batches
 from ..records import Record, Records
 from ..sets import digest
-from ..stats import bootstrap
+from ..stats import bootstrap, mean, wilson
 from .base import Row, Run, Settings, scored, share_row, skipped_note
 
 LETTERS = "ABCD"
@@ -46,9 +47,10 @@ class Utility:
                 score(run, chunk)
                 run.tick(f"utility {name}", len(rows) - len(todo) + number * run.bench.batch_size, len(rows))
         for task in run.settings.tasks:
-            held = run.records.get((run.subject, self.name, task, "-", ""))
+            held = run.records.get((run.subject, self.name, task_name(task), "-", ""))
             if held is None or "reason" in held:  # what was missing may be there by now
-                run.add(self.name, task, "-", **_lm_eval(run, task))
+                run.tick(f"utility {task_name(task)}", 0, 1)
+                _lm_eval(run, task)
 
     def _perplexity(self, run: Run) -> None:
         todo = []
@@ -77,9 +79,8 @@ class Utility:
                 note = skipped_note(own)
                 rows.append(share_row(subject, self.name, name, metric, [r["right"] for r in scored(own)], good="up",
                                       note=note))  # fmt: skip
-        for task in settings.tasks:
-            for record in records.select(subject=subject, suite=self.name, set=task):
-                rows += _task_rows(subject, task, record)
+        for task in map(task_name, settings.tasks):
+            rows += _task_rows(subject, task, records.select(subject=subject, suite=self.name, set=task))
         return rows
 
 
@@ -148,45 +149,73 @@ def _score_lambada(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
         run.add("utility", LAMBADA, row["id"], sha256=digest(row["text"]), right=right, loss=loss)
 
 
-def _lm_eval(run: Run, task: str) -> dict[str, Any]:
-    """The numbers of one lm-eval task, or the reason why there are none."""
+def _lm_eval(run: Run, task: str) -> None:
+    """Write the numbers of one lm-eval task and its score of every sample, or the reason why there are none."""
     if importlib.util.find_spec("lm_eval") is None:
-        return {"reason": "lm-eval is not installed: pip install lm-eval"}
+        run.add("utility", task_name(task), "-", reason="lm-eval is not installed: pip install lm-eval")
+        return
+    try:
+        found = _simple_evaluate(run, task)
+    except Exception as error:  # unknown tasks, data that needs a hub: each raises in its own way
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        run.add("utility", task_name(task), "-", reason=told)
+        return
+    name = task if task in found["results"] else next(iter(found["results"]))  # a file's task has a name of its own
+    samples = found.get("samples", {})
+    for part, rows in samples.items():
+        for row in rows:
+            scores = {metric: float(row[metric]) for metric in row["metrics"] if isinstance(row[metric], (int, float))}
+            answer = row["filtered_resps"][0] if row["filtered_resps"] else None
+            more: dict[str, Any] = {"answer": answer} if isinstance(answer, str) else {}
+            run.add("utility", task_name(task), f"{part}-{row['doc_id']:05d}", f"sample:{row['filter']}",
+                    sha256=row["doc_hash"], scores=scores, **more)  # fmt: skip
+    values = {metric: float(value) for metric, value in found["results"][name].items()
+              if isinstance(value, (int, float)) and not isinstance(value, bool)}  # fmt: skip
+    better = {metric: bool(up) for metric, up in found.get("higher_is_better", {}).get(name, {}).items()}
+    count = sum(len({row["doc_id"] for row in rows}) for rows in samples.values())
+    # the last, so that a run that is stopped before does the task again
+    run.add("utility", task_name(task), "-", values=values, higher_is_better=better, samples=count,
+            version=found.get("versions", {}).get(name))  # fmt: skip
+
+
+def _simple_evaluate(run: Run, task: str) -> dict[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    try:
-        model = HFLM(pretrained=run.model, tokenizer=run.bench.tokenizer, batch_size=run.bench.batch_size)
-        templated = bool(run.bench.tokenizer.chat_template)
-        found = lm_eval.simple_evaluate(
-            model=model, tasks=[task], limit=run.settings.utility_limit, apply_chat_template=templated,
-            system_instruction=run.settings.system_prompt if templated else None, random_seed=run.settings.seed,
-            numpy_random_seed=run.settings.seed, torch_random_seed=run.settings.seed, bootstrap_iters=0,
-        )  # fmt: skip
-    except Exception as error:  # unknown tasks, data that needs a hub: each raises in its own way
-        return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    values = {
-        metric: value
-        for metric, value in found["results"].get(task, {}).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    samples = found.get("n-samples", {}).get(task, {})
-    return {"values": values, "samples": samples.get("effective"), "version": found.get("versions", {}).get(task)}
+    model = HFLM(pretrained=run.model, tokenizer=run.bench.tokenizer, batch_size=run.bench.batch_size)
+    templated = bool(run.bench.tokenizer.chat_template)
+    found: dict[str, Any] = lm_eval.simple_evaluate(
+        model=model, tasks=[task], limit=run.settings.utility_limit, apply_chat_template=templated,
+        system_instruction=run.settings.system_prompt if templated else None, random_seed=run.settings.seed,
+        numpy_random_seed=run.settings.seed, torch_random_seed=run.settings.seed,
+        fewshot_random_seed=run.settings.seed, bootstrap_iters=0,
+    )  # fmt: skip
+    return found
 
 
-def _task_rows(subject: str, task: str, record: Record) -> list[Row]:
+def task_name(task: str) -> str:
+    """What a task is called in results: a YAML file by its name alone."""
+    return Path(task).stem if task.endswith((".yaml", ".yml")) else task
+
+
+def _task_rows(subject: str, task: str, records: Sequence[Record]) -> list[Row]:
+    """Rows of a task from its record and those of its samples; intervals where a metric is the mean of its samples."""
+    record = next((r for r in records if r["id"] == "-"), None)
+    if record is None:
+        return []
     if "reason" in record:
         return [Row(subject, "utility", task, "lm-eval", None, note=record["reason"])]
-    values, n = record["values"], int(record["samples"] or 0)
     rows = []
-    for metric, value in values.items():
-        name, _, rest = metric.partition(",")
+    for metric, value in record["values"].items():
+        name, _, which = metric.partition(",")
         if name.endswith("_stderr") or name in ("alias", "sample_len"):
             continue
-        error = values.get(f"{name}_stderr,{rest}")
-        if error is None and 0 <= value <= 1 and n > 1:
-            error = math.sqrt(value * (1 - value) / n)
-        low, high = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
-        good = "down" if "perplexity" in name else "up"
-        rows.append(Row(subject, "utility", task, metric, value, low, high, n, good=good, note="lm-eval"))
+        own = [r["scores"][name] for r in records if r["mode"] == f"sample:{which}" and name in r["scores"]]
+        good = "up" if record["higher_is_better"].get(name, True) else "down"
+        n, low, high, unit = record["samples"], None, None, ""
+        if own and abs(mean(own) - value) < 1e-6:
+            binary = set(own) <= {0.0, 1.0}
+            n, unit = len(own), "%" if binary else ""
+            low, high = wilson(sum(own), n) if binary else bootstrap([own], lambda groups: mean(groups[0]))
+        rows.append(Row(subject, "utility", task, metric, value, low, high, n, unit, good, "lm-eval"))
     return rows

@@ -1,0 +1,123 @@
+"""The trainer's callback that measures canaries, stops a run that loses utility, and keeps its best step."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from . import selection
+from .canaries import Canaries
+
+if TYPE_CHECKING:
+    from .trainer import LPATrainer
+
+logger = logging.getLogger(__name__)
+
+
+def canary_callback(trainer: LPATrainer) -> CanaryCallback:
+    """The callback that the trainer's config asks for, which is among the trainer's from now on.
+
+    Raises:
+        ValueError: the trainer has no tokenizer, or the canaries cannot be had.
+    """
+    if trainer.processing_class is None:
+        raise ValueError(f"canary_steps={trainer.args.canary_steps} needs processing_class, a tokenizer to ask with")
+    rows: Any = trainer.train_dataset
+    names = {"rejected", "chosen"} & set(getattr(rows, "column_names", ()))
+    callback = CanaryCallback(trainer, Canaries(trainer.processing_class, trainer.args,
+                                                [text for name in names for text in rows[name]]))  # fmt: skip
+    trainer.add_callback(callback)
+    return callback
+
+
+class CanaryCallback(TrainerCallback):
+    """Asks the canaries before training, every `canary_steps` LPA steps and at the end.
+
+    All that is decided follows from the numbers in the trainer's log, which checkpoints hold, so a resumed run decides
+    as an uninterrupted one. Every rank asks, since the ranks hold the model together, and goes by the first one's
+    numbers. The best step so far is a checkpoint that rotation spares, and its weights are the model's after training.
+    """
+
+    def __init__(self, trainer: LPATrainer, canaries: Canaries) -> None:
+        self.trainer, self.canaries = trainer, canaries
+        args = trainer.args
+        self.limits = selection.Limits(args.canary_max_refusal, args.canary_max_perplexity, args.canary_patience)
+        self.stopped = ""
+
+    @property
+    def entries(self) -> list[dict[str, float]]:
+        """The measurements so far, the first of them of the model before training."""
+        return selection.entries_of(self.trainer.state.log_history)
+
+    def record(self) -> dict[str, Any]:
+        """For a record of the run: what was asked and found, the best step, the frontier, why the run was stopped."""
+        entries = self.entries
+        points = [
+            {"lpa_step": int(e["lpa_step"]), "safety": selection.safety(e), "utility": selection.utility(e)}
+            for e in selection.frontier(entries)
+        ]
+        best = int(selection.best(entries, self.limits)["lpa_step"])
+        kept = best if self.trainer.args.canary_keep_best else self.trainer.lpa_step
+        return {"asked": self.canaries.described(), "measured": entries, "frontier": points, "best_lpa_step": best,
+                "kept_lpa_step": kept, "stopped": self.stopped or None}  # fmt: skip
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopped = ""
+        if not self.entries:
+            self._measure(state, control)
+            if args.canary_keep_best and not self.trainer.checkpoint_folder(state.global_step).is_dir():
+                self.trainer._save_checkpoint(self.trainer.model, None)
+        self._decide(control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lpa_step, update = divmod(state.global_step, args.defence_steps)
+        if update or (lpa_step % args.canary_steps and state.global_step < state.max_steps):
+            return
+        self._measure(state, control)
+        if state.best_global_step == state.global_step and args.canary_keep_best:
+            control.should_save = True
+        self._decide(control)
+
+    def _measure(self, state: Any, control: Any) -> None:
+        trainer, should_log = self.trainer, control.should_log
+        found = [self.canaries.measure(trainer.model, trainer.pgd)]
+        found = broadcast_object_list(found) if trainer.args.world_size > 1 else found
+        if trainer._record is not None:
+            trainer._record.start += found[0]["seconds"]  # they are no part of the LPA step
+        entry = {"lpa_step": float(trainer.lpa_step), **found[0]}
+        trainer.log({f"{selection.PREFIX}{name}": value for name, value in entry.items()})
+        control.should_log = should_log  # the LPA step's own numbers are still to come
+        best = selection.best(self.entries, self.limits)
+        if best == entry:
+            state.best_metric, state.best_global_step = selection.safety(entry), state.global_step
+            if trainer.args.canary_keep_best:
+                state.best_model_checkpoint = str(trainer.checkpoint_folder(state.global_step))
+
+    def _decide(self, control: Any) -> None:
+        self.stopped = selection.stop_reason(self.entries, self.limits)
+        if self.stopped:
+            control.should_training_stop = True
+            self._say("stopped by the canaries after LPA step %d: %s", self.trainer.lpa_step, self.stopped)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the model the weights of the best step. A run that was interrupted is to go on with its last ones."""
+        if not args.canary_keep_best or self.trainer.interrupted or state.best_global_step == state.global_step:
+            return
+        self.trainer.accelerator.wait_for_everyone()
+        folder = self.trainer.checkpoint_folder(state.best_global_step)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"the best step's checkpoint {folder} is gone; the model has the last step's weights"
+            )
+        state.best_model_checkpoint = str(folder)  # the run's folder may have been moved since
+        self.trainer._load_best_model()
+        step = int(selection.best(self.entries, self.limits)["lpa_step"])
+        self._say("the model has the weights of LPA step %d, the best by its canaries%s", step,
+                  "" if step else ": no later step was safer within the limits")  # fmt: skip
+
+    def _say(self, message: str, *values: Any) -> None:
+        if self.trainer.is_world_process_zero():
+            logger.warning(message, *values)
