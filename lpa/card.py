@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .assets import ASSETS
+from .files import write_text
 from .measure import as_text, labels
 
 PACKAGES = ("lpa-kernels", "torch", "transformers", "peft", "accelerate", "triton")
@@ -52,9 +53,7 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
         ValueError: a number is not finite, which JSON cannot hold.
     """
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _data(data: Mapping[str, Any]) -> str:

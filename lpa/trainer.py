@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from lpa_kernels.attack import LatentPGD, PairBatch, capture
@@ -20,23 +20,21 @@ from lpa_kernels.attack.reference import adapters_off
 
 from .callbacks import canary_callback
 from .config import BENIGN_TERMS, LPAConfig
+from .durable import DurableTrainer, StopTraining
 from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
 from .measure import attack_of
 from .microbatch import MemoryLimit, MicroBatch, free_memory
 from .models import check_head
 from .prepare import add_adapters, benign_as_tokens, pairs_as_tokens, warn_if_small
 from .progress import LPAProgress
+from .ranks import RankError, check_sharding, through
 from .record import StepRecord
 from .sampler import LPABatchSampler
 
 logger = logging.getLogger(__name__)
 
 
-class StopTraining(Exception):
-    """Raised inside the loop to leave it at the last LPA step's end."""
-
-
-class LPATrainer(Trainer):
+class LPATrainer(DurableTrainer):
     """Trains a model to keep its answers while an adversary pushes its hidden states.
 
     One LPA step takes one global batch: every micro-batch is attacked once (in eval mode, weights frozen), and the
@@ -67,7 +65,8 @@ class LPATrainer(Trainer):
         ValueError: no LM head, an unknown site, an empty or malformed data set, a row longer than the context, a
             benign_dataset that no term uses, or a kl, dpo or ipo term without a base model.
         FloatingPointError (from `train`): losses or gradients that are not finite; the weights are then those of the
-            last update before, and no checkpoint is written.
+            last update before, and no checkpoint is written. On ranks that it did not happen to it is a
+            `lpa.ranks.RankError`.
     """
 
     args: LPAConfig
@@ -124,7 +123,7 @@ class LPATrainer(Trainer):
             self.add_callback(LPAProgress())
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
         warn_if_small(len(dataset), self.batch_size)
-        self.interrupted = False
+        check_sharding(self)
         self._pgd: LatentPGD | None = attack_of(self.model, args)  # now, for what it says of unknown sites
         self._micro: list[list[MicroBatch]] = []  # each in parts, one where memory is enough
         self._memory = MemoryLimit(args.per_device_train_batch_size, args.why_not_split)
@@ -132,7 +131,7 @@ class LPATrainer(Trainer):
         self._counts = (0.0, 0.0, 0.0)
         self._record: StepRecord | None = None
         self._metrics: dict[str, float] = {}
-        self._stop_asked = self._save_later = self._stop_later = False
+        self._save_later = self._stop_later = False
         self.canaries = canary_callback(self) if args.canary_steps else None
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -194,6 +193,11 @@ class LPATrainer(Trainer):
     # ---- one LPA step ----------------------------------------------------------------------------------------------
 
     def _begin_lpa_step(self, batches: list[Any]) -> None:
+        self.agree()
+        if self.control.should_training_stop:  # by a callback, before the first step
+            raise StopTraining
+        if self.args.reset_optimizer:  # at the step's end too, but saving shards makes a state of zeros one step old
+            self.optimizer.state.clear()
         device = self.args.device
         pairs = [PairBatch.from_dict(batch) for batch in batches]
         benign: list[BenignBatch | None] = [None] * len(pairs)
@@ -201,10 +205,7 @@ class LPATrainer(Trainer):
             rows = self._benign_sampler.micro_batches(self.lpa_step)
             benign = [BenignBatch.from_dict(self.benign_collator([self.benign[i] for i in each])) for each in rows]
         own = [*map(sum, zip(*(p.counts for p in pairs), strict=True)), sum(b.count for b in benign if b)]
-        counts = self.accelerator.reduce(torch.tensor([*own, self._stop_asked], device=device))
-        rejected, chosen, answers, stop = counts.tolist()
-        if stop or self.control.should_training_stop:
-            raise StopTraining
+        rejected, chosen, answers = self.accelerator.reduce(torch.tensor(own, device=device)).tolist()
         self._counts = (rejected, chosen, answers)
         self._record = StepRecord(self.args, pairs, benign, device)
         whole = [
@@ -228,6 +229,8 @@ class LPATrainer(Trainer):
                 for index in range(first, self._index + 1):
                     total = self._run(model, self._micro[index])
                 break
+            except RankError:
+                raise
             except RuntimeError as error:
                 self._memory.halve(error, self._micro[index], self._doing)
             first = 0
@@ -250,15 +253,13 @@ class LPATrainer(Trainer):
         for part in parts:
             self._doing = "attack"
             if not part.attacked:
-                if self._stop_asked and self.args.world_size == 1:
-                    raise StopTraining
                 with record.timed("attack"):
-                    self._attack(part)
+                    self._attacked(part)
             self._doing = "update"
             with record.timed("defence"):
                 model.train()
                 torch.manual_seed(self._seed(part, self._update + 1))
-                total, terms = _through(model, self.model, lambda part=part: self._losses(part))  # type: ignore[misc]
+                total, terms = through(model, self.model, lambda part=part: self._losses(part))  # type: ignore[misc]
                 # DDP averages the ranks' gradients, and the loss is a sum over all of them
                 total = total * self.args.world_size
                 self.accelerator.backward(total)
@@ -278,6 +279,19 @@ class LPATrainer(Trainer):
         if self._pgd is None or self._pgd.model is not self.model:
             self._pgd = attack_of(self.model, self.args)
         return self._pgd
+
+    def _attacked(self, micro: MicroBatch) -> None:
+        """Attack a micro-batch, and let every rank know how that went: all of them stop where one cannot go on."""
+        failed: Exception | None = None
+        try:
+            self._attack(micro)
+        except FloatingPointError as error:
+            failed = error
+        except Exception as error:
+            if self.is_fsdp_enabled:  # other ranks wait for this one's weights, and would not hear
+                raise
+            failed = error
+        self.agree(failed)
 
     def _attack(self, micro: MicroBatch) -> None:
         seed = self._seed(micro, 0)
@@ -380,29 +394,14 @@ class LPATrainer(Trainer):
         """0: transformers' estimate is for one pass over one text, which is not what happens here."""
         return 0
 
-    def request_stop(self) -> None:
-        """Stop at the end of the last whole LPA step and save it; weights of a begun attack are not yet changed."""
-        self._stop_asked = True
-
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
-        """As the base class. After `request_stop` it returns early, with `interrupted` True and a checkpoint saved."""
-        self.interrupted = self._stop_asked = self._save_later = self._stop_later = False
+        """As the base class. A stop leaves an attack at its end, and updates where the LPA step's last one is made."""
+        self._save_later = self._stop_later = False
         self._record, self._micro = None, []
         try:
             return super().train(resume_from_checkpoint, **kwargs)
-        except StopTraining:
-            self.interrupted = not self.control.should_training_stop  # by a callback, before the first step
+        finally:
             self._record, self._micro = None, []
-            self.model.zero_grad(set_to_none=True)
-            if self.state.global_step and not self.checkpoint_folder(self.state.global_step).is_dir():
-                self._save_checkpoint(self.model, None)
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
-            self.is_in_train = False
-            return TrainOutput(self.state.global_step, float("nan"), {"lpa_steps": self.lpa_step})
-
-    def checkpoint_folder(self, global_step: int) -> Path:
-        """Where the checkpoint of a model update is or would be."""
-        return Path(self.args.output_dir) / f"checkpoint-{global_step}"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Only at the ends of LPA steps, where nothing of a begun step has to be kept."""
@@ -410,29 +409,3 @@ class LPATrainer(Trainer):
             self._save_later = True
             return
         super()._save_checkpoint(model, trial)
-
-
-def _through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Any]) -> Any:
-    """Run `compute` as the forward pass of `module` called through its wrapper.
-
-    DDP prepares its gradient exchange in its own forward, which passes of the inner module would go past.
-    """
-    if wrapper is module:
-        return compute()
-    held = module.__dict__.get("forward")
-
-    def restore() -> None:
-        if held is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = held
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return compute()
-
-    module.__dict__["forward"] = forward
-    try:
-        return wrapper(None)
-    finally:
-        restore()

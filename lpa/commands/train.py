@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Any, Literal
 
 from ..models import DEFAULT_MODEL
 from ..names import nearest
+from . import folder
 
 # What fits two CPU cores and a few minutes; for the embedded model alone.
 DEMO = {
@@ -28,12 +27,6 @@ DEMO = {
     "merge_adapters": True,
     "measure_attacked": 4,
 }
-SETTINGS = "settings.yaml"
-# What a run may have written: adapter, or model and tokenizer; record; checkpoints.
-_WRITTEN = ("adapter_config.json", "adapter_model*.safetensors*", "config.json", "generation_config.json",
-            "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-            "merges.txt", "chat_template.jinja", "README.md", "metrics.json*", "checkpoint-[0-9]*",
-            SETTINGS)  # fmt: skip
 _COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "resume")
 
 
@@ -97,10 +90,10 @@ def run(arguments: Sequence[str]) -> int:
     if first.resume:
         if not first.output:
             raise ValueError("--resume needs --output, the folder of the run to go on with")
-        record = Path(first.output) / SETTINGS
+        record = Path(first.output) / folder.SETTINGS
         if not record.is_file():
-            raise ValueError(f"--resume: {first.output} holds no run (there is no {SETTINGS})")
-        settings, command = _read_settings(parser, record), _first_command(record) or command
+            raise ValueError(f"--resume: {first.output} holds no run (there is no {folder.SETTINGS})")
+        settings, command = _read_settings(parser, record), folder.first_command(record) or command
     if first.config:
         settings |= _read_settings(parser, first.config)
     demo = not first.resume and (first.model or settings.get("model", DEFAULT_MODEL)) == DEFAULT_MODEL
@@ -156,10 +149,11 @@ def _as_words(parser: Any, settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def _first_command(record: Path) -> str | None:
-    """The command that a run was begun with: in its settings' first line, as a comment."""
-    first = record.read_text(encoding="utf-8").partition("\n")[0]
-    return json.loads(first[2:]) if first.startswith('# "') else None
+def _asked(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that differ from their defaults, and those of DEMO always: without them a default would be DEMO's."""
+    defaults = vars(_parser().parse_args([]))
+    return {k: getattr(v, "value", v) for k, v in values.items()
+            if k not in _COMMAND_LINE_ONLY and (v != defaults[k] or k in DEMO or k == "model")}  # fmt: skip
 
 
 def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
@@ -196,8 +190,8 @@ def _train(values: dict[str, Any], command: str) -> int:
     from ..config import LPAConfig
 
     options = TrainOptions(**{name: values[name] for name in TrainOptions.__annotations__})
-    output = _output_folder(options, values)
-    _check_output(output, options)
+    output = folder.output_folder(options.output or values.get("output_dir"), options.model)
+    folder.check_output(output, options.model, resume=options.resume, overwrite=options.overwrite)
     if options.quantized and not values["lora"]:
         raise ValueError(f"lora=False trains all weights, and those of a {options.quantized} model cannot be trained")
     own = {*TrainOptions.__annotations__, "config"}
@@ -206,11 +200,11 @@ def _train(values: dict[str, Any], command: str) -> int:
     output = Path(config.output_dir)
 
     import torch
-    from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging as transformers_logging
 
-    from ..card import write_json
+    from ..card import model_card, write_json
     from ..data import load_pairs
+    from ..files import write_text, writing
     from ..measure import table
     from ..models import load
     from ..prepare import trained_share
@@ -238,8 +232,8 @@ def _train(values: dict[str, Any], command: str) -> int:
     main = trainer.is_world_process_zero()
     say = print if main else _silent
     if main and not options.resume:
-        _clear(output)  # only now: what was wrong with the settings, the data or the model has been told
-        _keep_settings(output, values, command)
+        folder.clear(output)  # only now: what was wrong with the settings, the data or the model has been told
+        folder.keep_settings(output, _asked(values), command)
     trainer.accelerator.wait_for_everyone()
     trained, total = trained_share(trainer.model)
     say(
@@ -247,28 +241,28 @@ def _train(values: dict[str, Any], command: str) -> int:
         f"{len(pairs)} pairs; {config.lpa_steps} LPA steps of {trainer.batch_size} pairs, {config.steps} inner steps "
         f"and {config.defence_steps} updates each; output: {output}"
     )
-    before = _measure(trainer, options)
-    checkpoint = get_last_checkpoint(str(output)) if options.resume else None
+    before = _before(trainer, options, output)
+    checkpoint = trainer.last_checkpoint() if options.resume else None
     if options.resume:
         say(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
     earlier = _seconds_before(checkpoint)
     with _stopping(trainer) as stopped_by:
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interrupted:
-        saved = get_last_checkpoint(str(output))
+        saved = trainer.checkpoint_folder(trainer.state.global_step) if trainer.state.global_step else None
         again = f"saved as {saved}; go on with: lpa train --resume --output {shlex.quote(str(output))}"
         say(f"stopped after {trainer.lpa_step} LPA steps; {again if saved else 'there was nothing to save'}")
-        return 128 + stopped_by[0]
-    trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+        return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)  # the signal may have been another rank's
     _save(trainer, options)
     after = _measure(trainer, options)
+    trainer.accelerator.end_training()
     if not main:
         return 0
     record = _record(options, trainer, pairs, before, after, command) | {"seconds": earlier + time.time() - begun}
-    write_json(output / "metrics.json", record)
-    from ..card import model_card
-
-    (output / "README.md").write_text(model_card(record), encoding="utf-8")
+    with writing("the run's record", output, "the adapter and the checkpoints are there"):
+        write_json(output / "metrics.json", record)
+        write_text(output / "README.md", model_card(record))
     if before:
         from rich.console import Console
 
@@ -276,6 +270,38 @@ def _train(values: dict[str, Any], command: str) -> int:
     say(f"done in {record['seconds']:.0f} s"
         + (f", {record['peak_memory_gb']:.2f} GB" if record["peak_memory_gb"] else "") + f"; {output}")  # fmt: skip
     return 0
+
+
+def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, float]:
+    """The table's first column: measured, or in a resumed run as it was; filled in later where weights are sharded."""
+    from transformers import TrainerCallback
+
+    from ..ranks import from_main
+
+    found: dict[str, float] = {}
+
+    def fill() -> None:
+        found.update(_measure(trainer, options))
+        if trainer.is_world_process_zero():
+            folder.keep_before(output, found, options.measure_attacked)
+
+    class Measuring(TrainerCallback):
+        """No device holds the model before training begins, and each then has a part of it."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            fill()
+
+    if not options.measure:
+        return found
+    if options.resume:
+        kept = from_main(trainer.accelerator, lambda: folder.kept_before(output, options.measure_attacked))
+        if kept is not None or trainer.is_fsdp_enabled:  # else the trained weights would be measured
+            return kept or found
+    if trainer.is_fsdp_enabled:
+        trainer.add_callback(Measuring())
+    else:
+        fill()
+    return found
 
 
 def _measure(trainer: Any, options: TrainOptions) -> dict[str, float]:
@@ -292,63 +318,11 @@ def _silent(*_: Any) -> None:
     pass
 
 
-def _output_folder(options: TrainOptions, values: dict[str, Any]) -> Path:
-    chosen = options.output or values.get("output_dir")
-    if chosen:
-        return Path(chosen).expanduser()
-    name = re.sub(r"[^\w.-]+", "-", Path(options.model).name) or "model"
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _check_output(output: Path, options: TrainOptions) -> None:
-    """An earlier run is only touched when told, and anything else never.
-
-    Raises:
-        ValueError: the output is a file, or a folder that holds something.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"the output {output} is a file; give a folder")
-    if options.resume or not output.is_dir() or not any(output.iterdir()):
-        return
-    if not options.overwrite:
-        raise ValueError(
-            f"the output folder {output} is not empty; use --resume to go on with its run, --overwrite to replace "
-            "it, or another --output"
-        )
-    if not (output / SETTINGS).is_file():
-        raise ValueError(
-            f"--overwrite: {output} holds no run (there is no {SETTINGS}) but other files; use another folder"
-        )
-    model = Path(options.model).resolve()
-    if output.resolve() in (model, *model.parents):
-        raise ValueError(f"--overwrite: the model {options.model} is in the output folder {output}; use another folder")
-
-
-def _clear(output: Path) -> None:
-    """Remove an earlier run's files, and no others."""
-    if (output / SETTINGS).is_file():
-        for path in [path for pattern in _WRITTEN for path in output.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _keep_settings(output: Path, values: dict[str, Any], command: str) -> None:
-    """settings.yaml: what this run was asked for, for `--resume` and `--config`."""
-    import yaml
-
-    defaults = vars(_parser().parse_args([]))
-    # those of DEMO always: without them a default would be DEMO's
-    asked = {k: getattr(v, "value", v) for k, v in values.items()
-             if k not in _COMMAND_LINE_ONLY and (v != defaults[k] or k in DEMO or k == "model")}  # fmt: skip
-    text = f"# {json.dumps(command)}\n{yaml.safe_dump(asked, sort_keys=True, allow_unicode=True)}"
-    output.mkdir(parents=True, exist_ok=True)
-    (output / SETTINGS).write_text(text, encoding="utf-8")
-
-
-def _seconds_before(checkpoint: str | None) -> float:
+def _seconds_before(checkpoint: Path | None) -> float:
     """How long the LPA steps took that a checkpoint brings along."""
     if checkpoint is None:
         return 0.0
-    log = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     phases = ("seconds_attack", "seconds_defence", "seconds_other")
     return sum(entry[phase] for entry in log if "lpa_step" in entry for phase in phases)
 
@@ -371,10 +345,10 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
     try:
         yield seen
     except KeyboardInterrupt:
-        from transformers.trainer_utils import get_last_checkpoint
+        from ..checkpoint import checkpoints
 
-        saved = get_last_checkpoint(trainer.args.output_dir)
-        print(f"\nthe last checkpoint: {saved or 'none'}", file=sys.stderr)
+        saved = checkpoints(Path(trainer.args.output_dir))
+        print(f"\nthe last checkpoint: {saved[0] if saved else 'none'}", file=sys.stderr)
         raise
     finally:
         for number, handler in held.items():
@@ -384,16 +358,24 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
 def _save(trainer: Any, options: TrainOptions) -> None:
     """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors."""
     from ..card import write_json
+    from ..files import staged, writing
+    from ..ranks import agree
 
-    model, output = trainer.accelerator.unwrap_model(trainer.model), trainer.args.output_dir
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    model, output = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
+    state, error = trainer.trained_state(), None
     if trainer.is_world_process_zero():
-        model.save_pretrained(output, state_dict=state)
-        if not hasattr(model, "peft_config"):
-            trainer.processing_class.save_pretrained(output)
-        for file in Path(output).glob("adapter_config.json"):
-            # what the user called the model, since an asset's folder is a path of this machine
-            write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": options.model})
+        try:
+            with writing("the trained model", output, "make room and --resume: its checkpoint is there"), \
+                    staged(output) as part:  # fmt: skip
+                model.save_pretrained(part, state_dict=state)
+                if not hasattr(model, "peft_config"):
+                    trainer.processing_class.save_pretrained(part)
+                for file in part.glob("adapter_config.json"):
+                    # what the user called the model, since an asset's folder is a path of this machine
+                    write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": options.model})
+        except OSError as raised:
+            error = raised
+    agree(trainer.accelerator, error)
 
 
 def _record(

@@ -21,6 +21,7 @@ from .masks import refill_masks
 from .modes import adapter_state
 from .packed import InnerStep, layout_rows
 from .packing import PADDING, PackedLayout
+from .sharding import is_sharded
 from .state import AttackState
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def _refusal(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) ->
         return f"the model is on several devices, {', '.join(devices)}"
     if state.own_rows.device.type not in RECORDERS:
         return f"it runs on {devices[0]}, which has no graphs"
+    if is_sharded(pgd.model):
+        return "its weights are sharded over ranks, which have to gather them in step"
     if others:
         return f"the term {others[0]!r} counts rows, and a graph's batches are filled up with rows"
     if pgd.norm == "l2_sequence":

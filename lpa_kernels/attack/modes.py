@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .hooks import swapped
+from .sharding import at_rest, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
         else:
             for module in checkpointed:
                 module.training = True
-        with kept_flags(model), swapped(model, "_gradient_checkpointing_func", _not_reentrant):
+        checkpointing = swapped(model, "_gradient_checkpointing_func", _not_reentrant)
+        with at_rest(model), kept_flags(model), checkpointing:
             for p in model.parameters():
                 p.requires_grad_(False)
             yield
@@ -104,9 +106,9 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
 
     The parameters themselves stay as they are: data of another dtype would cost them their gradients' accumulators,
     and with these the hooks by which DDP keeps ranks together. On a device with captured graphs a copy stays where it
-    is for as long as the adapter lives.
+    is for as long as the adapter lives. Sharded adapters are left alone: each pass gathers them anew.
     """
-    dtype = weights_dtype(model)
+    dtype = None if is_sharded(model) else weights_dtype(model)
     copies: dict[nn.Parameter, nn.Parameter] = {}
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:

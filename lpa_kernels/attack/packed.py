@@ -17,6 +17,7 @@ from .hooks import fixed_rows, gradients, kept_for_recompute, perturbed
 from .objective import PairRows, loss_scale
 from .packing import PackedLayout
 from .reference import adapters_off
+from .sharding import is_sharded, tell_off
 from .state import AttackState
 from .trim import trimmable, trimmed
 
@@ -46,7 +47,12 @@ def _chunked(model: nn.Module, layout: PackedLayout, pgd: LatentPGD) -> bool:
     head = output_head(model)
     size = layout.labels.shape[0] * getattr(head, "out_features", 0)
     whole = "kl" in pgd.objective.terms or pgd.autocast is not None  # the chunked head's products know no autocast
-    return size >= CHUNK_FROM and not whole and plain_head(model)
+    if size < CHUNK_FROM or whole:
+        return False
+    if is_sharded(model):  # and it depends on this rank's batch, so that no pass may be made to find out
+        tell_off(model, f"the head makes all of its {size / 1e6:.0f}M logits at once, not in chunks")
+        return False
+    return plain_head(model)
 
 
 class InnerStep:

@@ -17,6 +17,7 @@ from .head import selected_logits
 from .masks import IMPLEMENTATIONS, packed_masks
 from .modes import adapter_state
 from .packing import CHOSEN, REJECTED, PackedLayout, pack, unshared
+from .sharding import is_sharded
 from .sites import decoder_layers
 
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -62,7 +63,8 @@ def can_pack(model: nn.Module, length: int = 0) -> Verdict:
         length: the longest row that is to be run, for models whose positions change meaning beyond some length.
     """
     devices = {str(parameter.device) for parameter in model.parameters()}
-    config = hash(str(vars(_config(model)))) if _config(model) is not None else None
+    # A save notes things in the main rank's configuration alone, and where weights are sharded all ranks have to probe.
+    config = None if _config(model) is None or is_sharded(model) else hash(str(vars(_config(model))))
     key = (config, frozenset(_dtypes(model)), frozenset(devices), str(_adapter(model)), adapter_state(model))
     known = _verdicts.setdefault(model, {})
     if key not in known:

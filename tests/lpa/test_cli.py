@@ -191,6 +191,7 @@ def test_yaml_of_every_kind_reaches_the_parser() -> None:
 
 def test_the_demo_settings_are_defaults_of_a_new_run_alone(tmp_path: Path, monkeypatch: Any) -> None:
     from lpa.commands import train as command
+    from lpa.commands.folder import keep_settings
 
     demo = {"lpa_steps": 6, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "merge_adapters": True,
             "measure_attacked": 4}  # fmt: skip
@@ -209,7 +210,7 @@ def test_the_demo_settings_are_defaults_of_a_new_run_alone(tmp_path: Path, monke
         "12",
     ]
     assert train(*own) == train() == train("--no_lora") == 0
-    command._keep_settings(tmp_path, seen[0], "lpa train")
+    keep_settings(tmp_path, command._asked(seen[0]), "lpa train")
     assert train("--resume", "--output", str(tmp_path)) == train("--config", str(tmp_path / "settings.yaml")) == 0
     (tmp_path / "settings.yaml").write_text("steps: 3")  # written by hand: what it leaves out is LPAConfig's default
     assert train("--resume", "--output", str(tmp_path)) == 0
@@ -257,7 +258,7 @@ def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(
     assert train("--output", str(parts), *more) == 128 + signal.SIGTERM
     monkeypatch.setattr(LPATrainer, "_attack", attack)
     out = capsys.readouterr().out
-    assert "stopped after 2 LPA steps" in out
+    assert "stopped after 1 LPA steps" in out
     assert "go on with: lpa train --resume" in out
     assert not (parts / "metrics.json").exists()
     assert train("--resume", "--output", str(parts)) == 0

@@ -1,0 +1,94 @@
+"""The folder of a run: what it may hold, when it may be written to, and what it keeps for a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ..files import PART, writable, write_text, writing
+
+SETTINGS = "settings.yaml"
+BEFORE = "before.json"  # what was measured before training, so that a resumed run need not do it again
+# What a run may have written: adapter, or model and tokenizer; record; checkpoints. The settings go last: by them a run
+# is known.
+_WRITTEN = ("adapter_config.json", "adapter_model*.safetensors*", "config.json", "generation_config.json",
+            "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+            "merges.txt", "chat_template.jinja", "README.md*", "metrics.json*", "checkpoint-[0-9]*", f".*{PART}",
+            f"{BEFORE}*", f"{SETTINGS}{PART}", SETTINGS)  # fmt: skip
+
+
+def output_folder(chosen: str | None, model: str) -> Path:
+    """The folder that was asked for, or runs/MODEL-DATE-TIME."""
+    if chosen:
+        return Path(chosen).expanduser()
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name) or "model"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_output(output: Path, model: str, *, resume: bool, overwrite: bool) -> None:
+    """An earlier run is only touched when told, and anything else never.
+
+    Raises:
+        ValueError: the output is a file, or a folder that holds something or cannot be written to.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output {output} is a file; give a folder")
+    if not writable(output):
+        raise ValueError(f"the output folder {output} cannot be written to; use another --output")
+    # all that a run leaves that was killed before it had begun
+    held = [path for path in output.iterdir() if path.name != SETTINGS + PART] if output.is_dir() else []
+    if resume or not held:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"the output folder {output} is not empty; use --resume to go on with its run, --overwrite to replace "
+            "it, or another --output"
+        )
+    if not (output / SETTINGS).is_file():
+        raise ValueError(
+            f"--overwrite: {output} holds no run (there is no {SETTINGS}) but other files; use another folder"
+        )
+    source = Path(model).resolve()
+    if output.resolve() in (source, *source.parents):
+        raise ValueError(f"--overwrite: the model {model} is in the output folder {output}; use another folder")
+
+
+def clear(output: Path) -> None:
+    """Remove an earlier run's files, and no others."""
+    if (output / SETTINGS).is_file():
+        for path in [path for pattern in _WRITTEN for path in output.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def keep_settings(output: Path, settings: dict[str, Any], command: str) -> None:
+    """settings.yaml: what a run was asked for, for `--resume` and `--config`; the command is its first line."""
+    import yaml
+
+    text = f"# {json.dumps(command)}\n{yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)}"
+    with writing(SETTINGS, output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / SETTINGS, text)
+
+
+def first_command(record: Path) -> str | None:
+    """The command that a run was begun with: in its settings' first line, as a comment."""
+    first = record.read_text(encoding="utf-8").partition("\n")[0]
+    return json.loads(first[2:]) if first.startswith('# "') else None
+
+
+def keep_before(output: Path, found: dict[str, float], measure_attacked: int) -> None:
+    """before.json: the table's first column, and of how many attacked statements it is."""
+    text = json.dumps({"measure_attacked": measure_attacked, "found": found}, indent=2, allow_nan=False)
+    with writing(BEFORE, output):
+        write_text(output / BEFORE, f"{text}\n")
+
+
+def kept_before(output: Path, measure_attacked: int) -> dict[str, float] | None:
+    """What was measured before a run was interrupted; None where that was not, or not of as many statements."""
+    file = output / BEFORE
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return values["found"] if values.get("measure_attacked") == measure_attacked else None

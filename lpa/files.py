@@ -1,0 +1,116 @@
+"""Files that are there whole or not at all, after a kill or a power cut too, and what to say when a disk is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PART = ".part"  # ends the names of what is not yet whole
+_NEARLY_FULL = 1 << 20  # bytes left on a disk: torch and safetensors do not always say why they failed
+
+
+class WriteError(OSError):
+    """Something could not be written; the message says what, why, and what to do."""
+
+
+def sync(path: Path) -> None:
+    """Have what is written to a file, or the names in a folder, on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of every file and folder below, and of the folder itself."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that has its old content, or all of the new one."""
+    draft = path.with_name(path.name + PART)
+    draft.write_text(text, encoding="utf-8")
+    sync(draft)
+    draft.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder to write files into; when that has gone well, they are moved into `folder`, JSON last.
+
+    So whoever finds a model's or an adapter's configuration finds its weights too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".files{PART}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        sync_tree(part)
+        files = [path for path in part.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+            target = folder / path.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            sync(target.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def writing(what: str, folder: Path, lost: str = "") -> Iterator[None]:
+    """Turn what fails in writing into a `WriteError`.
+
+    Args:
+        what: it is, for the message.
+        lost: what of earlier work is still there, and what to do, for the message.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        reason = _reason(error, folder)
+        if reason is None:
+            raise
+        raise WriteError(f"cannot write {what} in {folder}: {reason}{lost and '; '}{lost}") from error
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
+def _reason(error: Exception, folder: Path) -> str | None:
+    """Why writing failed, in plain words; None where the error is about something else."""
+    number = getattr(error, "errno", None)
+    if number == errno.EFBIG or "File too large" in str(error):
+        return "a file is larger than this process may write (ulimit -f)"
+    try:
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    except OSError:
+        free = None
+    full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full or (free is not None and free < _NEARLY_FULL):
+        return "no space is left" + ("" if free is None else f" ({free / 1e6:.1f} MB free)")
+    if number == errno.EROFS or isinstance(error, PermissionError):
+        return f"it cannot be written to ({error})"
+    return f"{error}" if isinstance(error, OSError) or "write" in str(error).lower() else None
+
+
+def writable(folder: Path) -> bool:
+    """Whether a folder, or the nearest one above it that is there, lets itself be written to."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return os.access(folder, os.W_OK | os.X_OK)

@@ -1,0 +1,86 @@
+"""What the ranks of tests do: train a tiny model, with faults where asked for, and leave its weights behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from lpa import LPATrainer
+from tests.lpa.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
+
+MICRO_BATCHES = 4  # of an LPA step, over all ranks
+
+
+def trainer_of(folder: Path, *, data: Any = None, fsdp: bool = False, model: Any = None, **settings: Any) -> LPATrainer:
+    """On as many ranks as the environment says. `fsdp`: with FSDP2, which accelerate itself leaves out on CPUs."""
+    tokenizer = tiny_tokenizer()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = tiny_config(
+        folder, **{"gradient_accumulation_steps": MICRO_BATCHES // world, "engine": "packed", "fsdp": fsdp, **settings}
+    )
+    if fsdp:
+        assert config.device.type == "cpu"  # and with that the process group is there
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = LPATrainer(model or tiny_model(len(tokenizer)), config, rows(8) if data is None else data, tokenizer)
+    assert trainer.is_fsdp_enabled == fsdp
+    return trainer
+
+
+def weights(trainer: LPATrainer) -> dict[str, Tensor]:
+    """What was trained, whole."""
+    found = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in found.items()}
+
+
+def keep(trainer: LPATrainer, folder: Path) -> None:
+    """weights.pt, by rank 0, and log.pt: what was logged of each LPA step."""
+    found = weights(trainer)
+    if trainer.is_world_process_zero():
+        torch.save(found, folder / "weights.pt")
+        torch.save([entry for entry in trainer.state.log_history if "lpa_step" in entry], folder / "log.pt")
+
+
+def train(folder: Path, settings: dict[str, Any], resume: bool = False) -> None:
+    """Train to the end."""
+    trainer = trainer_of(folder, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    assert not trainer.interrupted
+    keep(trainer, folder)
+
+
+def fail(folder: Path, settings: dict[str, Any]) -> None:
+    """Train; in the second LPA step the attack of the last rank finds a loss that is not finite."""
+    trainer = trainer_of(folder, **settings)
+    attack = trainer._attack
+
+    def failing(micro: Any) -> None:
+        attack(micro)
+        if trainer.lpa_step == 1 and trainer.args.process_index == trainer.args.world_size - 1:
+            raise FloatingPointError("LPA step 2: the adversary's loss is nan at inner step 0")
+
+    trainer._attack = failing  # type: ignore[method-assign]
+    trainer.train()
+
+
+def stop(folder: Path, settings: dict[str, Any]) -> None:
+    """Train; in the attack of the second LPA step SIGTERM reaches the last rank alone, and all save and leave."""
+    trainer = trainer_of(folder, **settings)
+    attack = trainer._attack
+    signal.signal(signal.SIGTERM, lambda number, frame: trainer.request_stop())
+
+    def interrupted(micro: Any) -> None:
+        if trainer.lpa_step == 1 and trainer.args.process_index == trainer.args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        attack(micro)
+
+    trainer._attack = interrupted  # type: ignore[method-assign]
+    trainer.train()
+    assert trainer.interrupted
+    assert trainer.lpa_step == 1

@@ -1,0 +1,59 @@
+"""Several ranks are the same run as one: DDP and FSDP2 over gloo, with unequal data, failures and stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.lpa import jobs
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest, of any trained weight."""
+    a, b = (torch.load(folder / "weights.pt") for folder in (one, other))
+    assert a.keys() == b.keys()
+    assert a
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def moved(folder: Path, settings: dict[str, Any]) -> float:
+    """How far training has moved the weights from where they began, at most."""
+    start = jobs.weights(jobs.trainer_of(folder / "start", **settings))
+    end = torch.load(folder / "weights.pt")
+    return max(float((start[name] - end[name]).abs().max()) for name in start)
+
+
+# what a rank has must differ: ragged rows, and fewer of them than a batch takes
+RAGGED = [row | {"rejected": "I agree ." if n % 2 else row["rejected"] + " I agree"}
+          for n, row in enumerate(jobs.rows(5))]  # fmt: skip
+CASES = {
+    "packed": {"data": RAGGED},
+    "frozen blocks, benign terms, dropout": {
+        "sites": "mlp:1", "kl_coef": 0.3, "sft_coef": 0.2, "lora_dropout": 0.2, "random_start": True},
+    "merged": {"merge_adapters": True, "learning_rate": 1e-2},
+    "two passes, checkpointed": {"engine": "reference", "gradient_checkpointing": True, "dpo_coef": 1.0,
+                                 "toward_coef": 0.0, "away_coef": 0.0},
+    "every weight": {"lora": False, "sft_coef": 0.3, "reset_optimizer": False},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_the_weights_that_one_trains(tmp_path: Path, case: str) -> None:
+    settings = CASES[case] | {"save_strategy": "steps"}  # saving shards must leave the optimiser as it is
+    jobs.train(tmp_path / "one", settings)
+    assert moved(tmp_path / "one", settings) > 1e-3
+    for name in ("ddp", "fsdp"):
+        ranks.run(jobs.train, tmp_path / name, settings | {"fsdp": name == "fsdp"}, folder=tmp_path / name, world=2)
+        assert difference(tmp_path / "one", tmp_path / name) < 1e-4, name
+        logs = [torch.load(tmp_path / folder / "log.pt") for folder in ("one", name)]
+        for first, second in zip(*logs, strict=True):
+            for key in first.keys() - {"tokens_per_second", "epoch", "step"}:
+                if not key.startswith("seconds_"):
+                    assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-4), key
