@@ -1,4 +1,4 @@
-// pgd_update_ and token_loss_ on the CPU, as torch.ops.lpa_kernels_native.*.
+// The ops on the CPU, as torch.ops.lpa_kernels_native.*.
 //
 // Only the stable part of libtorch is used, so that one build serves every torch from 2.11 on. The schemas are those of
 // lpa_kernels/ops/schema.py, defined in Python before this library is loaded.
@@ -40,6 +40,31 @@ const Kernels& kernels() {
   return chosen;
 }
 
+int64_t grain_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
+
+Tensor perturb(Tensor hidden, Tensor delta, Tensor rows) {
+  Perturb call{};
+  call.hidden = matrix_of(hidden, "hidden");
+  const int64_t tokens = hidden.size(0);
+  call.width = hidden.size(1);
+  STD_TORCH_CHECK(hidden.stride(1) == 1 || call.width <= 1, "the last stride of hidden is not 1");
+  STD_TORCH_CHECK(delta.dim() == 2 && delta.size(1) == call.width, "delta is not [rows, ", call.width, "]");
+  STD_TORCH_CHECK(delta.scalar_type() == ScalarType::Float && delta.device() == hidden.device(),
+                  "delta is not float32, or not where hidden is");
+  STD_TORCH_CHECK(delta.stride(1) == 1 || call.width <= 1, "the last stride of delta is not 1");
+  call.delta = static_cast<const float*>(delta.data_ptr());
+  call.delta_stride = delta.stride(0);
+  call.rows = data_of<int64_t>(rows, hidden, ScalarType::Long, tokens, "rows");
+  const int64_t last = tokens ? *std::max_element(call.rows, call.rows + tokens) : -1;
+  STD_TORCH_CHECK(last < delta.size(0), "rows names row ", last, " of a delta of ", delta.size(0), " rows");
+  Tensor out = torch::stable::new_empty(hidden, {tokens, call.width});
+  call.out = out.data_ptr();
+  torch::stable::parallel_for(0, tokens, grain_of(call.width), [&](int64_t begin, int64_t end) {
+    kernels().perturb_rows(call, begin, end);
+  });
+  return out;
+}
+
 void pgd_update_(Tensor delta, std::optional<Tensor> exp_avg, std::optional<Tensor> exp_avg_sq,
                  std::vector<Tensor> grads, Tensor tokens, Tensor step, Tensor step_size, Tensor epsilon,
                  Tensor norms, Tensor clipped, std::string rule, std::string norm, bool maximize, double beta1,
@@ -52,8 +77,7 @@ void pgd_update_(Tensor delta, std::optional<Tensor> exp_avg, std::optional<Tens
     STD_TORCH_CHECK(last < grad.size(0), "tokens names token ", last, " of a gradient of ", grad.size(0), " tokens");
     matrices.push_back(matrix_of(grad, "a gradient"));
   }
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.width));
-  torch::stable::parallel_for(0, call.sites * call.rows, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, call.sites * call.rows, grain_of(call.width), [&](int64_t begin, int64_t end) {
     kernels().update_rows(call, matrices.data(), begin, end);
   });
   if (call.norm == Norm::none) return;
@@ -87,8 +111,7 @@ std::tuple<Tensor, Tensor> token_loss_(Tensor logits, Tensor labels, Tensor away
   call.threshold = threshold;
   call.losses = static_cast<float*>(losses.data_ptr());
   call.hits = static_cast<bool*>(hits.data_ptr());
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.vocabulary));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain_of(call.vocabulary), [&](int64_t begin, int64_t end) {
     kernels().token_loss_rows(call, begin, end);
   });
   return {losses, hits};
@@ -100,6 +123,7 @@ std::string cpu_kernels() { return kernels().name; }
 }  // namespace lpa::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(lpa_kernels_native, CPU, library) {
+  library.impl("perturb", TORCH_BOX(&lpa::cpu::perturb));
   library.impl("pgd_update_", TORCH_BOX(&lpa::cpu::pgd_update_));
   library.impl("token_loss_", TORCH_BOX(&lpa::cpu::token_loss_));
 }

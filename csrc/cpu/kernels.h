@@ -7,6 +7,15 @@
 
 namespace lpa::cpu {
 
+// One call of perturb. T tokens, R rows, H width.
+struct Perturb {
+  Matrix hidden;        // [T, H], column stride 1
+  const float* delta;   // [R, H], rows `delta_stride` apart
+  const int64_t* rows;  // [T], below R; negative where a token is left alone
+  void* out;            // [T, H], contiguous, of hidden's dtype
+  int64_t delta_stride, width;
+};
+
 // One call of token_loss_. N rows, V vocabulary.
 struct TokenLoss {
   Matrix logits;          // [N, V], column stride 1
@@ -23,6 +32,8 @@ constexpr int64_t kIgnored = -100;  // label of a row that does not count
 
 struct Kernels {
   const char* name;
+  // Tokens [begin, end).
+  void (*perturb_rows)(const Perturb& call, int64_t begin, int64_t end);
   // Rows [begin, end) of the S*R rows of all sites; does not touch `clipped`.
   void (*update_rows)(const Update& call, const Matrix* grads, int64_t begin, int64_t end);
   // Rows [begin, end) of the logits.

@@ -1,10 +1,32 @@
-// pgd_update_ and token_loss_ over a range of rows, written once for every vector width (see simd.h).
+// The three ops over a range of rows, written once for every vector width (see simd.h).
 
 #include "kernels.h"
 #include "simd.h"
 
 namespace lpa::cpu {
 namespace {
+
+// ---- perturb ----
+
+template <class T>
+void perturb_row(const Perturb& call, int64_t token) {
+  const T* x = static_cast<const T*>(call.hidden.data) + token * call.hidden.row_stride;
+  T* out = static_cast<T*>(call.out) + token * call.width;
+  if (call.rows[token] < 0) {
+    __builtin_memcpy(out, x, call.width * sizeof(T));
+    return;
+  }
+  const float* delta = call.delta + call.rows[token] * call.delta_stride;
+  sweep(call.width, [&](int64_t i, int64_t k) LPA_LAMBDA { store(out + i, load(x + i, k) + load(delta + i, k), k); });
+}
+
+void perturb_rows(const Perturb& call, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    if (call.hidden.dtype == Dtype::float32) perturb_row<float>(call, token);
+    if (call.hidden.dtype == Dtype::bfloat16) perturb_row<bfloat16>(call, token);
+    if (call.hidden.dtype == Dtype::float16) perturb_row<float16>(call, token);
+  }
+}
 
 // ---- pgd_update_ ----
 
@@ -285,6 +307,6 @@ void token_loss_rows(const TokenLoss& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernels LPA_TABLE = {LPA_NAME, update_rows, token_loss_rows};
+const Kernels LPA_TABLE = {LPA_NAME, perturb_rows, update_rows, token_loss_rows};
 
 }  // namespace lpa::cpu

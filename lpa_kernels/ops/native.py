@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import registry, schema
 
-OPS = ("pgd_update_", "token_loss_")
+OPS = registry.OPS
 RULES = ("adamw", "normalized", "sign")
 NORMS = ("l2", "linf", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,8 +23,7 @@ LIBRARY = Path(__file__).with_name("_native.so")
 
 _library = torch.library.Library("lpa_kernels_native", "DEF")
 for _schema in schema.SCHEMAS:
-    if _schema.split("(")[0] in OPS:
-        _library.define(_schema)
+    _library.define(_schema)
 
 
 @cache
@@ -33,6 +32,16 @@ def _device_refusal(op: str, device_type: str) -> str | None:
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"lpa_kernels_native::{op}", key):
         return f"it was built without {op} for {device_type}"
     return None
+
+
+def _perturb_refusal(hidden: Tensor, delta: Tensor, rows: Tensor) -> str | None:
+    if hidden.dtype not in FLOATS or delta.dtype != torch.float32:
+        return f"hidden is {hidden.dtype} and delta {delta.dtype}; it takes float32, bfloat16, float16, and float32"
+    if hidden.shape[1] > 1 and (hidden.stride(1) != 1 or delta.stride(1) != 1):
+        return f"hidden has strides {hidden.stride()} and delta {delta.stride()}; their last ones must be 1"
+    if not rows.is_contiguous() or not delta.device == rows.device == hidden.device:
+        return "rows is not contiguous, or a tensor is not where hidden is"
+    return _device_refusal("perturb", hidden.device.type)
 
 
 def _update_refusal(
@@ -81,6 +90,7 @@ def _load() -> bool:
         registry.register_missing("native", f"{LIBRARY.name} does not load ({error}); build it again for this torch")
         return False
     ops = torch.ops.lpa_kernels_native
+    registry.register("perturb", "native", ops.perturb.default, _perturb_refusal)
     registry.register("pgd_update_", "native", ops.pgd_update_.default, _update_refusal)
     registry.register("token_loss_", "native", ops.token_loss_.default, _loss_refusal)
     return True

@@ -104,14 +104,14 @@ def pgd_update_(
             direction = g
         else:
             assert exp_avg_sq is not None
-            v = exp_avg_sq[site] * beta2 + (1 - beta2) * g * g
-            exp_avg_sq[site].copy_(torch.where(live[:, None], v, exp_avg_sq[site]))
+            v = exp_avg_sq[site].to(dtype) * beta2 + (1 - beta2) * g * g
+            exp_avg_sq[site].copy_(torch.where(live[:, None], v, exp_avg_sq[site].to(dtype)))
             if rule == "rmsprop":
                 direction = g / (v.sqrt() + eps)
             else:
                 assert exp_avg is not None
-                m = exp_avg[site] * beta1 + (1 - beta1) * g
-                exp_avg[site].copy_(torch.where(live[:, None], m, exp_avg[site]))
+                m = exp_avg[site].to(dtype) * beta1 + (1 - beta1) * g
+                exp_avg[site].copy_(torch.where(live[:, None], m, exp_avg[site].to(dtype)))
                 direction = (m / _correction(beta1, step)) / (v.sqrt() / _correction(beta2, step).sqrt() + eps)
         d = torch.where(live[:, None], d - step_size * direction, old.to(dtype))
         length = row_norm(d, norm)

@@ -82,6 +82,12 @@ def _moved(
 
 
 @triton.jit
+def _largest(x):
+    """[A, 1]: the largest magnitude of each row of x, NaN where there is one: as an integer it is above inf."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)[:, None].to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _projected(d, norm, radius, NORM: tl.constexpr):
     if NORM == "l2":
         d = d * tl.where(norm > radius, radius / norm, 1.0)
@@ -132,7 +138,7 @@ def _update(
             d, m, v, g, exp_avg, exp_avg_sq, offset, inside, length, t, size,
             log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
         )  # fmt: skip
-        norm = tl.max(tl.abs(d), 1)[:, None] if NORM == "linf" else tl.sqrt(tl.sum(d * d, 1)[:, None])
+        norm = _largest(d) if NORM == "linf" else tl.sqrt(tl.sum(d * d, 1)[:, None])
         tl.store(at + span, _projected(d, norm, radius, NORM), mask=inside)
     else:
         partial = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -170,8 +176,11 @@ def _update(
                 log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
             )  # fmt: skip
             tl.store(at + column, d, mask=inside)
-            partial = tl.maximum(partial, tl.abs(d)) if NORM == "linf" else partial + d * d
-        norm = tl.max(partial, 1)[:, None] if NORM == "linf" else tl.sqrt(tl.sum(partial, 1)[:, None])
+            if NORM == "linf":
+                partial = tl.maximum(partial, tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
+            else:
+                partial += d * d
+        norm = _largest(partial) if NORM == "linf" else tl.sqrt(tl.sum(partial, 1)[:, None])
         if NORM != "none":  # once more over a row that must shrink, and no other; it still lies in the caches
             tl.debug_barrier()
             for start in range(0, WIDTH, BLOCK):
