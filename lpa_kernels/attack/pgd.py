@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 ENGINES = ("auto", "reference", "packed")
 NORMS = ("l2", "linf", "l2_sequence", "none")
 _warned: WeakSet[nn.Module] = WeakSet()  # models that run unshared and have been told of
+# by model, then by sites and devices; drop-ins make a LatentPGD for every batch
+_widths: WeakKeyDictionary[nn.Module, dict[object, list[tuple[int, torch.device]]]] = WeakKeyDictionary()
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # what has been said of a model
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,6 @@ class LatentPGD:
         self.random_start, self.relative, self.state_dtype = random_start, relative, state_dtype
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.merge_adapters, self.capture_graph, self.autocast = merge_adapters, capture_graph, autocast
-        self._widths: dict[object, list[tuple[int, torch.device]]] = {}  # by where the model is
 
     @property
     def halves(self) -> tuple[bool, bool]:
@@ -159,14 +161,13 @@ class LatentPGD:
         return self.objective.needs(True), self.objective.needs(False)
 
     def widths(self) -> list[tuple[int, torch.device]]:
-        """Width and device of each site, measured by one small pass of the model."""
-        where = tuple(p.device for p in self.model.parameters())
-        if where not in self._widths:
-            found = site_widths(self.model, self.sites)
-            if not self._widths:
-                self._warn_if_never_binding(max(width for width, _ in found))
-            self._widths[where] = found
-        return self._widths[where]
+        """Width and device of each site, measured by one small pass of the model, once where it is."""
+        known = _widths.setdefault(self.model, {})
+        where = tuple(site.name for site in self.sites), tuple(p.device for p in self.model.parameters())
+        if where not in known:
+            known[where] = site_widths(self.model, self.sites)
+        self._warn_if_never_binding(max(width for width, _ in known[where]))
+        return known[where]
 
     def reach(self, width: int) -> float:
         """How far from its start a perturbation of this width can get at most: steps of step_size a coordinate."""
@@ -177,10 +178,14 @@ class LatentPGD:
     def _warn_if_never_binding(self, width: int) -> None:
         fixed = self.rule in ("adamw", "adam", "sign", "normalized") and not (self.relative or self.random_start)
         if fixed and self.norm in ("l2", "linf") and self.reach(width) < self.epsilon:
-            logger.warning(
-                "epsilon=%g never binds: %d steps of %g reach a norm of %.3g at width %d",
-                self.epsilon, self.steps, self.step_size, self.reach(width), width,
-            )  # fmt: skip
+            message = (
+                f"epsilon={self.epsilon:g} never binds: {self.steps} steps of {self.step_size:g} reach a norm of "
+                f"{self.reach(width):.3g} at width {width}"
+            )
+            told = _told.setdefault(self.model, set())
+            if message not in told:
+                told.add(message)
+                logger.warning(message)
 
     def attack(self, batch: PairBatch | Mapping[str, Any], counts: tuple[float, float] | None = None) -> LatentAttack:
         """Find the perturbations of one batch.

@@ -125,9 +125,9 @@ def test_a_relative_radius() -> None:
 
 
 def test_the_warning_that_the_radius_never_binds(caplog: pytest.LogCaptureFixture) -> None:
-    attacker = LatentPGD(llama(), SITES, steps=2, step_size=1e-3)
+    model = llama()
     for _ in range(2):
-        attacker.attack(pairs())
+        LatentPGD(model, SITES, steps=2, step_size=1e-3).attack(pairs())
     told = [r for r in caplog.records if "never binds" in r.message]
     assert len(told) == 1
     assert "epsilon=6 never binds: 2 steps of 0.001 reach a norm of 0.0113 at width 32" in told[0].message
@@ -157,13 +157,17 @@ def test_reach_is_a_bound_that_is_met(rule: str) -> None:
         assert 16 < best <= reach < 1.15 * steps
 
 
-def test_a_model_that_moved_is_measured_again() -> None:
-    model = llama()
-    attacker = LatentPGD(model, SITES, steps=1)
-    first = attacker.widths()
-    assert attacker.widths() is first
-    attacker._widths = {("elsewhere",): [(7, torch.device("meta"))]}
-    assert attacker.widths() == first
+def test_a_model_is_measured_once_a_place() -> None:
+    model, passes = llama(), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    first = LatentPGD(model, SITES).widths()
+    assert LatentPGD(model, SITES).widths() is first
+    assert len(passes) == 1
+    assert len(LatentPGD(model, ["mlp:0"]).widths()) == 1
+    assert len(passes) == 2
+    model.elsewhere = nn.Parameter(torch.empty(1, device="meta"))  # its parameters' devices are others now
+    assert LatentPGD(model, SITES).widths() == first
+    assert len(passes) == 3
 
 
 # ---- what an attack is good for ------------------------------------------------------------------------------------
