@@ -36,7 +36,7 @@ def publish(written: Path, target: Path) -> None:
     """Seal a checkpoint and give it its name, once all of it is on the disk. What had that name before goes."""
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
     listed = {str(p.relative_to(written).as_posix()): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-    write_text(written / MANIFEST, json.dumps(listed, indent=2) + "\n")
+    write_text(written / MANIFEST, json.dumps(listed, indent=2))
     sync_tree(written)
     if target.exists():  # a torn one that was made again
         shutil.rmtree(target)

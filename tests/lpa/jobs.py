@@ -15,20 +15,25 @@ from torch import Tensor
 from lpa import LPATrainer
 from tests.lpa.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
-MICRO_BATCHES = 4  # of an LPA step, over all ranks
 
+def trainer_of(
+    folder: Path, *, data: Any = None, fsdp: bool = False, micro_batches: int = 4, **settings: Any
+) -> LPATrainer:
+    """On as many ranks as the environment says.
 
-def trainer_of(folder: Path, *, data: Any = None, fsdp: bool = False, model: Any = None, **settings: Any) -> LPATrainer:
-    """On as many ranks as the environment says. `fsdp`: with FSDP2, which accelerate itself leaves out on CPUs."""
+    Args:
+        fsdp: with FSDP2, which accelerate itself leaves out on CPUs.
+        micro_batches: of an LPA step, over all ranks.
+    """
     tokenizer = tiny_tokenizer()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = tiny_config(
-        folder, **{"gradient_accumulation_steps": MICRO_BATCHES // world, "engine": "packed", "fsdp": fsdp, **settings}
+        folder, **{"gradient_accumulation_steps": micro_batches // world, "engine": "packed", "fsdp": fsdp, **settings}
     )
     if fsdp:
         assert config.device.type == "cpu"  # and with that the process group is there
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = LPATrainer(model or tiny_model(len(tokenizer)), config, rows(8) if data is None else data, tokenizer)
+    trainer = LPATrainer(tiny_model(len(tokenizer)), config, rows(8) if data is None else data, tokenizer)
     assert trainer.is_fsdp_enabled == fsdp
     return trainer
 
@@ -84,3 +89,38 @@ def stop(folder: Path, settings: dict[str, Any]) -> None:
     trainer.train()
     assert trainer.interrupted
     assert trainer.lpa_step == 1
+
+
+def die(folder: Path, settings: dict[str, Any], place: str) -> None:
+    """Train; in the second LPA step this process kills itself as nothing can catch, in one of PLACES."""
+    from lpa import checkpoint, durable
+
+    trainer = trainer_of(folder, **settings)
+
+    def at(owner: Any, name: str, when: Any = lambda: True, after: bool = True) -> None:
+        function = getattr(owner, name)
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            found = function(*args, **kwargs) if after or not when() else None
+            if when():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        setattr(owner, name, dying)
+
+    second = lambda: trainer.lpa_step == 1  # noqa: E731
+    saving = lambda: trainer.lpa_step == 2  # noqa: E731
+    if place == "attack":
+        at(trainer, "_attack", second)
+    elif place == "update":
+        at(trainer, "_get_grad_norm", lambda: second() and trainer._update == 1)
+    elif place == "write":
+        at(trainer, "_save_optimizer_and_scheduler", saving)
+    elif place == "list":
+        at(checkpoint, "sync_tree", saving)
+    elif place == "rename":
+        at(durable, "publish", saving)
+    trainer.train()
+
+
+PLACES = ("attack", "update", "write", "list", "rename")

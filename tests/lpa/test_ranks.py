@@ -33,10 +33,9 @@ def moved(folder: Path, settings: dict[str, Any]) -> float:
 RAGGED = [row | {"rejected": "I agree ." if n % 2 else row["rejected"] + " I agree"}
           for n, row in enumerate(jobs.rows(5))]  # fmt: skip
 CASES = {
-    "packed": {"data": RAGGED},
+    "packed, merged, ragged": {"data": RAGGED, "merge_adapters": True},
     "frozen blocks, benign terms, dropout": {
         "sites": "mlp:1", "kl_coef": 0.3, "sft_coef": 0.2, "lora_dropout": 0.2, "random_start": True},
-    "merged": {"merge_adapters": True, "learning_rate": 1e-2},
     "two passes, checkpointed": {"engine": "reference", "gradient_checkpointing": True, "dpo_coef": 1.0,
                                  "toward_coef": 0.0, "away_coef": 0.0},
     "every weight": {"lora": False, "sft_coef": 0.3, "reset_optimizer": False},
@@ -57,3 +56,21 @@ def test_two_ranks_train_the_weights_that_one_trains(tmp_path: Path, case: str) 
             for key in first.keys() - {"tokens_per_second", "epoch", "step"}:
                 if not key.startswith("seconds_"):
                     assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_one_rank_that_fails_stops_all_with_its_message(tmp_path: Path, fsdp: bool) -> None:
+    running = ranks.Ranks(jobs.fail, tmp_path, {"fsdp": fsdp, "save_strategy": "steps"}, folder=tmp_path, world=2)
+    assert running.finish() == [1, 1]  # and not None: nobody waits
+    assert "FloatingPointError: LPA step 2: the adversary's loss is nan" in running.text(1)
+    assert "RankError: rank 1: LPA step 2: the adversary's loss is nan" in running.text(0)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_stop_of_one_rank_stops_and_saves_all(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 100, "fsdp": True, "lora_dropout": 0.1}
+    ranks.run(jobs.stop, tmp_path / "parts", settings, folder=tmp_path, world=2)
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-2"]
+    ranks.run(jobs.train, tmp_path / "parts", settings, True, folder=tmp_path, world=2)
+    jobs.train(tmp_path / "whole", settings | {"fsdp": False})
+    assert difference(tmp_path / "whole", tmp_path / "parts") < 1e-4
