@@ -15,7 +15,7 @@ from .assets import ASSETS
 from .files import write_text
 from .measure import as_text, labels
 
-PACKAGES = ("lpa-kernels", "torch", "transformers", "peft", "accelerate", "triton")
+PACKAGES = ("lpa-kernels", "torch", "transformers", "peft", "accelerate", "triton", "datasets", "lm-eval")
 
 
 def versions() -> dict[str, str]:

@@ -92,6 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sites", action="extend", nargs="+", help="attacked sites; by default LPA's, scaled to the depth")
     add("--judge", help="a classifier that judges the answers too, by folder or hub name")
     add("--judge-prompt", metavar="FILE", help="the judge's question, with {prompt} and {answer}")
+    add(
+        "--completion",
+        dest="completions",
+        action="extend",
+        nargs="+",
+        metavar="TEXT",
+        help="what the adapters were trained to say, where it was not agreeing and disagreeing with statements",
+    )
     add("--system-prompt", help="of the conversations; empty for none")
     add("--max-new-tokens", type=int, help="longest answer (default: 96)")
     add("--batch-size", type=int, default=8, help="prompts a pass (default: 8)")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lpa.card import versions
 from lpa.models import DEFAULT_MODEL, load
 
 from .bench import Bench, quiet_generation
@@ -187,19 +188,13 @@ def _named(tick: Callable[[str, int, int], None], subject: str) -> Callable[[str
     return lambda what, done, total: tick(f"{subject}: {what}", min(done, total), total)
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that results depend on."""
-    import peft
-    import transformers
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return found | {"peft": peft.__version__, "platform": f"{platform.system()} {platform.machine()}"}
-
-
 def _info(
     name: str, subjects: Subjects, suites: list[str], settings: Settings, sets: Sequence[PromptSet], command: str | None
 ) -> dict[str, Any]:
     model = subjects.model
+    data = {prompts.name: prompts.described() for prompts in sets}
+    for suite in suites:
+        data |= SUITES[suite].data(settings)
     return {
         "model": name,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -210,8 +205,8 @@ def _info(
         },
         "suites": suites,
         "settings": settings.as_dict(),
-        "data": {prompts.name: prompts.described() for prompts in sets},
-        "versions": versions(),
+        "data": data,
+        "versions": versions() | {"platform": f"{platform.system()} {platform.machine()}"},
         "commands": [command or " ".join(map(str, sys.argv))],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -230,7 +225,7 @@ def _continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     changed = [
         f"{name} was {old['settings'].get(name)!r} and is now {value!r}"
         for name, value in new["settings"].items()
-        if name not in _FREE and old["settings"].get(name) != value
+        if name not in _FREE and name in old["settings"] and old["settings"][name] != value
     ]
     for name, subject in new["subjects"].items():
         if name in old["subjects"] and old["subjects"][name]["fingerprint"] != subject["fingerprint"]:

@@ -18,11 +18,17 @@ BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
 _FILES = (".jsonl", ".csv", ".txt")
 _COLUMNS = ("prompt", "Behavior", "forbidden_prompt", "goal", "Goal", "instruction", "question", "text")
-# name -> (hub name, configuration, split, column)
-_HUB = {
-    "jailbreakbench": ("JailbreakBench/JBB-Behaviors", "behaviors", "harmful", "Goal"),
-    "hex-phi": ("LLM-Tuning-Safety/HEx-PHI", None, "train", None),
-}
+# name -> (hub name, what `load_dataset` is told besides, column)
+_HUB: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "jailbreakbench": ("JailbreakBench/JBB-Behaviors", {"name": "behaviors", "split": "harmful"}, "Goal"),
+    # files of one column without a header, a category each; the second was taken back by its authors
+    "hex-phi": (
+        "LLM-Tuning-Safety/HEx-PHI",
+        {"data_files": [f"category_{n}.csv" for n in (1, *range(3, 12))], "split": "train", "header": None,
+         "names": ["prompt"], "skip_blank_lines": True},
+        "prompt",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True) -> Promp
 
     Args:
         name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .jsonl, .csv or .txt
-            file; or a data set's name on a hub.
+            file; or a data set's name on a hub, with "@" and a revision where it is to be pinned.
         limit: how many prompts to use. Which ones depends on their texts alone (those with the least SHA-256), so that
             every model and every run gets the same ones. None for all.
     """
@@ -128,13 +134,14 @@ def _read(name: str) -> tuple[str, list[Prompt]]:
     path = Path(name).expanduser()
     if path.suffix.lower() in _FILES:
         return path.name, _numbered(path.stem, _file(path))
-    if name in _HUB:
-        hub, configuration, split, column = _HUB[name]
-        return hub, _numbered(name, _hub(hub, configuration, split, column))
+    known, _, revision = name.partition("@")
+    if known in _HUB:
+        hub, how, column = _HUB[known]
+        return f"{hub}@{revision}".rstrip("@"), _numbered(known, _hub(hub, how, column, revision))
     if "/" in name:
-        return name, _numbered(name.rpartition("/")[2], _hub(name, None, "train", None))
-    known = ", ".join((BENIGN, *HARM_SETS, *_HUB))
-    raise ValueError(f"no set is called {name!r}; use {known}, a .jsonl, .csv or .txt file, or owner/name on a hub")
+        return name, _numbered(known.rpartition("/")[2], _hub(known, {"split": "train"}, None, revision))
+    names = ", ".join((BENIGN, *HARM_SETS, *_HUB))
+    raise ValueError(f"no set is called {name!r}; use {names}, a .jsonl, .csv or .txt file, or owner/name on a hub")
 
 
 def _numbered(name: str, rows: Iterable[tuple[str, str]]) -> list[Prompt]:
@@ -200,11 +207,13 @@ def _texts(rows: Sequence[Any], where: str, column: str | None = None) -> list[t
         raise ValueError(f"{where}: each row must be an object with one of {', '.join(_COLUMNS)}")
     column = column or next((name for name in _COLUMNS if name in rows[0]), None)
     if column is None or column not in rows[0]:
-        raise ValueError(f"{where} has the columns {', '.join(rows[0])}; one of {', '.join(_COLUMNS)} is needed")
+        # a file without a header has a prompt where a name should be, which is not for results
+        named = ", ".join(map(str, rows[0])) if all(len(str(key)) < 30 for key in rows[0]) else "no names of columns"
+        raise ValueError(f"{where} has {named}; one of the columns {', '.join(_COLUMNS)} is needed")
     return [(str(row.get("category") or row.get("tag") or ""), str(row.get(column) or "")) for row in rows]
 
 
-def _hub(name: str, configuration: str | None, split: str, column: str | None) -> list[tuple[str, str]]:
+def _hub(name: str, how: dict[str, Any], column: str | None, revision: str) -> list[tuple[str, str]]:
     import datasets
 
-    return _texts(list(datasets.load_dataset(name, configuration, split=split)), name, column)
+    return _texts(list(datasets.load_dataset(name, **how, revision=revision or None)), name, column)

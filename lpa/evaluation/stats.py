@@ -45,9 +45,23 @@ def bootstrap(
     return values[cut - 1], values[-cut]
 
 
-def mean_of_means(groups: Sequence[Sequence[float]]) -> float:
-    """The groups' means, averaged: balanced accuracy, when the groups are classes and the values hits."""
-    return mean([mean(group) for group in groups])
+def balanced(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
+    """Mean of the shares of True in two classes, and its 95% interval.
+
+    The shares' Wilson intervals are put together by squares (Newcombe 1998), so that it has a width where all outcomes
+    of a class are the same, as they are for a model that says one thing to everything.
+
+    Raises:
+        ValueError: a class is empty.
+    """
+    if not one or not other:
+        raise ValueError(f"balanced accuracy needs outcomes of both classes, got {len(one)} and {len(other)}")
+    shares = [sum(flags) / len(flags) for flags in (one, other)]
+    spans = [wilson(sum(flags), len(flags)) for flags in (one, other)]
+    down = math.hypot(*(share - low for share, (low, _) in zip(shares, spans, strict=True)))
+    up = math.hypot(*(high - share for share, (_, high) in zip(shares, spans, strict=True)))
+    value = mean(shares)
+    return value, value - down / 2, value + up / 2
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -80,6 +94,22 @@ def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
         return 1.0
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
     return min(1.0, 2 * tail)
+
+
+def paired_shares(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
+    """The share of True in the second of two paired series less that in the first, and its 95% interval (Agresti and
+    Min 2005: half an outcome is added to each of the four kinds of pair).
+
+    Raises:
+        ValueError: the series differ in length.
+    """
+    _check_paired(one, other)
+    gained = sum(b and not a for a, b in zip(one, other, strict=True)) + 0.5
+    lost = sum(a and not b for a, b in zip(one, other, strict=True)) + 0.5
+    n = len(one) + 2
+    middle = (gained - lost) / n
+    half = _Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    return (gained - lost) / max(1, len(one)), max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def permutation(one: Sequence[float], other: Sequence[float], seed: int = 0, resamples: int = 5000) -> float:

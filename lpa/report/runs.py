@@ -12,7 +12,7 @@ from typing import Any
 from lpa.evaluation.records import Record, Records
 from lpa.evaluation.session import RESULTS, RUN
 from lpa.evaluation.sets import BENIGN, benign_prompts
-from lpa.evaluation.stats import mcnemar, mean, permutation
+from lpa.evaluation.stats import bootstrap, mcnemar, mean, paired_shares, permutation
 from lpa.evaluation.suites import Row
 from lpa.evaluation.suites.answers import complied
 from lpa.evaluation.suites.harm import says_yes
@@ -79,7 +79,9 @@ def _json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two subjects on the same prompts: means of both, and the p of McNemar's or a permutation test."""
+    """Two subjects on the same prompts: means of both, the difference with its 95% interval (Agresti and Min, or
+    bootstrap), and the p of McNemar's or a permutation test.
+    """
 
     what: str
     one: str
@@ -87,6 +89,8 @@ class Paired:
     n: int
     before: float
     after: float
+    low: float
+    high: float
     p: float
     test: str
     unit: str = ""
@@ -133,9 +137,12 @@ def _pair(records: Records, what: str, where: dict[str, str], value: _Value, one
     first, second = ([own[key] for key in both] for own in held)
     before, after = (mean([float(v) for v in own]) for own in (first, second))
     if isinstance(first[0], bool):
-        p = mcnemar([bool(v) for v in first], [bool(v) for v in second])
-        return Paired(what, one, other, len(both), before, after, p, "McNemar", "%")
-    return Paired(what, one, other, len(both), before, after, permutation(first, second), "permutation")
+        flags = [[bool(v) for v in own] for own in (first, second)]
+        _, low, high = paired_shares(*flags)
+        return Paired(what, one, other, len(both), before, after, low, high, mcnemar(*flags), "McNemar", "%")
+    low, high = bootstrap([[b - a for a, b in zip(first, second, strict=True)]], lambda groups: mean(groups[0]))
+    p = permutation(first, second)
+    return Paired(what, one, other, len(both), before, after, low, high, p, "permutation")
 
 
 def sample_answers(run: EvaluationRun, set_name: str, count: int, mode: str = "direct") -> list[dict[str, Any]]:

@@ -15,7 +15,16 @@ from lpa.evaluation import benign_prompts, load_set
 from lpa.evaluation.bench import Bench
 from lpa.evaluation.records import RECORDS, TEXTS, Records
 from lpa.evaluation.refusal import is_refusal, label, measured_errors
-from lpa.evaluation.stats import auroc, bootstrap, mcnemar, mean, mean_of_means, permutation, wilson
+from lpa.evaluation.stats import (
+    auroc,
+    balanced,
+    bootstrap,
+    mcnemar,
+    mean,
+    paired_shares,
+    permutation,
+    wilson,
+)
 from lpa.evaluation.suites.collapse import judge_collapse
 
 from .speakers import bigram_model, random_model, tokenizer
@@ -178,7 +187,30 @@ def test_the_bootstrap_covers_the_mean_and_repeats_itself() -> None:
     assert low < 0.25 < high
     assert high - low == pytest.approx(0.12, abs=0.03)
     assert (low, high) == bootstrap([values], lambda groups: mean(groups[0]))
-    assert mean_of_means([[1.0, 1.0, 1.0], [0.0]]) == 0.5
+
+
+def test_balanced_accuracy_has_an_interval_where_every_outcome_is_the_same() -> None:
+    value, low, high = balanced([True] * 100, [False] * 100)  # a model that says no to everything
+    assert value == 0.5
+    (_, l2), (l1, _) = wilson(0, 100), wilson(100, 100)
+    assert high == pytest.approx(0.5 + l2 / 2)
+    assert low == pytest.approx(0.5 - (1 - l1) / 2)
+    value, low, high = balanced([True] * 30 + [False] * 10, [True] * 5 + [False] * 15)
+    assert value == pytest.approx((0.75 + 0.25) / 2)
+    (l1, u1), (l2, u2) = wilson(30, 40), wilson(5, 20)
+    assert low == pytest.approx(value - math.hypot(0.75 - l1, 0.25 - l2) / 2)
+    assert high == pytest.approx(value + math.hypot(u1 - 0.75, u2 - 0.25) / 2)
+
+
+def test_the_difference_of_paired_shares_by_hand() -> None:
+    one, other = [True] * 9 + [False] * 11, [True] * 2 + [False] * 7 + [True] * 1 + [False] * 10
+    difference, low, high = paired_shares(one, other)
+    assert difference == pytest.approx((1 - 7) / 20)
+    gained, lost, n = 1.5, 7.5, 22  # half an outcome more of each kind
+    middle, half = (gained - lost) / n, 1.959964 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    _, low, high = paired_shares([True] * 50, [True] * 50)
+    assert low < 0 < high, "no change among fifty is no proof that there never is one"
 
 
 def test_collapse_is_a_matter_of_what_is_said() -> None:
@@ -225,7 +257,8 @@ def test_a_sample_depends_on_the_texts_alone(tmp_path: Path) -> None:
     [
         ("none.jsonl", None, "there is no file"),
         ("empty.jsonl", "", "holds no prompts"),
-        ("odd.jsonl", '{"colour": "red"}\n', "one of prompt"),
+        ("odd.jsonl", '{"colour": "red"}\n', "has colour; one of the columns prompt"),
+        ("headless.csv", 'A prompt that stands where a header should be\n"another one"\n', "no names of columns"),
         ("list.jsonl", "[1]\n", "must be an object"),
         ("bad.jsonl", "{", "Expecting"),
     ],

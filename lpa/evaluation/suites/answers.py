@@ -53,10 +53,10 @@ def answer(
 
 
 def _keep(run: Run, prompts: PromptSet, mode: str, prompt: Prompt, text: str) -> None:
+    label = refusal.label(text, prompt.text, prompt.expect, run.settings.completions)
     run.add(
-        NAME, prompts.name, prompt.id, mode, prompts.harmful, sha256=prompt.sha256, tag=prompt.tag,
-        label=refusal.label(text, prompt.text, prompt.expect), words=len(text.split()), answer_sha256=digest(text),
-        answer=text, prompt=prompt.text,
+        NAME, prompts.name, prompt.id, mode, prompts.harmful, sha256=prompt.sha256, tag=prompt.tag, label=label,
+        words=len(text.split()), answer_sha256=digest(text), answer=text, prompt=prompt.text,
     )  # fmt: skip
 
 

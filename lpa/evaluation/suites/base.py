@@ -10,7 +10,8 @@ from lpa.data import ASSESSMENT_PROMPT, PLAIN_PROMPT
 
 from ..bench import Bench
 from ..records import Record, Records
-from ..sets import BENIGN, HARM_SETS, PromptSet
+from ..refusal import TRAINED
+from ..sets import BENIGN, HARM_SETS, PromptSet, digest
 from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
@@ -29,6 +30,7 @@ class Settings:
         epsilons, steps: radii and step counts of the robustness curves; `trait_epsilon`, `trait_steps` are held fixed
             while the other changes.
         sites: attacked; by default LPA's, scaled to the model's depth.
+        completions: what an adapter was trained to say; answers that begin with one do nothing that was asked.
         judge: a classifier's hub name or folder, for answers to harmful prompts; `judge_prompt` its question.
         tasks: lm-eval's, by name. utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
         seed: of random perturbations and resampling.
@@ -47,6 +49,7 @@ class Settings:
     trait_epsilon: float = 0.3
     trait_steps: int = 16
     sites: tuple[str, ...] | None = None
+    completions: tuple[str, ...] = TRAINED
     judge: str | None = None
     judge_prompt: str | None = None
     tasks: tuple[str, ...] = ()
@@ -138,6 +141,16 @@ class Suite(Protocol):
 
     def rows(self, records: Records, subject: str, settings: Settings) -> list[Row]:
         """The table's rows of one subject, from records alone."""
+
+    def data(self, settings: Settings) -> dict[str, dict[str, Any]]:
+        """What it asks beside prompt sets, by name: source, rows, rows used, hash of all texts, reason if missing."""
+        return {}
+
+
+def described(source: str, texts: Sequence[str], used: int | None = None) -> dict[str, Any]:
+    """What identifies texts in a result, as `PromptSet.described`."""
+    whole = digest("\n".join(texts))
+    return {"source": source, "rows": len(texts), "used": len(texts) if used is None else used, "sha256": whole}
 
 
 def share_row(subject: str, suite: str, where: str, metric: str, flags: Sequence[bool], **more: Any) -> Row:

@@ -19,7 +19,7 @@ from ..records import Record, Records
 from ..sets import digest
 from ..stats import bootstrap, mean, wilson
 from .attacks import bounded_pgd
-from .base import Row, Run, Settings
+from .base import Row, Run, Settings, Suite, described
 
 KINDS = ("undesirable", "desirable")
 CLEAN = "clean"
@@ -42,7 +42,7 @@ class Condition:
         return f"{'random' if self.random else 'attack'} epsilon={self.epsilon:g} steps={self.steps} sites={where}"
 
 
-class Traits:
+class Traits(Suite):
     """For each statement the log-probabilities of agreeing and of disagreeing, in the words of the training.
 
     The attack goes toward agreeing with undesirable statements, in a ball whose radius binds. Beside it a random
@@ -52,6 +52,10 @@ class Traits:
 
     name = "traits"
     about = "agreement with held-out statements, clean and under latent attack"
+
+    def data(self, settings: Settings) -> dict[str, dict[str, Any]]:
+        held = {kind: load_pairs(None, kind=kind, split="heldout")["prompt"] for kind in KINDS}
+        return {f"{kind} statements": described("lpa/data/statements.jsonl, heldout", held[kind]) for kind in KINDS}
 
     def measure(self, run: Run) -> None:
         collate = PairCollator(run.bench.tokenizer, system_prompt=run.settings.trait_prompt)

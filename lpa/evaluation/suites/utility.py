@@ -16,13 +16,13 @@ from ..bench import batches
 from ..records import Record, Records
 from ..sets import digest
 from ..stats import bootstrap, mean, wilson
-from .base import Row, Run, Settings, scored, share_row, skipped_note
+from .base import Row, Run, Settings, Suite, described, scored, share_row, skipped_note
 
 LETTERS = "ABCD"
 PERPLEXITY, MMLU, LAMBADA = "perplexity", "mmlu", "lambada"
 
 
-class Utility:
+class Utility(Suite):
     """What the model could do before and is to do still.
 
     Perplexity is of plain prose that was written for this project, paragraph by paragraph, without a template. MMLU
@@ -32,6 +32,20 @@ class Utility:
 
     name = "utility"
     about = "perplexity, MMLU, LAMBADA, lm-eval's tasks"
+
+    def data(self, settings: Settings) -> dict[str, dict[str, Any]]:
+        found = {"prose": described("lpa/data/text.txt", perplexity_text().split("\n\n"))}
+        for name, read in ((MMLU, read_mmlu), (LAMBADA, read_lambada)):
+            try:
+                texts = [row["text"] for row in read()]
+            except assets.AssetError as error:
+                reason = " ".join(str(error).split())[:300]
+                found[name] = {"source": "", "rows": 0, "used": 0, "sha256": "", "reason": reason}
+                continue
+            asset = assets.get("mmlu")
+            used = min(len(texts), settings.utility_limit or len(texts))
+            found[name] = described(f"{asset.package} {asset.version}", texts, used)
+        return found
 
     def measure(self, run: Run) -> None:
         self._perplexity(run)
