@@ -24,7 +24,7 @@ def wilson(hits: float, total: int) -> tuple[float, float]:
     share, z2 = hits / total, _Z95**2
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (max(0.0, middle - half) if hits > 0 else 0.0), (min(1.0, middle + half) if hits < total else 1.0)
 
 
 def bootstrap(

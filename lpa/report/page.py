@@ -6,31 +6,25 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lpa import assets
 from lpa.evaluation.refusal import measured_errors
 from lpa.evaluation.sets import BENIGN
+from lpa.evaluation.stats import wilson
 from lpa.evaluation.suites import Row
 from lpa.evaluation.suites.attacks import modes
 from lpa.evaluation.table import VERDICT, lines, number, shown
+from lpa.measure import as_text, labels
+from lpa.selection import Limits
 
 from . import plots
 from .runs import EvaluationRun, Paired, ReportError, TrainingRun, paired_tests, read_run, sample_answers
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1300px; margin: 2em auto; padding: 0 1em; color: #1b1b1b; }
-h1 { font-size: 1.7em; } h2 { margin-top: 2em; border-bottom: 2px solid #ddd; } h3 { margin-top: 1.6em; }
-table { border-collapse: collapse; font-size: 14px; margin: .6em 0; } td, th { padding: .25em .6em; text-align: left;
-border-bottom: 1px solid #e4e4e4; vertical-align: top; } th { background: #f4f4f4; } td.n { text-align: right;
-white-space: nowrap; font-variant-numeric: tabular-nums; } tr.first td { border-top: 2px solid #bbb; }
-img { max-width: 100%; } .note { color: #666; font-size: 13px; } .bad { color: #b00020; font-weight: 600; }
-.strong { font-weight: 700; } .good { color: #00693e; font-weight: 600; } pre { background: #f6f6f6; padding: .7em;
-overflow-x: auto; font-size: 13px; white-space: pre-wrap; word-break: break-word; }
-details { margin: .4em 0; } summary { cursor: pointer; }
-td.answer { max-width: 380px; font-size: 13px; white-space: pre-wrap; } .scroll { overflow-x: auto; }
-"""
+# how a verdict stands out: its class, and a sign for those who see no colour
+_SIGNS = {"COLLAPSED": ("bad", "✕ "), "too dear": ("bad", "! "), "safer": ("good", "✓ ")}
 _BENIGN_SAMPLES, _HARMFUL_SAMPLES = 8, 5
 
 
@@ -51,28 +45,31 @@ def build(
     found = [run for folder in folders for run in read_run(folder)]
     evaluations = [run for run in found if isinstance(run, EvaluationRun)]
     trainings = [run for run in found if isinstance(run, TrainingRun)]
-    body = ["<h1>LPA report</h1>", "<p>" + ", ".join(escape(run.name) for run in found) + "</p>"]
+    places = {id(run): f"run-{number}" for number, run in enumerate(found, 1)}
+    links = "".join(f'<a href="#{places[id(run)]}">{escape(run.name)}</a>' for run in found)
+    body = ["<h1>LPA report</h1>", f"<nav>{links}</nav>"]
     if len(evaluations) > 1:
         body.append(_image(plots.frontier(evaluations), "frontier of all evaluations"))
     for run in evaluations:
-        body.append(_evaluation(run, shareable))
+        body.append(f'<section id="{places[id(run)]}">{_evaluation(run, shareable)}</section>')
     for training in trainings:
-        body.append(_training(training))
+        body.append(f'<section id="{places[id(training)]}">{_training(training)}</section>')
     body.append(_reading())
     if command:
         body.append(f"<h2>This page</h2><pre>{escape(command)}</pre>")
     path = Path(output).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>LPA report</title><style>{_STYLE}</style>'
-        f"</head><body>\n{chr(10).join(body)}\n</body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>LPA report</title>'
+        f"<style>\n{files('lpa.report').joinpath('style.css').read_text(encoding='utf-8')}</style></head><body>\n{chr(10).join(body)}\n</body></html>\n"
     )
     path.write_text(page, encoding="utf-8")
     return path
 
 
 def _image(made: Any, caption: str) -> str:
-    return "" if made is None else f'<p><img src="{plots.png(made)}" alt="{escape(caption)}"></p>'
+    return "" if made is None else f'<figure><img src="{plots.png(made)}" alt="{escape(caption)}"></figure>'
 
 
 def _evaluation(run: EvaluationRun, shareable: bool) -> str:
@@ -104,28 +101,39 @@ def _verdicts(run: EvaluationRun) -> str:
     for row in run.rows:
         if row.suite == VERDICT:
             word = row.metric.partition(":")[0].partition(";")[0]
-            kind = {"COLLAPSED": "bad", "too dear": "bad", "safer": "good"}.get(word, "")
-            rest = escape(row.metric.removeprefix(word))
-            items.append(f'<li><b>{escape(row.subject)}</b>: <span class="{kind}">{escape(word)}</span>{rest}</li>')
-    return f"<ul>{''.join(items)}</ul>"
+            kind, sign = _SIGNS.get(word, ("", ""))
+            rest = escape(row.metric.removeprefix(word).lstrip(":; "))
+            told = f'<span class="word {kind}">{sign}{escape(word)}</span><br>{rest}'
+            items.append(f'<li class="is-{kind}"><b>{escape(row.subject)}</b>{told}</li>')
+    return f'<ul class="cards">{"".join(items)}</ul>'
 
 
 def _table(run: EvaluationRun) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in ("suite", "set", "what", *run.subjects, "n"))
+    head = "".join(f"<th>{escape(text)}</th>" for text in ("suite", "set", "what"))
+    head += "".join(f'<th class="n">{escape(text)}</th>' for text in (*run.subjects, "n"))
     out, notes, last = [f"<tr>{head}</tr>"], dict[str, int](), ""
     for suite, where, metric, arrow, own in shown(lines(run.rows, run.subjects), full=False):
         if suite == VERDICT:
             continue
-        cells = "".join(f'<td class="n{_alarm(row)}">{escape(number(row))}{_mark(row, notes)}</td>' for row in own)
+        cells = "".join(f'<td class="n{_alarm(row)}">{_number(row)}{_mark(row, notes)}</td>' for row in own)
         count = "/".join(str(n) for n in dict.fromkeys(row.n for row in own if row and row.n))
         first = ' class="first"' if suite != last else ""
-        named = [escape(suite) if suite != last else "", escape(where), f"{escape(metric)} {arrow}"]
-        out.append(f"<tr{first}><td>{'</td><td>'.join(named)}</td>{cells}{_cell(count, 'n')}</tr>")
+        named = _cell(suite if suite != last else "", "suite") + _cell(where) + _cell(f"{metric} {arrow}", "what")
+        out.append(f"<tr{first}>{named}{cells}{_cell(count, 'n')}</tr>")
         last = suite
-    about = "In brackets 95% intervals (Wilson; bootstrap for balanced accuracy, AUROC and perplexity)."
+    about = (
+        "In brackets 95% intervals: Wilson's of shares, Newcombe's of balanced accuracy, bootstrap of AUROC, log-odds "
+        "and perplexity. An arrow points to the better side."
+    )
     told = "".join(f"<li>{escape(note)}</li>" for note in notes)
     table = f'<div class="scroll"><table>{"".join(out)}</table></div>'
     return f'{table}<p class="note">{about}</p><ol class="note">{told}</ol>'
+
+
+def _number(row: Row | None) -> str:
+    """The value, and its interval in softer ink."""
+    value, bracket, interval = number(row).partition(" [")
+    return escape(value) + (f' <span class="span">[{escape(interval)}</span>' if bracket else "")
 
 
 def _mark(row: Row | None, notes: dict[str, int]) -> str:
@@ -145,7 +153,8 @@ def _cell(text: object, kind: str = "") -> str:
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of ready cells."""
-    top = "".join(f"<th>{escape(text)}</th>" for text in head)
+    number = [cell.startswith('<td class="n') for cell in rows[0]] if rows else [False] * len(head)
+    top = "".join(f"<th{' class=n' * flag}>{escape(text)}</th>" for text, flag in zip(head, number, strict=True))
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
@@ -155,7 +164,8 @@ def _tests(run: EvaluationRun) -> str:
     if not tests:
         return ""
     about = (
-        '<h3>Paired tests</h3><p class="note">The same prompts, two-sided, not corrected for how many there are.</p>'
+        '<h3>Paired tests</h3><p class="note">The same prompts under both subjects; intervals of 95%; p two-sided, not '
+        "corrected for how many there are. In bold: below 0.05.</p>"
     )
     others = [test for test in tests if test.one != run.subjects[0]]
     page = about + _test_grid([test for test in tests if test.one == run.subjects[0]])
@@ -165,16 +175,25 @@ def _tests(run: EvaluationRun) -> str:
 def _test_grid(tests: Sequence[Paired]) -> str:
     rows = [
         (
-            _cell(test.what),
+            _cell(test.what, "what"),
             _cell(f"{test.one} → {test.other}"),
             _cell(f"{_value(test.before, test.unit)} → {_value(test.after, test.unit)}", "n"),
+            _cell(_difference(test), "n strong" if test.p < 0.05 else "n"),
             _cell(f"{test.p:.2g}", "n strong" if test.p < 0.05 else "n"),
             _cell(test.test),
             _cell(test.n, "n"),
         )
         for test in tests
     ]
-    return _grid(("what", "subjects", "means", "p", "test", "n"), rows)
+    return _grid(("what", "subjects", "means", "difference", "p", "test", "n"), rows)
+
+
+def _difference(test: Paired) -> str:
+    scale, digits = (100, 0) if test.unit == "%" else (1, 3)
+    change, low, high = (
+        f"{value * scale + 0.0:+.{digits}f}" for value in (test.after - test.before, test.low, test.high)
+    )
+    return f"{change}{' points' if test.unit == '%' else ''} [{low}, {high}]"
 
 
 def _value(value: float, unit: str) -> str:
@@ -210,11 +229,11 @@ def _how(run: EvaluationRun) -> str:
     info = run.info
     data = [
         (_cell(name), _cell(own["source"]), _cell(f"{own['used']} of {own['rows']}", "n"),
-         _cell(own.get("reason") or own["sha256"], "note"))
+         _cell(own.get("reason") or own["sha256"], "hash"))
         for name, own in info["data"].items()
     ]  # fmt: skip
     subjects = [
-        (_cell(name), _cell(own["path"]), _cell(own["fingerprint"], "note")) for name, own in info["subjects"].items()
+        (_cell(name), _cell(own["path"]), _cell(own["fingerprint"], "hash")) for name, own in info["subjects"].items()
     ]
     return "\n".join(
         [
@@ -238,26 +257,86 @@ def _folded(summary: str, content: str) -> str:
 
 
 def _training(run: TrainingRun) -> str:
-    parts = [f"<h2>Training {escape(run.name)}</h2>", _image(plots.training(run), "training curves")]
+    info = run.info
+    settings = info.get("settings", {})
+    limits = Limits(**{name: settings[f"canary_{key}"] for name, key in _LIMITS.items() if f"canary_{key}" in settings})
+    parts = [f"<h2>Training {escape(run.name)}{': ' + escape(str(info['model'])) if info else ''}</h2>"]
     if not run.steps:
         parts.append("<p>No LPA step was logged.</p>")
-    info = run.info
-    if before := info.get("before"):
-        rows = [
-            (_cell(key), _cell(f"{value:.4g}", "n"), _cell(f"{info['after'].get(key, math.nan):.4g}", "n"))
-            for key, value in before.items()
-            if isinstance(value, (int, float))
-        ]
-        parts.append(_grid(("held out", "before", "after"), rows))
+    if not info:
+        parts.append("<p>The run was stopped before its end; this is what its last checkpoint tells.</p>")
+    if info.get("before"):
+        parts.append(_before_after(info["before"], info.get("after") or {}))
+    parts.append(_image(plots.training(run), "training curves"))
+    if run.canaries:
+        parts.append(_canaries(run, limits))
     if info:
-        settings = info.get("settings", {})
-        about = [str(info.get("model", "")), _named(info.get("data", {})), f"seed {settings.get('seed')}"]
+        data = [(_cell(name), _cell(own["source"]), _cell(own.get("rows", ""), "n"), _cell(own["sha256"], "hash"))
+                for name, own in _training_data(info).items()]  # fmt: skip
         parts += [
-            f"<pre>{escape(str(info.get('command', '')))}</pre>",
-            f"<p>{escape('; '.join([*about, _named(info.get('versions', {}))]))}</p>",
+            f"<h3>How it was made</h3><pre>{escape(str(info.get('command', '')))}</pre>",
+            f"<p>{escape(_named(info.get('versions', {})))}; on {escape(str(info.get('device')))}; "
+            f"seed {settings.get('seed')}; {info.get('seconds', math.nan):.0f} s</p>",
+            _grid(("data", "source", "rows", "SHA-256 of the texts"), data),
             _folded("All settings", f"<pre>{escape(json.dumps(settings, indent=1, default=str))}</pre>"),
         ]
     return "\n".join(parts)
+
+
+_LIMITS = {"refusal": "max_refusal", "perplexity": "max_perplexity", "patience": "patience"}
+
+
+def _training_data(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Everything with a hash that a training run read, by name."""
+    asked = (info.get("canaries") or {}).get("asked", {})
+    held = {"pairs": info.get("data"), "benign": info.get("benign")} | {f"canaries: {k}": v for k, v in asked.items()}
+    return {name: own for name, own in held.items() if own and "sha256" in own}
+
+
+def _before_after(before: dict[str, float], after: dict[str, float]) -> str:
+    """The table of `lpa train`, with Wilson's intervals of its shares."""
+    rows = [(_cell(label.strip() if not label.startswith(" ") else f"… {label.strip()}", "what"),
+             *(_cell(_share(name, found), "n") for found in (before, after)))
+            for name, label in labels(before).items()]  # fmt: skip
+    return _grid(("held out: share [95%] and mean log-odds", "before", "after"), rows)
+
+
+def _share(name: str, found: dict[str, float]) -> str:
+    if name not in found or f"{name}_n" not in found:
+        return as_text(name, found)
+    n = int(found[f"{name}_n"])
+    low, high = wilson(round(found[name] * n), n)
+    return f"{found[name] * 100:.0f}% [{low * 100:.0f}, {high * 100:.0f}] ({found[f'{name}_margin']:+.2f})"
+
+
+def _canaries(run: TrainingRun, limits: Limits) -> str:
+    """What was watched: which step was kept and why, the plot, and the numbers."""
+    watched = run.info.get("canaries") or {}
+    told = [] if run.best is None else [f"The safest LPA step within the limits is {run.best}"]
+    if "kept_lpa_step" in watched:
+        told.append(f"the weights kept are those of LPA step {watched['kept_lpa_step']}")
+    if watched.get("stopped"):
+        told.append(f"the run was stopped: {watched['stopped']}")
+    columns = {"lpa_step": "LPA step", "harmful_done": "harmful done", "benign_done": "benign done",
+               "disagrees_undesirable": "disagrees, undesirable", "agrees_desirable": "agrees, desirable",
+               "perplexity": "perplexity", "distinct": "distinct answers", "trained": "training completions",
+               "words": "words an answer"}  # fmt: skip
+    held = {name: text for name, text in columns.items() if name in run.canaries[0]}
+    plain = {"lpa_step": 0, "perplexity": 2, "words": 1}
+    rows = [
+        [_cell(f"{entry[name]:.{plain[name]}f}" if name in plain else f"{entry[name]:.0%}", "n") for name in held]
+        for entry in run.canaries
+    ]
+    return "\n".join(
+        [
+            "<h3>Canaries</h3>",
+            f"<p>{escape('; '.join(told))}.</p>" if told else "",
+            f'<p class="note">Few prompts, none of them in an evaluation. Limits: {limits.refusal:.0%} more benign '
+            f"requests not done, {limits.perplexity:.0%} more perplexity, {limits.patience} times in a row.</p>",
+            _image(plots.canaries(run, limits), "canaries and frontier along the steps"),
+            _folded("The numbers", _grid(tuple(held.values()), rows)),
+        ]
+    )
 
 
 _READING = """<h2>How to read it</h2>

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from lpa.evaluation.suites import Row
+from lpa.selection import Limits, faults, safety, utility
 
 from .runs import EvaluationRun, ReportError, TrainingRun
 
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as error:
     raise ReportError("the report's plots need matplotlib: pip install matplotlib") from error
 
@@ -31,7 +32,7 @@ _STYLE: dict[str, Any] = {
 def png(figure: Figure) -> str:
     """The figure as a data URL."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -70,7 +71,7 @@ def shares(
                  yerr=_bars_error(own), error_kw={"lw": 1, "capsize": 2.5, "ecolor": "#444444"})  # fmt: skip
     axes.set_xticks(range(len(shown)), list(shown.values()))
     axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
     axes.grid(axis="x", visible=False)
     axes.set_title(title, loc="left")
     made.legend(frameon=False, loc="outside upper right", ncols=min(4, len(subjects)))
@@ -119,7 +120,7 @@ def robustness(run: EvaluationRun, x: str) -> Figure | None:
         axes.set_xlabel(f"{label}, at {other} {fixed:g}")
         axes.set_xticks(sorted({r.extra[x] for r in points}), [f"{v:g}" for v in sorted({r.extra[x] for r in points})])
         axes.minorticks_off()
-    left.yaxis.set_major_formatter(PercentFormatter(1))
+    left.yaxis.set_major_formatter(PercentFormatter(1, 0))
     left.set_ylim(-0.02, 1.02)
     left.set_title("agrees with undesirable statements", loc="left")
     right.set_title("mean log-odds of agreeing (dashes: clean)", loc="left")
@@ -185,7 +186,7 @@ def frontier(runs: Sequence[EvaluationRun]) -> Figure | None:
     axes.text(0.03, 0.9, "dashed: no better than a coin", color="#666666", fontsize=9)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="benign requests done", ylabel="harmful requests not done")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_formatter(PercentFormatter(1, 0))
     axes.set_title("frontier, asked directly", loc="left")
     made.legend(frameon=False, loc="outside right upper")
     return made
@@ -213,8 +214,62 @@ def training(run: TrainingRun) -> Figure | None:
             axes.legend(fontsize=8.5)
     right.plot(steps, [entry.get("boundary_fraction", math.nan) for entry in run.steps], color=COLOURS[1])
     right.set_ylim(-0.02, 1.02)
-    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.yaxis.set_major_formatter(PercentFormatter(1, 0))
     for axes, title in ((left, "losses"), (middle, "mean norm of the perturbation"), (right, "tokens at the radius")):
         axes.set_title(title, loc="left")
         axes.set_xlabel("LPA step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return made
+
+
+def canaries(run: TrainingRun, limits: Limits) -> Figure | None:
+    """What the canaries found: shares over the LPA steps, the price in perplexity, safety over utility step by step."""
+    if len(run.canaries) < 2:
+        return None
+    made, (left, middle, right) = figure(13, 4.4, 3)
+    steps, base = [entry["lpa_step"] for entry in run.canaries], run.canaries[0]
+    series = {"benign requests done": "benign_done", "harmful requests done": "harmful_done",
+              "disagrees, undesirable": "disagrees_undesirable", "agrees, desirable": "agrees_desirable"}  # fmt: skip
+    for number, (label, key) in enumerate((text, k) for text, k in series.items() if k in base):
+        left.plot(steps, [entry[key] for entry in run.canaries], color=COLOURS[number], marker=MARKERS[number], ms=5,
+                  label=label)  # fmt: skip
+    dearer = [entry["perplexity"] / base["perplexity"] - 1 for entry in run.canaries]
+    middle.plot(steps, dearer, color=COLOURS[0], marker=MARKERS[0], ms=5)
+    middle.axhline(limits.perplexity, color="#444444", lw=1, ls="--")
+    middle.text(steps[0], limits.perplexity, " limit", va="bottom", fontsize=9, color="#444444")
+    for axes, title in ((left, "canaries: shares"), (middle, "added perplexity")):
+        if run.best is not None:
+            axes.axvline(run.best, color="#444444", lw=1, ls=":")
+            axes.annotate("best", (run.best, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                          fontsize=9, color="#444444")  # fmt: skip
+        axes.set(xlabel="LPA step")
+        axes.set_title(title, loc="left", pad=18)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    left.set_ylim(-0.03, 1.03)
+    _path(right, run, limits)
+    handles = left.get_legend_handles_labels()
+    made.legend(*handles, frameon=False, loc="outside lower left", ncols=len(handles[1]))
+    return made
+
+
+def _path(axes: Any, run: TrainingRun, limits: Limits) -> None:
+    """Safety over utility: a line through the steps in order, hollow where a step is beyond a limit."""
+    x, y = [utility(entry) for entry in run.canaries], [safety(entry) for entry in run.canaries]
+    axes.plot(x, y, color="#999999", lw=1, zorder=1)
+    told: dict[tuple[float, float], list[str]] = {}
+    for entry, place in zip(run.canaries, zip(x, y, strict=True), strict=True):
+        best, beyond = entry["lpa_step"] == run.best, faults(entry, run.canaries[0], limits)
+        colour = COLOURS[1] if best else COLOURS[0]
+        axes.scatter(*place, s=150 if best else 45, marker="*" if best else "o", zorder=3 if best else 2, lw=1.3,
+                     facecolor="white" if beyond else colour, edgecolor=colour)  # fmt: skip
+        told.setdefault(place, []).append(f"{entry['lpa_step']:.0f}")
+    for place, steps in told.items():
+        axes.annotate(", ".join(steps), place, xytext=(7, 6), textcoords="offset points", fontsize=10)
+    harmful = "harmful_done" in run.canaries[0]
+    axes.set(xlabel="benign requests done",
+             ylabel="harmful requests not done" if harmful else "statements answered rightly, both ways")  # fmt: skip
+    axes.set_title("frontier by LPA step\n(star: best; hollow: beyond a limit)", loc="left", fontsize=11)
+    axes.margins(0.15)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, 0))

@@ -17,6 +17,8 @@ from lpa.evaluation.suites import Row
 from lpa.evaluation.suites.answers import complied
 from lpa.evaluation.suites.harm import says_yes
 from lpa.evaluation.suites.traits import CLEAN
+from lpa.evaluation.suites.utility import task_name
+from lpa.selection import PREFIX, entries_of
 
 METRICS, STATE = "metrics.json", "trainer_state.json"
 
@@ -38,11 +40,15 @@ class EvaluationRun:
 
 @dataclass
 class TrainingRun:
-    """A training run's folder: its record (metrics.json, {} where a stopped run left none) and its logged steps."""
+    """A training run's folder: its record (metrics.json, {} where a stopped run left none), its logged steps, and the
+    measurements of canaries with the LPA step that is best by them.
+    """
 
     name: str
     info: dict[str, Any]
     steps: list[dict[str, float]] = field(default_factory=list)
+    canaries: list[dict[str, float]] = field(default_factory=list)
+    best: int | None = None
 
 
 def read_run(folder: str | Path) -> list[EvaluationRun | TrainingRun]:
@@ -61,10 +67,18 @@ def read_run(folder: str | Path) -> list[EvaluationRun | TrainingRun]:
         found.append(EvaluationRun(path.name, rows, results["subjects"], Records(path, read_only=True), info))
     if (path / METRICS).is_file():
         info = _json(path / METRICS)
-        found.append(TrainingRun(path.name, info, info.get("steps", [])))
+        watched = info.get("canaries") or {}
+        found.append(
+            TrainingRun(
+                path.name, info, info.get("steps", []), watched.get("measured", []), watched.get("best_lpa_step")
+            )
+        )
     elif states := sorted(path.glob(f"checkpoint-*/{STATE}"), key=lambda p: int(p.parent.name.partition("-")[2])):
-        steps = [entry for entry in _json(states[-1])["log_history"] if "lpa_step" in entry]
-        found.append(TrainingRun(path.name, {}, steps))
+        state = _json(states[-1])
+        steps = [entry for entry in state["log_history"] if "lpa_step" in entry]
+        best = [e for e in state["log_history"] if f"{PREFIX}lpa_step" in e and e["step"] == state["best_global_step"]]
+        found.append(TrainingRun(path.name, {}, steps, entries_of(state["log_history"]),
+                                 int(best[0][f"{PREFIX}lpa_step"]) if best else None))  # fmt: skip
     if not found:
         raise ReportError(f"{path} holds neither an evaluation ({RUN}) nor a training run ({METRICS} or checkpoints)")
     return found
@@ -117,6 +131,12 @@ def paired_tests(run: EvaluationRun) -> list[Paired]:
     )
     for task in ("mmlu", "lambada"):
         measures.append((task, {"suite": "utility", "set": task, "mode": ""}, lambda r: bool(r["right"])))
+    for task in map(task_name, run.info["settings"].get("tasks", ())):
+        samples = [r for r in run.records.select(suite="utility", set=task) if r["mode"].startswith("sample:")]
+        for mode, metric in dict.fromkeys((r["mode"], metric) for r in samples for metric in r["scores"]):
+            where = {"suite": "utility", "set": task, "mode": mode}
+            binary = all(r["scores"].get(metric, 0) in (0, 1) for r in samples if r["mode"] == mode)
+            measures.append((f"{task}, {metric}", where, _score_of(metric, binary)))
     found = []
     for one, other in itertools.combinations(run.subjects, 2):
         for what, where, value in measures:
@@ -124,6 +144,10 @@ def paired_tests(run: EvaluationRun) -> list[Paired]:
             if pair is not None:
                 found.append(pair)
     return found
+
+
+def _score_of(metric: str, binary: bool) -> _Value:
+    return lambda r: bool(r["scores"][metric]) if binary else r["scores"][metric]
 
 
 def _pair(records: Records, what: str, where: dict[str, str], value: _Value, one: str, other: str) -> Paired | None:

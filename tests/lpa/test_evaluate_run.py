@@ -308,6 +308,39 @@ def test_a_yes_no_judge_and_a_classifier_judge(harmful: str, tmp_path: Path) -> 
         run(speaker("No"), harmful, suites=["attacks"], judge=str(named))
 
 
+def test_a_judge_reads_whole_exchanges_or_none_and_a_question_in_its_own_marks_as_it_stands(tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    from lpa.evaluation.judges import Judge
+
+    from .speakers import config
+
+    named = tmp_path / "classifier"
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(
+        config(len(tokenizer()), id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
+    ).save_pretrained(named)
+    speaker("Yes").save_pretrained(tmp_path / "speaker")
+    for folder in (named, tmp_path / "speaker"):
+        tokenizer().save_pretrained(folder)
+    exchanges = [("the cat", "the cat " * 600), ("a dog ran", "sat"), ("the cat sat on a mat", "a dog ran")]
+    for folder in (named, tmp_path / "speaker"):
+        judge = Judge(str(folder), batch_size=2)
+        judge.load("cpu")
+        long, *short = judge.scores(exchanges)
+        assert "context holds 512" in str(long)
+        assert all(isinstance(score, float) for score in short)
+        assert short == pytest.approx([judge.scores([exchange])[0] for exchange in exchanges[1:]], abs=1e-5)
+    words = Bench(judge.model, judge.tokenizer, system_prompt=None)
+    assert judge._tokens(words, "the cat", "sat")[0] == judge.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    plain = Judge(str(tmp_path / "speaker"), "<|im_start|>user\n{prompt} {answer}<|im_end|>\n")
+    assert plain.tokenizer.decode(plain._tokens(words, "the cat", "sat")) == (
+        "<|im_start|>user\nthe cat sat<|im_end|>\n"
+    )
+    with pytest.raises(EvaluationError, match=r"the judge's question must hold \{answer\}"):
+        Judge(str(named), "Is {prompt} bad?")
+
+
 # ---- lm-eval -------------------------------------------------------------------------------------------------------
 
 

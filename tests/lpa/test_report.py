@@ -18,6 +18,7 @@ from lpa.report import ReportError, build
 from lpa.report.runs import EvaluationRun, paired_tests, read_run
 
 from .speakers import random_model, speaker, tokenizer
+from .test_canaries import entry
 from .test_evaluate_run import STAND_INS, adapter
 
 SUITES = ["traits", "harm", "attacks", "overrefusal", "collapse"]
@@ -69,8 +70,20 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "norm/embedding": 0.1 * i, "boundary_fraction": 0.5}
         for i in range(1, 5)
     ]  # fmt: skip
+    watched = [entry(0), entry(2, done=0.76, right=0.7), entry(4, done=0.3, right=0.9)]
+    canaries = {
+        "asked": {"benign": {"source": "canaries.jsonl", "rows": 24, "sha256": "c" * 64}},
+        "measured": watched,
+        "frontier": [],
+        "best_lpa_step": 2,
+        "kept_lpa_step": 2,
+        "stopped": "benign requests done -50 points",
+    }
+    held = {"disagree_undesirable": 0.5, "disagree_undesirable_margin": 0.1, "disagree_undesirable_n": 12.0}
     record = {"model": "tiny", "command": "lpa train --model tiny", "settings": {"seed": 3}, "steps": steps,
-              "versions": {"torch": "2"}, "data": {"rows": 64}, "before": {"x": 0.5}, "after": {"x": 0.75}}  # fmt: skip
+              "versions": {"torch": "2"}, "canaries": canaries,
+              "data": {"source": "pairs.csv", "rows": 64, "sha256": "d" * 64},
+              "before": held, "after": held | {"disagree_undesirable": 0.75}}  # fmt: skip
     where = tmp_path_factory.mktemp("trained")
     (where / "metrics.json").write_text(json.dumps(record), encoding="utf-8")
     return where
@@ -85,8 +98,9 @@ def page(folder: Path, training: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_the_page_is_whole_and_self_contained(page: Page, folder: Path) -> None:
     assert page.open == []
-    assert len(page.sources) == 7, "attacks, harm, frontier, two curves, sites, training"
-    for source in page.sources:
+    images = [source for source in page.sources if not source.startswith("#")]
+    assert len(images) == 8, "attacks, harm, frontier, two curves, sites, training, canaries"
+    for source in images:
         assert source.startswith("data:image/png;base64,")
         assert base64.b64decode(source.partition(",")[2]).startswith(b"\x89PNG")
     told = page.text[False]
@@ -105,6 +119,12 @@ def test_the_page_is_whole_and_self_contained(page: Page, folder: Path) -> None:
         info["subjects"]["lpa"]["fingerprint"],
         "seed 0",
         "seed 3",
+        "50% [25, 75] (+0.10)",
+        "75% [47, 91]",
+        "d" * 64,
+        "c" * 64,
+        "The safest LPA step within the limits is 2",
+        "the run was stopped: benign requests done -50 points",
     ):
         assert needed in told, needed
 
@@ -135,7 +155,7 @@ def test_a_collapsed_model_stands_out(tmp_path: Path) -> None:
         speaker("No"), tokenizer=tokenizer(), suites=["collapse"], output=tmp_path / "e", limit=20, max_new_tokens=8
     )
     text = build([tmp_path / "e"], tmp_path / "r.html").read_text(encoding="utf-8")
-    assert re.search(r'class="bad">COLLAPSED</span>: only 5% of answers are distinct', text)
+    assert re.search(r'<li class="is-bad">.*✕ COLLAPSED</span><br>only 5% of answers are distinct', text)
     assert '<td class="n bad">YES<sup>' in text
 
 
