@@ -69,11 +69,18 @@ def build(
 
 
 def _image(made: Any, caption: str) -> str:
-    return "" if made is None else f'<figure><img src="{plots.png(made)}" alt="{escape(caption)}"></figure>'
+    if made is None:
+        return ""
+    width = round(plots.PIXELS * made.get_size_inches()[0])  # letters of one size in all plots
+    return f'<figure><img src="{plots.png(made)}" width="{width}" alt="{escape(caption)}"></figure>'
 
 
 def _evaluation(run: EvaluationRun, shareable: bool) -> str:
-    parts = [f"<h2>Evaluation {escape(run.name)}: {escape(str(run.info['model']))}</h2>", _verdicts(run), _table(run)]
+    parts = [
+        f"<h2>{escape(run.name)}: evaluation of {escape(str(run.info['model']))}</h2>",
+        _verdicts(run),
+        _table(run),
+    ]
     chosen = run.info["settings"]["attacks"]
     sets = run.info["settings"]["sets"]
     for name in sets:
@@ -217,7 +224,7 @@ def _answers(run: EvaluationRun, samples: Sequence[dict[str, Any]]) -> str:
     rows = []
     for sample in samples:
         asked = sample["prompt"] if sample["prompt"] is not None else f"({sample['id']}; its text is not kept)"
-        cells = [_cell(f"{asked}\n{sample['tag']}".strip(), "answer")]
+        cells = [f'<td class="answer"><span class="note">{escape(sample["tag"])}</span>\n{escape(asked)}</td>']
         for label, text in (sample["answers"][name] for name in run.subjects):
             told = escape(text) if text is not None else "(its text is not in this folder)"
             cells.append(f'<td class="answer"><span class="note">{escape(label)}</span>\n{told}</td>')
@@ -260,7 +267,7 @@ def _training(run: TrainingRun) -> str:
     info = run.info
     settings = info.get("settings", {})
     limits = Limits(**{name: settings[f"canary_{key}"] for name, key in _LIMITS.items() if f"canary_{key}" in settings})
-    parts = [f"<h2>Training {escape(run.name)}{': ' + escape(str(info['model'])) if info else ''}</h2>"]
+    parts = [f"<h2>{escape(run.name)}: training{' of ' + escape(str(info['model'])) if info else ''}</h2>"]
     if not run.steps:
         parts.append("<p>No LPA step was logged.</p>")
     if not info:

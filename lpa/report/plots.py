@@ -23,6 +23,7 @@ except ImportError as error:
 # Okabe and Ito's palette, which people with any colour vision can tell apart, and a shape for each colour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = "osD^vPX*"
+PIXELS = 86  # on the page, an inch of a figure
 _STYLE: dict[str, Any] = {
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
     "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
@@ -183,7 +184,7 @@ def frontier(runs: Sequence[EvaluationRun]) -> Figure | None:
         errors = [[[max(0.0, v - low)], [max(0.0, high - v)]] for v, (low, high) in zip((x, y), spans, strict=True)]
         axes.errorbar([x], [y], errors[1], errors[0], fmt=marker, color=colour, ms=8, lw=1, capsize=3, label=name)
     axes.plot([0, 1], [1, 0], color="#888888", lw=1, ls="--")
-    axes.text(0.03, 0.9, "dashed: no better than a coin", color="#666666", fontsize=9)
+    axes.text(0.0, 0.03, "dashed: no better than a coin", color="#666666", fontsize=9)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="benign requests done", ylabel="harmful requests not done")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, 0))
