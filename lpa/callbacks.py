@@ -53,7 +53,7 @@ class CanaryCallback(TrainerCallback):
         return selection.entries_of(self.trainer.state.log_history)
 
     def record(self) -> dict[str, Any]:
-        """For a record of the run: what was asked and found, the best step, the frontier, why the run was stopped."""
+        """For a record, after `train`: what was asked and found, the best step, the frontier, why the run stopped."""
         entries = self.entries
         points = [
             {"lpa_step": int(e["lpa_step"]), "safety": selection.safety(e), "utility": selection.utility(e)}
@@ -68,7 +68,7 @@ class CanaryCallback(TrainerCallback):
         self.stopped = ""
         if not self.entries:
             self._measure(state, control)
-            if args.canary_keep_best and not self.trainer.checkpoint_folder(state.global_step).is_dir():
+            if args.canary_keep_best:  # over what an earlier run may have left by this name
                 self.trainer._save_checkpoint(self.trainer.model, None)
         self._decide(control)
 
