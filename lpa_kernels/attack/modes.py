@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .hooks import swapped
+from .lean import lean_layers
 from .sharding import at_rest, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
     """
     training = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
+        for module, _ in training:
+            module.training = False
         checkpointed = _checkpointed(model)
         if checkpointed and _has_dropout(model):
             if model not in _told:
@@ -140,7 +142,8 @@ def _copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """LoRA merged into the weights, which are put back from copies: subtraction would change 3% of bf16 weights.
 
-    The weights are changed where they are and the copies are what goes, so that captured graphs find them again.
+    Where there are captured graphs, which must find them again, the weights are changed where they are and put back
+    from copies; elsewhere the copies are changed, and the weights only stand aside.
 
     Raises:
         ValueError: the model has no adapter that can be merged, or a weight under one is quantised, or another module's
@@ -167,13 +170,16 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             for p in layer.get_base_layer().parameters(recurse=False):  # type: ignore[operator]
-                held.append((p, p.data, p.data.clone()))
+                data, copy = p.data, p.data.clone()
+                held.append((p, data, copy if p.device.type in KEPT_ON else data))
+                p.data = data if p.device.type in KEPT_ON else copy
             layer.merge()  # type: ignore[operator]
         yield
     finally:
         for p, data, saved in reversed(held):  # where adapters of one module nest, the first copy is it
             p.data = data
-            p.data.copy_(saved)
+            if saved is not data:
+                p.data.copy_(saved)
         for layer in layers:
             layer.merged_adapters.clear()  # type: ignore[operator, union-attr]
 
@@ -190,5 +196,7 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
         elif autocast is None:
             stack.enter_context(cast_adapters(model))
         stack.enter_context(frozen_eval(model))
+        if autocast is None:
+            stack.enter_context(lean_layers(model))
         stack.enter_context(torch.enable_grad())
         yield

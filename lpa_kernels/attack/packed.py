@@ -141,8 +141,9 @@ class InnerStep:
             slope = slope if scale is None else slope * scale
             return losses, slope, losses.detach(), hits, None, scale
         logits = rows.logits
-        # the gradient takes the logits' place, unless the operation that made them needs them for its own backward
-        grad = logits.detach().clone() if _saved(logits) else logits.detach()
+        # The gradient takes the logits' place, unless the operation that made them needs them for its own backward.
+        # `.data`, as writing to what `.detach()` gives makes autograd copy the gradient of a view of the logits.
+        grad = logits.data.clone() if _saved(logits) else logits.data
         kl = extra = None
         if self.clean is not None:
             log_probs = grad.float().log_softmax(-1)

@@ -12,6 +12,7 @@ from . import registry
 
 RULES = ("adamw", "normalized", "sign", "adam", "rmsprop", "sgd")
 NORMS = ("l2", "linf", "none")
+BLOCK = 1 << 18  # logits that token_loss_ takes at once on a CPU: these and what is made of them stay in its cache
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -35,13 +36,13 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
 def gather_grad(grad: Tensor, tokens: Tensor) -> Tensor:
     """Sum of the token gradients of each row: grad [T,H], tokens [R,K] (-1: none) -> [R,H], float32 or wider."""
     dtype = _at_least_float32(grad.dtype)
-    total = torch.zeros(tokens.shape[0], grad.shape[1], dtype=dtype, device=grad.device)
-    if grad.shape[0] == 0:
-        return total
-    for token in tokens.unbind(1):
-        part = grad[token.clamp(min=0)].to(dtype)
-        total = total + torch.where(token[:, None] >= 0, part, torch.zeros((), dtype=dtype, device=grad.device))
-    return total
+    if grad.shape[0] == 0 or tokens.shape[1] == 0:
+        return torch.zeros(tokens.shape[0], grad.shape[1], dtype=dtype, device=grad.device)
+    parts = [
+        grad.index_select(0, token.clamp(min=0)).to(dtype).masked_fill_(token[:, None] < 0, 0)
+        for token in tokens.unbind(1)
+    ]
+    return parts[0] if len(parts) == 1 else torch.add(*parts)
 
 
 def row_norm(delta: Tensor, norm: str) -> Tensor:
@@ -82,17 +83,19 @@ def pgd_update_(
     weight_decay: float,
 ) -> None:
     """One step of `rule` on delta [S,R,H] and the projection; see `lpa_kernels.ops.pgd_update_`."""
-    live = (tokens >= 0).any(1)
+    dtype = _at_least_float32(delta.dtype)
+    live = (tokens >= 0).any(1, keepdim=True)
+    # factors by row, so that a row without tokens keeps what it has: its gradient is 0, and it is multiplied by 1
+    moved = torch.where(live, step_size, 0.0)
+    kept1, kept2, least = (torch.where(live, value, 1.0).to(dtype) for value in (beta1, beta2, eps))
     for site, grad in enumerate(grads):
-        old = delta[site]
-        dtype = _at_least_float32(old.dtype)
-        g = gather_grad(grad, tokens).to(dtype)
-        g = torch.where(g.isfinite(), -g if maximize else g, torch.zeros_like(g))
-        d = old.to(dtype)
+        g = gather_grad(grad, tokens).to(dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        g = -g if maximize else g
+        d = delta[site].to(dtype)
         if rule == "adamw":
-            d = d * (1 - step_size * weight_decay)
+            d = d * (1 - moved * weight_decay)
         elif weight_decay and rule in ("adam", "rmsprop", "sgd"):
-            g = g + weight_decay * d
+            g = torch.where(live, g + weight_decay * d, g)
         if rule == "normalized":
             largest = g.abs().amax(-1, keepdim=True) if g.shape[-1] else g.new_ones(g.shape[0], 1)
             unit = torch.where(largest > 0, g / largest, torch.zeros_like(g))  # squares of small numbers would vanish
@@ -104,23 +107,25 @@ def pgd_update_(
             direction = g
         else:
             assert exp_avg_sq is not None
-            v = exp_avg_sq[site].to(dtype) * beta2 + (1 - beta2) * g * g
-            exp_avg_sq[site].copy_(torch.where(live[:, None], v, exp_avg_sq[site].to(dtype)))
+            v = torch.addcmul(exp_avg_sq[site].to(dtype) * kept2, g, g, value=1 - beta2)
+            exp_avg_sq[site].copy_(v)
             if rule == "rmsprop":
-                direction = g / (v.sqrt() + eps)
+                direction = g / v.sqrt_().add_(least)
             else:
                 assert exp_avg is not None
-                m = exp_avg[site].to(dtype) * beta1 + (1 - beta1) * g
-                exp_avg[site].copy_(torch.where(live[:, None], m, exp_avg[site].to(dtype)))
-                direction = (m / _correction(beta1, step)) / (v.sqrt() / _correction(beta2, step).sqrt() + eps)
-        d = torch.where(live[:, None], d - step_size * direction, old.to(dtype))
+                m = torch.add(exp_avg[site].to(dtype) * kept1, g, alpha=1 - beta1)
+                exp_avg[site].copy_(m)
+                scale = v.sqrt_().div_(_correction(beta2, step).sqrt()).add_(least)
+                direction = m.div_(_correction(beta1, step)).div_(scale)
+        d = d - moved * direction
         length = row_norm(d, norm)
         norms[site].copy_(length)
         radius = epsilon if epsilon.dim() == 0 else epsilon[site]
         if norm != "none":
-            clipped[site] += (live & (length > radius)).sum()
-            d = torch.where(live[:, None], project(d, length, radius, norm), d)
-        old.copy_(d)
+            radius = torch.where(live.squeeze(1), radius, math.inf)
+            clipped[site] += (length > radius).sum()
+            d = project(d, length, radius, norm)
+        delta[site].copy_(d)
 
 
 def token_loss_(
@@ -131,6 +136,21 @@ def token_loss_(
     See `lpa_kernels.ops.token_loss_`. The softplus form keeps full precision where the probability of the label
     is near 0 or near 1.
     """
+    on_cpu = logits.device.type == "cpu"
+    rows = max(1, BLOCK // max(logits.shape[1], 1) if on_cpu else logits.shape[0])
+    losses, hits = [], []
+    for start in range(0, max(logits.shape[0], 1), rows):
+        part = slice(start, start + rows)
+        scale = None if weight is None else weight[part]
+        loss, hit = _token_loss_rows(logits[part], labels[part], away[part], scale, threshold)
+        losses.append(loss)
+        hits.append(hit)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def _token_loss_rows(
+    logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
     z = logits.to(_at_least_float32(logits.dtype))
     ignored = labels == -100
     label = torch.where(ignored, torch.zeros_like(labels), labels)[:, None]
@@ -143,12 +163,10 @@ def token_loss_(
     losses = torch.where(off, torch.zeros_like(losses), losses)
     hits = ~ignored & (own >= others.amax(1)) if z.shape[0] else ~ignored
     if weight is not None:
-        slope = torch.where(away, s.sigmoid(), -(-s).sigmoid())  # d loss / d s
-        slope = torch.where(off, torch.zeros_like(slope), slope * weight)
-        possible = others > float("-inf")  # where no other token is, log_rest is -inf too
-        grad = -slope[:, None] * torch.where(possible, others - log_rest[:, None], others).exp()
-        grad.scatter_(1, label, slope[:, None])
-        logits.copy_(torch.where(off[:, None], torch.zeros_like(grad), grad))
+        slope = torch.where(away, s.sigmoid(), -(-s).sigmoid()) * weight  # d loss / d s
+        finite = log_rest.clamp(min=torch.finfo(z.dtype).min)  # where there is no other token it is -inf, as they are
+        grad = others.sub_(finite[:, None]).exp_().mul_(-slope[:, None]).scatter_(1, label, slope[:, None])
+        logits.copy_(grad.masked_fill_(off[:, None], 0))
     return losses, hits
 
 

@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from lpa_kernels.attack import LatentPGD, capture, packed
+from lpa_kernels.attack import LatentPGD, capture, modes, packed
 from lpa_kernels.attack.capture import bucketed, padded_layout
 from lpa_kernels.attack.head import plain_head
 from lpa_kernels.attack.modes import merged_adapters
@@ -37,6 +37,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
         return step
 
     monkeypatch.setitem(capture.RECORDERS, "cpu", record)
+    monkeypatch.setattr(modes, "KEPT_ON", {"cpu"})
     return steps
 
 
@@ -297,12 +298,14 @@ def test_padding_keeps_every_token_in_its_place() -> None:
     assert bool((wide.labels[labels:] == -100).all())
 
 
-def test_merged_weights_stay_where_they_are() -> None:
+@pytest.mark.parametrize("graphs", [True, False])
+def test_merged_weights_are_where_they_were(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "KEPT_ON", {"cpu"} if graphs else set())
     model = llama(lora=True)
     base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     where = base.data_ptr()
     with merged_adapters(model):
-        assert base.data_ptr() == where
+        assert (base.data_ptr() == where) == graphs
     assert base.data_ptr() == where
 
 

@@ -327,3 +327,16 @@ def test_registry(monkeypatch):
     table = registry.backends()
     assert "pgd_update_" in table
     assert "auto: cuda takes triton" in table
+
+
+@pytest.mark.parametrize("rule", reference.RULES)
+def test_a_row_without_tokens_keeps_every_bit_even_where_nothing_keeps_its_quotient_finite(rule: str) -> None:
+    delta, m, v = (torch.randn(1, 3, 5).abs() * 9 for _ in range(3))
+    m[0, 1], v[0, 1] = 0.0, 0.0
+    before = [t[0, 1].clone() for t in (delta, m, v)]
+    tokens = torch.tensor([[0], [-1], [1]])
+    pgd_update_(
+        delta, [torch.randn(2, 5)], tokens, exp_avg=m, exp_avg_sq=v, step_size=0.1, epsilon=1.0, rule=rule, eps=0.0
+    )
+    assert all(torch.equal(t[0, 1], b) for t, b in zip((delta, m, v), before, strict=True))
+    assert float(delta[0, 0].norm()) == pytest.approx(1.0)
