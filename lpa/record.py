@@ -68,7 +68,7 @@ class StepRecord:
         self.attacks.append((attack, share))
 
     def _read(self, attack: LatentAttack, share: float) -> None:
-        """Losses at both ends of an inner loop, norms and rows at the boundary."""
+        """Losses at both ends of an inner loop, norms, rows at the boundary, places of its passes without a token."""
         for end, losses in (("first", attack.losses[0]), ("last", attack.losses[-1])):
             for name in PAIR_TERMS:
                 if name in losses:
@@ -78,6 +78,10 @@ class StepRecord:
             self._add(f"rows/{site}", norms.numel())
         self._add("boundary_fraction", attack.boundary_fraction * attack.row_norms.numel())
         self._add("rows", attack.row_norms.numel())
+        if attack.layout is not None:
+            places = attack.layout.input_ids.numel()
+            self._add("padding", attack.layout.padding_share * places)
+            self._add("places", places)
 
     def add_defence(self, update: int, terms: dict[str, Tensor]) -> None:
         """The losses of one micro-batch; those of the last update are kept."""
@@ -112,6 +116,8 @@ class StepRecord:
                 metrics[name] = value / total[name.replace("norm/", "rows/")]
         if "rows" in total:
             metrics["boundary_fraction"] = total["boundary_fraction"] / total["rows"]
+        if "places" in total:
+            metrics["padding_share"] = total["padding"] / total["places"]
         metrics |= {f"seconds_{phase}": value for phase, value in seconds.items()}
         metrics["seconds_other"] = max(0.0, wall - sum(seconds.values()))
         metrics["tokens_per_second"] = tokens / wall

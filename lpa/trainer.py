@@ -45,9 +45,10 @@ class LPATrainer(DurableTrainer):
     Logged every LPA step: "attack_toward_first", "_last" and the same for "away", "dpo" and "ipo" (the adversary's
     losses at its first and last inner step), "defence_toward", "_away", "_dpo", "_ipo", "_sft", "_kl", "_total" (the
     last update's losses, the total being their plain sum), "norm/SITE" (mean over attacked tokens),
-    "boundary_fraction", "seconds_attack", "_defence", "_other", "tokens_per_second" (tokens of both texts times the
-    passes made over them), and "lpa_step". With `canary_steps`, every so many LPA steps, "canary/" and what
-    `lpa.canaries` measures; `canaries` is then the `CanaryCallback`, and the weights end as those of the best step.
+    "boundary_fraction", "padding_share" (of the attack's passes: places without a token), "seconds_attack", "_defence",
+    "_other", "tokens_per_second" (tokens of both texts times the passes made over them), and "lpa_step". With
+    `canary_steps`, every so many LPA steps, "canary/" and what `lpa.canaries` measures; `canaries` is then the
+    `CanaryCallback`, and the weights end as those of the best step.
 
     Args:
         model: a causal language model, or what `lpa.models.load` takes.

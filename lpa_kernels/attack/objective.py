@@ -133,7 +133,7 @@ class Objective:
         sign = torch.where(favoured, -losses, losses)
         if self.preference == "ipo":
             halves = example * 2 + favoured
-            tokens = torch.zeros(2 * size, device=losses.device).index_add_(0, halves, torch.ones_like(losses))
+            tokens = losses.new_zeros(2 * size).index_add_(0, halves, torch.ones_like(losses))
             sign = sign / tokens[halves]
         return losses.new_zeros(size).index_add_(0, example, sign)
 

@@ -45,22 +45,27 @@ MORE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("more", MORE)
-def test_engines_and_checkpointing_give_the_same_weights(tmp_path: Path, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("dtype", "rate", "within"), [(torch.float64, 1e-3, 1e-4), (torch.float32, 2e-4, 1e-4)])
+def test_engines_and_checkpointing_give_the_same_weights(
+    tmp_path: Path, more: dict[str, Any], dtype: torch.dtype, rate: float, within: float
+) -> None:
+    """In float32 at a lower rate: Adam makes whole steps of gradients that are rounding alone."""
     runs = []
     kinds = [("reference", False), ("packed", False), ("reference", True), ("packed", True)]
     for engine, checkpointing in kinds if more == {} else kinds[:2]:
-        trainer = trainer_of(tmp_path, engine=engine, gradient_checkpointing=checkpointing, lpa_steps=3, steps=2,
-                             gradient_accumulation_steps=1, **more)  # fmt: skip
+        model = tiny_model(len(TOKENIZER)).to(dtype)
+        trainer = trainer_of(tmp_path, model=model, engine=engine, gradient_checkpointing=checkpointing, lpa_steps=3,
+                             steps=2, gradient_accumulation_steps=1, learning_rate=rate, **more)  # fmt: skip
         passes: list[None] = []
         inner = trainer.model.get_base_model().model.layers[1].mlp.down_proj
         inner.register_forward_hook(lambda *_, passes=passes: passes.append(None))
         start = weights(trainer)
         trainer.train()
         moved = max(float((w - start[name]).abs().max()) for name, w in weights(trainer).items())
-        assert moved > 1e-3
+        assert moved > rate
         runs.append((weights(trainer), logged(trainer), len(passes)))
     for values, log, _ in runs[1:]:
-        assert_same(values, runs[0][0], within=1e-4)
+        assert_same(values, runs[0][0], within)
         assert log[-1]["defence_total"] == pytest.approx(runs[0][1][-1]["defence_total"], abs=1e-4)
     if len(runs) == 4:
         assert runs[2][2] > runs[0][2]  # blocks were run again in the backward pass

@@ -107,8 +107,9 @@ def test_global_normaliser_alone_is_blind_to_micro_batches(tmp_path: Path, norma
                 assert entry[name] == pytest.approx(first[name], abs=2e-5), name
 
 
-def test_what_is_logged(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, kl_coef=0.2, sft_coef=0.3)
+@pytest.mark.parametrize("engine", ["packed", "reference"])
+def test_what_is_logged(tmp_path: Path, engine: str) -> None:
+    trainer = trainer_of(tmp_path, kl_coef=0.2, sft_coef=0.3, engine=engine)
     trainer.train()
     entries = logged(trainer)
     assert [entry["lpa_step"] for entry in entries] == [1, 2]
@@ -120,6 +121,8 @@ def test_what_is_logged(tmp_path: Path) -> None:
         assert {"norm/embedding", "norm/mlp:0", "norm/mlp:1"} <= entry.keys()
         assert 0 < entry["norm/embedding"] <= 3 * 0.05 * math.sqrt(32)
         assert entry["boundary_fraction"] == 0
+        assert ("padding_share" in entry) == (engine == "packed")
+        assert 0 <= entry.get("padding_share", 0) < 0.5
         assert entry["tokens_per_second"] > 0
         phases = [entry[f"seconds_{name}"] for name in ("attack", "defence", "other")]
         assert min(phases[:2]) > 0
