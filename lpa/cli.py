@@ -13,6 +13,7 @@ from .names import nearest
 # torch and transformers take seconds, and help must not.
 COMMANDS = {
     "train": "train a model by LPA and measure it before and after",
+    "plan": "tell the memory and work that a training run will need, before anything is loaded",
     "evaluate": "compare adapters with their base model: traits, harm, over-refusal, utility, collapse",
     "report": "make one HTML page of runs and evaluations",
     "chat": "show the base model's and the hardened answer side by side",

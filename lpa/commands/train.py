@@ -166,22 +166,31 @@ def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> Any:
+    return parser("lpa train", "Train a model by LPA. Every field of LPAConfig is an option; LPA's own come first.")
+
+
+def parser(command: str, text: str) -> Any:
+    """The options of a run, for a command that takes them."""
     from transformers import HfArgumentParser
 
     from ..config import LPAConfig
 
-    parser = HfArgumentParser(
-        [TrainOptions, LPAConfig],
-        prog="lpa train",
-        usage="lpa train [OPTIONS]",
-        description="Train a model by LPA. Every field of LPAConfig is an option; LPA's own come first.",
-        allow_abbrev=False,
+    found = HfArgumentParser(
+        [TrainOptions, LPAConfig], prog=command, usage=f"{command} [OPTIONS]", description=text, allow_abbrev=False
     )
-    parser.add_argument("--config", help="YAML file with any of these options; those on the command line go first.")
+    found.add_argument("--config", help="YAML file with any of these options; those on the command line go first.")
     own = {"config", *TrainOptions.__annotations__, *LPAConfig.__annotations__}
-    for group in parser._action_groups:
+    for group in found._action_groups:
         group._group_actions.sort(key=lambda action: action.dest not in own)
-    return parser
+    return found
+
+
+def parsed(parser: Any, given: Sequence[str]) -> dict[str, Any]:
+    """The options by name, as a new run would take them: from a --config file, the command line and the defaults."""
+    first = _first_look(given)
+    settings = _read_settings(parser, first.config) if first.config else {}
+    demo = (first.model or settings.get("model", DEFAULT_MODEL)) == DEFAULT_MODEL
+    return _parse(parser, [*_as_words(parser, settings), *given], DEMO if demo else {})
 
 
 def _train(values: dict[str, Any], command: str) -> int:

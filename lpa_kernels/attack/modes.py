@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..ops.functional import no_autocast
 from .hooks import swapped
 from .lean import lean_layers
 from .sharding import at_rest, is_sharded
@@ -190,7 +191,9 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.autocast(device.type, dtype=autocast, enabled=autocast is not None))
+        stack.enter_context(
+            no_autocast(device) if autocast is None else torch.autocast(device.type, dtype=autocast, enabled=True)
+        )
         if merge_adapters:
             stack.enter_context(merged_adapters(model))
         elif autocast is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -320,8 +321,15 @@ def linear_token_loss(
             f"labels {tuple(labels.shape)} and away {tuple(away.shape)} do not fit; expected [{hidden.shape[0]}] each"
         )
     rows = chunk_rows or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False):  # its products are written into tensors of a known dtype
+    with no_autocast(hidden.device):  # its products are written into tensors of a known dtype
         return _LinearTokenLoss.apply(hidden.to(weight.dtype), weight, bias, labels, away, threshold, rows, backend)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on a device that has it (meta has none)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def project_(delta: Tensor, epsilon: float | Tensor, norm: str = "l2", *, backend: str = "auto") -> Tensor:

@@ -1,0 +1,177 @@
+"""Hold `lpa plan` against measured runs: peak memory of one LPA step on the CPU, each in a process of its own.
+
+    python -m benchmarks.check_plan --out benchmarks/results/plan-check-cpu.json
+
+A run is a real one (LPATrainer, two inner steps, two updates) on rows of exactly the planned lengths. What Python and
+the libraries take by themselves is measured by the same run on a tiny model.
+
+A plan is of tensors. glibc keeps much of what was freed unless large blocks are mapped one by one: the check is made so
+(MALLOC_MMAP_THRESHOLD_), and each run's peak with glibc's defaults is noted beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
+EMBEDDED = "smollm2-135m-instruct"
+WIDE = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048,
+        "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 12}  # fmt: skip
+DEEP = {"model_type": "qwen3", "vocab_size": 8000, "hidden_size": 320, "intermediate_size": 1280, "head_dim": 64,
+        "num_hidden_layers": 20, "num_attention_heads": 5, "num_key_value_heads": 5,
+        "tie_word_embeddings": True}  # fmt: skip
+NEOX = {"model_type": "gpt_neox", "vocab_size": 20000, "hidden_size": 512, "intermediate_size": 2048,
+        "num_hidden_layers": 10, "num_attention_heads": 8}  # fmt: skip
+NOTHING = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+
+
+def case(model: Any, prompt: int, completion: int, micro: int, accumulation: int = 2, **more: Any) -> dict[str, Any]:
+    shape = {"prompt": prompt, "completion": completion, "benign_prompt": prompt, "benign_answer": completion}
+    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation, **more}
+    return {"model": model, "shape": shape, "settings": settings}
+
+
+CASES = {
+    "idle": case(NOTHING, 8, 4, 1),
+    "embedded, the default run": case(EMBEDDED, 64, 8, 4, 1, merge_adapters=True),
+    "embedded, long": case(EMBEDDED, 256, 16, 2),
+    "embedded, long, checkpointed": case(EMBEDDED, 256, 16, 2, gradient_checkpointing=True),
+    "embedded, sft and kl": case(EMBEDDED, 64, 32, 4, kl_coef=0.1, sft_coef=0.1),
+    "wide": case(WIDE, 128, 16, 4),
+    "wide, large batch": case(WIDE, 64, 8, 16, 1),
+    "wide, checkpointed": case(WIDE, 512, 32, 4, gradient_checkpointing=True),
+    "deep": case(DEEP, 96, 8, 8),
+    "deep, eager attention": case(DEEP, 192, 16, 4) | {"attn_implementation": "eager"},
+    "deep, all weights": case(DEEP, 96, 8, 4, lora=False),
+    "neox": case(NEOX, 128, 16, 8),
+}
+
+
+def settings_of(case: dict[str, Any], folder: str) -> Any:
+    from lpa import LPAConfig
+
+    fixed = {"steps": 2, "defence_steps": 2, "lpa_steps": 1, "use_cpu": True, "save_strategy": "no",
+             "disable_tqdm": True, "report_to": []}  # fmt: skip
+    return LPAConfig(folder, **(fixed | case["settings"]))
+
+
+def configuration(case: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    from lpa.models import resolve
+
+    if isinstance(case["model"], str):
+        return AutoConfig.from_pretrained(resolve(case["model"]))
+    return AutoConfig.for_model(**case["model"])
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Run a case here; peak memory in bytes and seconds."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from lpa import LPATrainer
+    from lpa.card import peak_memory_gb
+    from lpa.models import load
+    from lpa.plan import PlanShape
+
+    attention = case.get("attn_implementation")
+    torch.manual_seed(0)
+    if isinstance(case["model"], str):
+        model, _ = load(case["model"], attn_implementation=attention)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            configuration(case), dtype=torch.float32, attn_implementation=attention
+        )
+    shape, begun = PlanShape(**case["shape"]), time.time()
+
+    def pairs(rows: list[Any]) -> dict[str, Any]:
+        held = shape.pairs(len(rows), "prompt+completions")
+        return {name: value.clone() for name, value in vars(held).items() if value is not None}
+
+    def benign(rows: list[Any]) -> dict[str, Any]:
+        ids, mask = shape.benign(len(rows))
+        return {"benign_ids": ids, "benign_mask": mask.clone()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings_of(case, folder)
+        data = Dataset.from_dict({"number": list(range(64))})
+        extra = {"benign_dataset": data, "benign_collator": benign} if {"sft", "kl"} & set(config.coefs) else {}
+        LPATrainer(model, config, data, None, data_collator=pairs, **extra).train()
+    return {"bytes": int((peak_memory_gb() or 0) * 1e9), "seconds": round(time.time() - begun, 1)}
+
+
+def planned(case: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from lpa.plan import PlanShape, estimate
+
+    found = estimate(
+        configuration(case),
+        settings_of(case, tempfile.gettempdir()),
+        PlanShape(**case["shape"]),
+        dtype=torch.float32,
+        attn_implementation=case.get("attn_implementation"),
+    )
+    return {"phase": found.peak_phase, "parts": dict(found.peak), "bytes": found.peak.total()}
+
+
+def _run(name: str, environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.check_plan", "--case", name]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(CASES[options.case])))
+        return
+    from lpa.card import versions
+
+    results: dict[str, Any] = {}
+    for name in dict.fromkeys(["idle", *options.only]):
+        plain, mapped = (_run(name, threshold) for threshold in ({}, MAPPED))
+        plan = planned(CASES[name])
+        if name == "idle":
+            process, plain_process = (run["bytes"] - plan["bytes"] for run in (mapped, plain))
+        error = plan["bytes"] / (mapped["bytes"] - process) - 1
+        error_of_all = (plan["bytes"] + process) / mapped["bytes"] - 1
+        error_plain = (plan["bytes"] + plain_process) / plain["bytes"] - 1
+        results[name] = CASES[name] | {
+            "planned": plan,
+            "measured": mapped,
+            "measured_glibc_defaults": plain,
+            "error": round(error, 4),
+            "error_with_process": round(error_of_all, 4),
+            "error_with_process_glibc_defaults": round(error_plain, 4),
+        }
+        print(
+            f"{name:30} planned {plan['bytes'] / 1e9:6.3f} GB + {process / 1e9:.3f} of Python and libraries, "
+            f"measured {mapped['bytes'] / 1e9:6.3f}; error {error:+.1%}, of all {error_of_all:+.1%}; by glibc's "
+            f"defaults {plain['bytes'] / 1e9:6.3f} GB; {mapped['seconds']} and {plain['seconds']} s",
+            flush=True,
+        )
+    if options.out:
+        record = {"command": f"python -m benchmarks.check_plan --out {options.out}", "versions": versions(),
+                  "environment": MAPPED, "process_bytes": process, "cases": results}  # fmt: skip
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Run an attack and a model update on the meta device, with the code that a run uses, and note memory and work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import masking_utils
+
+from lpa_kernels.attack import LatentAttack, PairBatch, packed
+from lpa_kernels.attack.head import selected_logits
+from lpa_kernels.attack.modes import inner_mode
+from lpa_kernels.attack.packed import InnerStep
+from lpa_kernels.attack.packing import PackedLayout, unshared
+from lpa_kernels.attack.pgd import Plan
+from lpa_kernels.attack.reference import adapters_off
+from lpa_kernels.attack.sites import decoder_layers, in_block
+from lpa_kernels.attack.state import AttackState
+
+from ..config import BENIGN_TERMS, LPAConfig
+from ..losses import benign_terms, pair_terms
+from ..measure import attack_of
+from ..prepare import add_adapters
+from .ledger import Ledger
+from .shapes import PlanShape, build, laid_out, quantize, to_meta
+
+# "copies": weights saved from merging, and adapters in the weights' dtype, for the inner loop
+PARTS = ("weights", "adapters", "copies", "gradients", "optimiser", "perturbations", "logits", "activations")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one rank's run is expected to take.
+
+    Attributes:
+        phases: phase -> part -> bytes at that phase's highest moment.
+        attack_flops, defence_flops: of the whole run, all ranks together.
+        trained, total: weights. rows, tokens: of a micro-batch's pass.
+    """
+
+    phases: dict[str, Counter[str]]
+    attack_flops: float
+    defence_flops: float
+    trained: int
+    total: int
+    rows: int
+    tokens: int
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name].total())
+
+    @property
+    def peak(self) -> Counter[str]:
+        """Bytes by part at the highest moment of the run."""
+        return self.phases[self.peak_phase]
+
+
+def estimate(
+    config: Any,
+    args: LPAConfig,
+    shape: PlanShape | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    quantized: str | None = None,
+    trust_remote_code: bool = False,
+) -> Estimate:
+    """Memory and floating-point work of a run.
+
+    Args:
+        config: a configuration of transformers.
+        args: the run's settings.
+        shape: of its rows.
+        dtype: of the weights; by default the configuration's.
+        quantized: one of `FOUR_BIT`, `FOUR_BIT_NESTED`, `EIGHT_BIT`, or None.
+
+    Raises:
+        ValueError: a setting that the plan does not know.
+    """
+    if args.engine == "reference":
+        raise ValueError("engine='reference' keeps the logits of every token and is not planned; plan 'packed'")
+    if quantized and not args.lora:
+        raise ValueError(f"lora=False trains all weights, and {quantized} ones cannot be trained")
+    if args.kl == "public" and "kl" in args.coefs:
+        raise ValueError("kl='public' is not planned; plan 'standard'")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ValueError(f"optim={optim!r} is not planned; plan adamw_torch")
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    model = build(config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    total = sum(p.numel() for p in model.parameters())
+    if quantized:
+        quantize(model, quantized)
+    with torch.device("meta"):
+        model = add_adapters(model, args)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.enable_input_require_grads()
+    return _DryRun(model, args, shape or PlanShape()).estimate(total)
+
+
+class _DryRun:
+    def __init__(self, model: Any, args: LPAConfig, shape: PlanShape) -> None:
+        self.model, self.args, self.shape = model, args, shape
+        self.size, self.micro = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        self.packed = (model.config._attn_implementation or "sdpa") in ("eager", "sdpa")
+        self.batch = shape.pairs(self.size, args.attack_on)
+        self.layout = laid_out(self.batch, self.packed)
+        self.meta = to_meta(self.layout)
+        self.pgd = attack_of(model, args, backend="reference")
+        # what losses.pair_terms asks of an attack's object
+        self.rows_of = SimpleNamespace(
+            backend="reference",
+            rows=lambda batch, attack: packed.attacked_rows(model, self.meta, self.size, self.packed, attack),
+        )
+        self.ledger = Ledger(model.get_output_embeddings().weight.shape[0])
+        self.flops: dict[str, float] = {"attack": 0.0, "defence": 0.0}
+
+    def estimate(self, total: int) -> Estimate:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        own = {id(p) for p in trained}
+        others = [p for p in self.model.parameters() if id(p) not in own]
+        self.ledger.add((*others, *self.model.buffers()), "weights")
+        self.ledger.add(trained, "adapters" if self.args.lora else "weights")
+        phases: dict[str, Counter[str]] = {"weights": self.ledger.kinds.copy()}
+        with _on_meta(), self.ledger:
+            deltas = [self._attack() for _ in range(1 if self.args.steps else 0)]
+            phases["attack"] = self.ledger.peak
+            kept = self._kept(deltas)
+            phases["defence"] = self._defence(deltas, trained)
+            del kept
+        args = self.args
+        passes = args.lpa_steps * self.micro * args.world_size
+        rows, length = self.layout.shape
+        return Estimate(
+            phases,
+            self.flops["attack"] * passes * args.steps,
+            self.flops["defence"] * passes * args.defence_steps,
+            sum(p.numel() for p in trained),
+            total,
+            rows,
+            rows * length,
+        )
+
+    @contextmanager
+    def _counted(self, phase: str) -> Iterator[None]:
+        """Add the work within to a phase."""
+        before = self.ledger.flops
+        yield
+        self.flops[phase] += self.ledger.flops - before
+
+    def _attack(self) -> LatentAttack:
+        """One inner step, with all that stays over the steps; returns the perturbations."""
+        self.ledger.mark()
+        with ExitStack() as stack:
+            with self.ledger.kind("copies"):
+                stack.enter_context(inner_mode(self.model, self.args.merge_adapters))
+            with self.ledger.kind("perturbations"):
+                state = to_meta(AttackState(self.pgd, self.batch, (1.0, 1.0)))
+                state.steps = self.args.steps
+            head = self.model.get_output_embeddings()
+            large = self.layout.labels.shape[0] * head.weight.shape[0] >= packed.CHUNK_FROM
+            step = InnerStep(self.pgd, state, self.meta, self.packed, large and type(head) is nn.Linear)
+            step.last, step.needed = self._trimmed()
+            step.prepare()
+            with self._counted("attack"):
+                step()
+            return state.finish(self.pgd, self.batch, Plan("packed"), "")
+
+    def _trimmed(self) -> tuple[nn.Module | None, Tensor | None]:
+        """As `InnerStep.trim`, of which only the question whether it may is left out."""
+        try:
+            layers = decoder_layers(self.model)
+            module = in_block(layers[-1], len(layers) - 1, "mlp")
+        except ValueError:
+            return None, None
+        if any(site.module in set(module.modules()) for site in self.pgd.sites):
+            return None, None
+        places = self.layout.select_rows * self.layout.shape[1] + self.layout.select_positions
+        return module, places.unique().to("meta")
+
+    def _kept(self, attacks: list[Any]) -> list[Tensor]:
+        """What the other micro-batches of the LPA step keep on the device meanwhile."""
+        if self.args.offload_attacks or not attacks:
+            return []
+        with self.ledger.kind("perturbations"):
+            return [torch.empty_like(d) for _ in range(self.micro - 1) for d in attacks[0].deltas_by_row]
+
+    def _defence(self, attacks: list[Any], trained: list[nn.Parameter]) -> Counter[str]:
+        """One micro-batch of an update that is not the first: gradients and moments are there."""
+        args, model = self.args, self.model
+        with self.ledger.kind("optimiser"):
+            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+        if self.micro > 1:
+            with self.ledger.kind("gradients"):
+                for p in trained:
+                    p.grad = torch.empty_like(p)
+        benign = [name for name in BENIGN_TERMS if name in args.coefs]
+        base: list[Tensor] = []
+        rows = self._benign() if benign else None
+        if "kl" in benign and rows is not None:
+            with torch.no_grad(), ExitStack() as stack:
+                if args.lora:
+                    stack.enter_context(adapters_off(model))
+                first = rows.logits(model)
+            base = [first, *(torch.empty_like(first) for _ in range(0 if args.offload_attacks else self.micro - 1))]
+            del first
+        model.train()
+        self.ledger.mark()
+        with self._counted("defence"):
+            total: Any = 0.0
+            if (objective := args.pair_objective) is not None:
+                reference = torch.zeros(self.size, device="meta") if objective.needs_reference else None
+                attack = attacks[0] if attacks else None
+                total, _ = pair_terms(self.rows_of, self.batch, attack, objective, (1.0, 1.0), reference)  # type: ignore[arg-type]
+            if rows is not None:
+                coefs = {name: args.coefs[name] for name in benign}
+                part, _ = benign_terms(model, rows, coefs, 1.0, "standard", base[0] if base else None)
+                total = total + part
+            total.backward()
+        del total, moments
+        return self.ledger.peak
+
+    def _benign(self) -> Any:
+        """Benign rows on the meta device, with what `losses.benign_terms` asks of them."""
+        ids, mask = self.shape.benign(self.size)
+        nothing = torch.zeros_like(mask)
+        layout: PackedLayout = to_meta(unshared(PairBatch(ids, nothing, ids, mask, nothing)))
+        return SimpleNamespace(
+            ids=layout.input_ids,
+            labels=layout.labels,
+            logits=lambda model, at=False: selected_logits(model, layout, packed=False),
+        )
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Within it, models run on the meta device as on a real one: sdpa as one fused op, and no look at values."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # torch makes a float mask of it, for every layer
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+        heads = query.shape[1] // key.shape[1]
+        if heads > 1:
+            key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+        return out
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attend),
+        # it looks for packed rows in the values of position ids, and these have none
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+    ):
+        yield
