@@ -95,6 +95,7 @@ def pairs_as_tokens(
         collator = PairCollator(tokenizer, attack_on=config.attack_on)
     if dataset is None or len(dataset) == 0:
         raise ValueError("the data set of pairs is empty; give at least one row")
+    _check_tokens(dataset, ("prompt_tokens", "rejected_tokens", "chosen_tokens"), model)
     return dataset, collator, _lengths(dataset, ("rejected_tokens", "chosen_tokens"))
 
 
@@ -114,7 +115,25 @@ def benign_as_tokens(
         collator = BenignCollator(tokenizer)
     if dataset is None or len(dataset) == 0:
         raise ValueError("the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0")
+    _check_tokens(dataset, ("prompt_tokens", "response_tokens"), model)
     return dataset, collator, _lengths(dataset, ("response_tokens",))
+
+
+def _check_tokens(dataset: Any, columns: Sequence[str], model: Any) -> None:
+    """Every token must have an embedding. The model may have more of them than the tokenizer has tokens.
+
+    Raises:
+        ValueError: a token has none.
+    """
+    if not set(columns) <= set(getattr(dataset, "column_names", ())):
+        return
+    largest = max(max(tokens, default=0) for name in columns for tokens in dataset[name])
+    have = model.get_input_embeddings().weight.shape[0]
+    if largest >= have:
+        raise ValueError(
+            f"the tokenizer gives token {largest} and the model has embeddings for {have}; use the model's own "
+            "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+        )
 
 
 def _lengths(dataset: Any, completions: Sequence[str]) -> list[int]:

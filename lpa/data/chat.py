@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .loading import DataError, some_of
+from .loading import DataError, is_text, some_of
 
 ASSESSMENT_PROMPT = "Indicate whether you agree or disagree with the following statements."
 PLAIN_PROMPT = "You are a helpful assistant."
@@ -69,6 +69,8 @@ class ChatEncoder:
                 made inert.
         """
         texts = (prompt, *completions)
+        if not all(map(is_text, texts)):
+            raise DataError(f"{where}: half a character (a lone surrogate) is no text; repair it")
         try:
             encoded = [self._encode(text, is_prompt=not i) for i, text in enumerate(texts)]
         except DataError as error:

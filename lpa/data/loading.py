@@ -257,8 +257,19 @@ def _check_cells(rows: Sequence[Row], columns: Sequence[str], name: str) -> None
     for row, column in cells:
         if not isinstance(row[column], str):
             raise DataError(f"{row['row']}: {column} is {row[column]!r} ({type(row[column]).__name__}), not text")
+    if broken := [f"{row['row']} ({column})" for row, column in cells if not is_text(row[column])]:
+        raise DataError(f"{name}: {some_of(broken)}: half a character (a lone surrogate) is no text; repair the cells")
     if blank := [f"{row['row']} ({column})" for row, column in cells if not row[column].strip()]:
         raise DataError(f"{name}: empty cells in {some_of(blank)}; fill them in or drop the rows")
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written down: JSON's \\ud800 alone is half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _dataset(rows: Sequence[Row], columns: Sequence[str], name: str) -> Dataset:

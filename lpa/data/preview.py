@@ -38,12 +38,20 @@ def preview(
         console.print(Text(f"\n{row.get('row') or f'row {number}'}", "bold"))
         for part, tokens in _parts(tokenizer, {name: value[0] for name, value in collate([row]).items()}).items():
             if console.is_terminal:
-                texts = [(text, f"{_STYLES[part]} {_ATTACKED if attacked else ''}") for _, _, text, attacked in tokens]
+                texts = [
+                    (_harmless(text), f"{_STYLES[part]} {_ATTACKED if attacked else ''}")
+                    for _, _, text, attacked in tokens
+                ]
                 console.print(Text.assemble((f"{part}: ", "dim"), *texts))
                 continue
             for position, token, text, attacked in tokens:
                 line = f"{part:8} {position:5d} {token:7d} {text!r:24} {'attacked' if attacked else '-'}"
                 console.print(Text(line), soft_wrap=True)
+
+
+def _harmless(text: str) -> str:
+    """Control characters of a cell as escapes: raw ones would steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
 def _parts(tokenizer: Any, batch: Mapping[str, Any]) -> dict[str, list[tuple[int, int, str, bool]]]:

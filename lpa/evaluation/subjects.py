@@ -170,6 +170,8 @@ def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         what = "a whole model: evaluate it with --model" if (folder / "config.json").is_file() else "no adapter"
         raise EvaluationError(f"{path} holds no adapter_config.json; it is {what}")
+    if folder.is_dir() and not any(folder.glob("adapter_model*.safetensors")):
+        raise EvaluationError(f"{path} holds no adapter_model.safetensors; adapters in pickles (.bin) are not read")
     where = str(folder) if folder.exists() else path
     try:
         config = PeftConfig.from_pretrained(where)
