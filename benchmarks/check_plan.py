@@ -43,14 +43,14 @@ def case(model: Any, prompt: int, completion: int, micro: int, accumulation: int
 CASES = {
     "idle": case(NOTHING, 8, 4, 1),
     "embedded, the default run": case(EMBEDDED, 64, 8, 4, 1, merge_adapters=True),
-    "embedded, long": case(EMBEDDED, 256, 16, 2),
-    "embedded, long, checkpointed": case(EMBEDDED, 256, 16, 2, gradient_checkpointing=True),
+    "embedded, long": case(EMBEDDED, 192, 16, 2),
+    "embedded, long, checkpointed": case(EMBEDDED, 192, 16, 2, gradient_checkpointing=True),
     "embedded, sft and kl": case(EMBEDDED, 64, 32, 4, kl_coef=0.1, sft_coef=0.1),
     "wide": case(WIDE, 128, 16, 4),
     "wide, large batch": case(WIDE, 64, 8, 16, 1),
-    "wide, checkpointed": case(WIDE, 512, 32, 4, gradient_checkpointing=True),
+    "wide, checkpointed": case(WIDE, 384, 32, 2, gradient_checkpointing=True),
     "deep": case(DEEP, 96, 8, 8),
-    "deep, eager attention": case(DEEP, 192, 16, 4) | {"attn_implementation": "eager"},
+    "deep, eager attention": case(DEEP, 192, 16, 2) | {"attn_implementation": "eager"},
     "deep, all weights": case(DEEP, 96, 8, 4, lora=False),
     "neox": case(NEOX, 128, 16, 8),
 }

@@ -121,7 +121,9 @@ def measure(
                 continue
             # spread over the traits, which the statements are sorted by
             chosen = pairs.select([i * len(pairs) // count for i in range(count)])
-            values = margins(pgd, chosen, collator, attacked=attacked)
+            # attacked in no larger batches than the training's own, which are what memory holds
+            size = min(12, config.per_device_train_batch_size) if attacked else 12
+            values = margins(pgd, chosen, collator, attacked=attacked, batch_size=size)
             key = f"{name}_attacked" if attacked else name
             found |= {key: float((values > 0).float().mean()), f"{key}_margin": float(values.mean()), f"{key}_n": count}
     found["perplexity"] = perplexity(model, tokenizer)

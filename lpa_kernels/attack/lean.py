@@ -82,7 +82,9 @@ def _lora_parts(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, floa
 
 
 def _lora_forward(layer: nn.Module, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    parts = None if args or kwargs or torch.is_autocast_enabled(x.device.type) else _lora_parts(layer)
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    parts = None if args or kwargs or autocast else _lora_parts(layer)
     if parts is None or x.dtype != parts[0].dtype:
         return own(x, *args, **kwargs)
     out: Tensor = _FrozenLora.apply(x.reshape(-1, x.shape[-1]), *parts)
