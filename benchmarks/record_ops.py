@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.op_cases import Case, all_cases, copy_bandwidth, device, seconds
+from benchmarks.op_cases import Case, all_cases, copy_bandwidth, device, scale_bandwidth, seconds
 from benchmarks.record_loop import RESULTS
+from lpa_kernels.ops import native
 
 
 def extra_mib(case: Case) -> float:
     """Peak resident memory of three calls above what their inputs take, in MiB, measured in a fresh process."""
     code = (
-        "from pathlib import Path; from benchmarks import record_ops as r; import torch;"
+        f"import torch; torch.set_num_threads({torch.get_num_threads()}); from pathlib import Path;"
+        "from benchmarks import record_ops as r; from benchmarks.record_loop import memory_kib;"
         f"case = next(c for c in r.all_cases() if (c.group, c.name) == {(case.group, case.name)!r});"
-        "run = case.make(); before = r.memory_kib('VmRSS'); Path('/proc/self/clear_refs').write_text('5');"
-        "[run() for _ in range(3)]; print(r.memory_kib('VmHWM') - before)"
+        "run = case.make(); before = memory_kib('VmRSS'); Path('/proc/self/clear_refs').write_text('5');"
+        "[run() for _ in range(3)]; print(memory_kib('VmHWM') - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) / 1024
@@ -51,7 +56,7 @@ def measure(cases: list[Case], rounds: int) -> dict[str, Any]:
         if case.moved:
             rate = case.moved / median
             found[case.name] |= {"GB/s": round(rate / 1e9, 1), "share_of_copy": round(rate / copy_bandwidth(), 2)}
-        if device() == "cpu" and "loss" in case.group:
+        if device() == "cpu" and "loss" in case.group and "128256" in case.group:
             found[case.name]["extra_mib"] = round(extra_mib(case), 1)
     return found
 
@@ -74,6 +79,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """The GPU's name; or the CPU's, with the instruction set that the native kernels use there."""
+    if device() == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
+    name = names[0] if names else platform.machine()
+    return f"{name} ({torch.ops.lpa_kernels_native.cpu_kernels()})" if native.BUILT else name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -82,6 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cases = [case for case in all_cases() if args.only in case.group]
+    copy, scale = copy_bandwidth(), scale_bandwidth()
     results = {}
     for group in dict.fromkeys(case.group for case in cases):
         results[group] = measure([case for case in cases if case.group == group], args.rounds)
@@ -91,15 +107,18 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__},
         "threads": torch.get_num_threads(),
-        "copy_GB/s": round(copy_bandwidth() / 1e9, 1),
+        "processor": processor(),
+        "copy_GB/s": round(copy / 1e9, 1),
+        "scale_in_place_GB/s": round(scale / 1e9, 1),
         "results": results,
     }
     target = RESULTS / f"ops-{device()}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
     target.with_suffix(".md").write_text(
-        f"`{record['command']}`, {record['date']}, torch {torch.__version__}, {record['threads']} threads; a large "
-        f"copy moves {record['copy_GB/s']} GB/s\n\n{table(results)}"
+        f"`{record['command']}`, {record['date']}, torch {torch.__version__}, {record['processor']}, "
+        f"{record['threads']} threads; a large copy moves {record['copy_GB/s']} GB/s, a scaling in place "
+        f"{record['scale_in_place_GB/s']} GB/s\n\n{table(results)}"
     )
 
 

@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 1 << 25  # logits that linear_token_loss holds at once
 
 
 def _run(op: str, backend: str, args: tuple[Any, ...]) -> Any:
-    """Call `op`: straight to the backend in eager mode, through the dispatcher (60 us more) when compiling."""
+    """Call `op`: straight to the backend in eager mode, through the dispatcher, which costs more, when compiling."""
     if torch.compiler.is_compiling() and backend == "auto":
         return getattr(torch.ops.lpa_kernels, op)(*args)
     result = registry.select(op, backend, args)(*args)
@@ -272,6 +272,7 @@ class _LinearTokenLoss(torch.autograd.Function):
             hits.append(hit)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[span])
+            del logits  # or two chunks would stand while the next one is made
         ctx.save_for_backward(grad_hidden)
         hit_rows = torch.cat(hits)
         ctx.mark_non_differentiable(hit_rows)
