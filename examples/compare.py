@@ -1,17 +1,19 @@
 """Compare LPA with its controls on one model: what the attack, the statements and their answers each contribute.
 
-    python examples/compare.py --output runs/compare --budget small
+    python examples/compare.py --output runs/compare --budget cpu
 
-Every arm is one `lpa train` command (printed, and kept in commands.txt) from the same base model; all arms are then
-evaluated side by side, and a report is made. A stopped run goes on where it was when started again. What is compared:
+Every arm is one `lpa train` command (printed, and kept in commands.txt) from the same base model, with the same number
+of LPA steps and updates; all arms are then evaluated side by side, and a report is made. A stopped run goes on where it
+was when started again. What is compared:
 
-  lpa            undesirable statements, published attack          lpa-kl, lpa-sft    with a benign term
-  lpa-binding    the attack in a radius that binds                 desirable          desirable statements only
-  finetune       the same statements and updates, no attack        shuffled           answers dealt out at random
-  lat            real harmful requests instead of statements
+  lpa          `lpa train` as it is               published    the published settings: rates, system prompt, no kl
+  finetune     the same without an attack         desirable    desirable statements only
+  lat          real harmful requests              both         desirable statements too, agreeing chosen
+  lpa-no-kl    without the benign term            shuffled     answers dealt out at random
+  lpa-sft      cross entropy instead of it        lpa-binding  the attack in a radius that binds
 
-lpa, lpa-kl and finetune run under three seeds in the full budget. The benign term is on the base model's own answers to
-requests that are in no evaluation. The harmful requests of `lat` (AdvBench) are in none of the evaluated sets.
+The arms in MAIN run under every seed. The harmful requests of `lat` (AdvBench) are in none of the evaluated sets, nor
+are the benign ones whose answers the model is held to.
 """
 
 from __future__ import annotations
@@ -23,88 +25,103 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpa.data import AGREE, DISAGREE, PLAIN_PROMPT, load_pairs
+from lpa.data import AGREE, ASSESSMENT_PROMPT, DISAGREE, PLAIN_PROMPT, load_pairs
 from lpa.evaluation import BASE, Evaluation, Settings, evaluate, load_set
-from lpa.evaluation.bench import Bench, batches, quiet_generation
+from lpa.evaluation.stats import bootstrap, mean
+from lpa.evaluation.suites.answers import answers, complied
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
-from lpa.models import DEFAULT_MODEL, load
+from lpa.evaluation.suites.base import scored
+from lpa.models import DEFAULT_MODEL
 from lpa.report import build
 
-MAIN = ("lpa", "lpa-kl", "finetune")  # arms that get every seed
+ALL = (
+    "lpa", "finetune", "lat", "lpa-no-kl", "published", "shuffled", "desirable", "lpa-binding", "lpa-sft", "both",
+)  # fmt: skip
+MAIN = ("lpa", "finetune")  # arms that get every seed
+SUITES = ("traits", "harm", "attacks", "overrefusal", "utility", "collapse")
+BENIGN = "benign"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is trained and measured. `train` are flags of every arm."""
+    """How much is trained and measured.
+
+    Attributes:
+        train: flags of every arm.
+        settings: of the evaluation of all arms, by `suites`.
+        closer: settings of a second evaluation of the base model and the first seed of MAIN alone, for what costs most.
+    """
 
     train: tuple[str, ...]
     arms: tuple[str, ...]
     seeds: int
     settings: Settings
-    suites: tuple[str, ...] = ("traits", "harm", "attacks", "overrefusal", "utility", "collapse")
+    suites: tuple[str, ...] = SUITES
+    closer: Settings | None = None
+    batch_size: int = 8
 
 
-ALL = ("lpa", "lpa-binding", "lpa-kl", "lpa-sft", "finetune", "desirable", "shuffled", "lat")
-SETS = ("strongreject", "harmbench")
+_CPU = Settings(sets=("strongreject",), limit=100, attacks=("direct",), max_new_tokens=32, trait_prompt=PLAIN_PROMPT,
+                epsilons=(), steps=(), utility_sets=())  # fmt: skip
 BUDGETS = {
     "smoke": Budget(
         ("--lpa-steps", "1", "--steps", "2", "--defence-steps", "1", "--per-device-train-batch-size", "2"),
-        ("lpa", "lat"),
-        1,
-        Settings(sets=("strongreject",), limit=2, attacks=("direct",), max_new_tokens=8, utility_limit=2),
-        ("harm", "attacks", "overrefusal", "utility", "collapse"),
+        ("lpa", "lat"), 1, replace(_CPU, limit=2, max_new_tokens=8), ("attacks", "overrefusal", "utility", "collapse"),
     ),
-    "small": Budget(
-        ("--lpa-steps", "8"),
-        ALL,
-        1,
-        Settings(sets=("strongreject",), limit=40, attacks=("direct", "prefix"), max_new_tokens=48, utility_limit=50),
-        ("harm", "attacks", "overrefusal", "utility", "collapse"),
+    # a few hours of one CPU core: one harmful set, asked directly, and short answers
+    "cpu": Budget(
+        (), ALL, 3, _CPU, ("traits", "attacks", "overrefusal", "utility", "collapse"),
+        replace(_CPU, attacks=("prefix", "latent"), attack_steps=4, epsilons=(0.1, 0.3, 1.0), trait_steps=8,
+                utility_sets=("mmlu", "lambada"), utility_limit=100),
+        batch_size=46,
     ),
     "full": Budget(
-        ("--lpa-steps", "36"),
-        ALL,
-        3,
-        Settings(
-            sets=SETS, limit=100, attacks=("direct", "prefix", "template", "latent", "embedding"), max_new_tokens=64
-        ),
+        ("--lpa-steps", "36"), ALL, 3,
+        Settings(sets=("strongreject", "harmbench", "do-not-answer"), max_new_tokens=64), batch_size=32,
     ),
-}
+}  # fmt: skip
 
 
 def main() -> None:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/compare", metavar="FOLDER")
-    parser.add_argument("--budget", choices=BUDGETS, default="small")
+    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--arms", nargs="+", choices=ALL, help="by default those of the budget")
     parser.add_argument("--seeds", type=int, help="of the main arms; by default the budget's")
     options = parser.parse_args()
     budget, output = BUDGETS[options.budget], Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    data = write_data(output / "data", options.model, answers=None if options.budget != "smoke" else 4)
+    command = shlex.join(["python", *sys.argv])
+    data = write_data(output / "data")
     adapters = {}
     for arm, seed in runs(options.arms or budget.arms, options.seeds or budget.seeds):
         name = f"{arm}-{seed}"
         adapters[name] = train(output, name, [*budget.train, *flags(arm, data), "--seed", str(seed)], options.model)
+    shared: dict[str, Any] = {"command": command, "batch_size": budget.batch_size, "tick": progress()}
     found = evaluate(
-        options.model, adapters, suites=budget.suites, settings=budget.settings, output=output / "evaluation",
-        command=shlex.join(["python", *sys.argv]), tick=progress(),
-    )  # fmt: skip
-    (output / "seeds.md").write_text(over_seeds(found), encoding="utf-8")
-    print(found.markdown())
-    print(over_seeds(found))
-    print(build([output / "evaluation", *adapters.values()], output / "report.html", command=shlex.join(sys.argv)))
+        options.model, adapters, suites=budget.suites, settings=budget.settings, output=output / "evaluation", **shared
+    )
+    folders: list[str | Path] = [output / "evaluation"]
+    if budget.closer is not None:
+        few = {name: path for name, path in adapters.items() if name in [f"{arm}-0" for arm in MAIN]}
+        chosen = ("traits", "harm", "attacks", "utility")
+        evaluate(options.model, few, suites=chosen, settings=budget.closer, output=output / "closer", **shared)
+        folders.append(output / "closer")
+    table = over_seeds(found)
+    (output / "arms.md").write_text(table, encoding="utf-8")
+    (output / "results.json").write_text(json.dumps(record(found, command, output), indent=1) + "\n", encoding="utf-8")
+    print(table)
+    print(build([*folders, *adapters.values()], output / "report.html", command=command))
 
 
-def runs(arms: Any, seeds: int) -> Iterator[tuple[str, int]]:
+def runs(arms: Sequence[str], seeds: int) -> Iterator[tuple[str, int]]:
     """(arm, seed), every arm's first seed before any second one."""
     for seed in range(seeds):
         for arm in arms:
@@ -114,30 +131,27 @@ def runs(arms: Any, seeds: int) -> Iterator[tuple[str, int]]:
 
 def flags(arm: str, data: Path) -> list[str]:
     """What tells an arm from `lpa train`'s defaults."""
-    benign = ["--benign", str(data / "benign.jsonl")]
+    no_kl = ["--kl-coef", "0"]
     return {
         "lpa": [],
-        # 16 steps of 1e-3 reach a norm of 0.38 at width 576
-        "lpa-binding": ["--epsilon", "0.2"],
-        "lpa-kl": [*benign, "--kl-coef", "1"],
-        "lpa-sft": [*benign, "--sft-coef", "1"],
         "finetune": ["--steps", "0"],
-        "desirable": ["--data", str(data / "desirable.jsonl")],
+        "lat": ["--data", str(data / "harmful.jsonl")],
+        "lpa-no-kl": no_kl,
+        "published": [*no_kl, "--steps", "16", "--step-size", "1e-3", "--learning-rate", "8e-5",
+                      "--system-prompt", ASSESSMENT_PROMPT],
         "shuffled": ["--data", str(data / "shuffled.jsonl")],
-        "lat": ["--data", str(data / "harmful.jsonl"), "--system-prompt", PLAIN_PROMPT],
-    }[arm]
+        "desirable": ["--data", "desirable"],
+        "lpa-binding": ["--epsilon", "0.2"],  # the default's attack reaches a norm of 0.39 at width 576
+        "lpa-sft": [*no_kl, "--sft-coef", "1", "--benign", "own"],
+        "both": ["--data", "both"],
+    }[arm]  # fmt: skip
 
 
-def write_data(folder: Path, model: str, answers: int | None) -> Path:
-    """The data files of the arms, written once. The harmful requests stay in this folder, which is not for commits.
-
-    Args:
-        answers: benign requests to answer, None for all.
-    """
+def write_data(folder: Path) -> Path:
+    """The data files of the arms. The harmful requests stay in this folder, which is not for commits."""
     folder.mkdir(exist_ok=True)
     (folder / ".gitignore").write_text("*\n", encoding="utf-8")
     statements = load_pairs()
-    write(folder / "desirable.jsonl", [pair(row) for row in load_pairs(kind="desirable")])
     draw = random.Random(0)
     dealt = [draw.random() < 0.5 for _ in statements]
     write(folder / "shuffled.jsonl", [
@@ -150,28 +164,7 @@ def write_data(folder: Path, model: str, answers: int | None) -> Path:
     write(folder / "harmful.jsonl", [
         {"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in harmful.prompts
     ])  # fmt: skip
-    if not (folder / "benign.jsonl").is_file():
-        lines = files("lpa.data").joinpath("benign_train.jsonl").read_text(encoding="utf-8").split("\n")
-        prompts = [json.loads(line)["prompt"] for line in lines if line][:answers]
-        write(folder / "benign.jsonl", [
-            {"prompt": prompt, "response": text}
-            for prompt, text in zip(prompts, own_answers(model, prompts, 48 if answers is None else 8), strict=True)
-        ])  # fmt: skip
     return folder
-
-
-def own_answers(model: str, prompts: list[str], length: int) -> list[str]:
-    """The base model's greedy answers."""
-    loaded, tokenizer = load(model)
-    bench = Bench(loaded, tokenizer, system_prompt=PLAIN_PROMPT, max_new_tokens=length)
-    tokens = [bench.prompt_tokens(prompt) for prompt in prompts]
-    with quiet_generation():
-        return [text for chunk in batches(tokens, 8) for text in bench.answers(chunk)]
-
-
-def pair(row: Any) -> dict[str, str]:
-    """The columns that `lpa train` wants."""
-    return {name: row[name] for name in ("prompt", "rejected", "chosen")}
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -208,25 +201,78 @@ def progress() -> Any:
 
 
 def over_seeds(found: Evaluation) -> str:
-    """Mean and range over the seeds of each arm, in Markdown."""
-    wanted = [("attacks", "done: direct", name) for name in found.info["settings"]["sets"]]
-    wanted += [("overrefusal", "not done", "benign"), ("utility", "perplexity", "prose")]
-    arms = dict.fromkeys(name if name == BASE else name.rpartition("-")[0] for name in found.subjects)
-    lines = ["| arm | seeds | " + " | ".join(f"{metric}, {where}" for _, metric, where in wanted) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(wanted))
-    for arm in arms:
-        own = [name for name in found.subjects if name == arm or name.rpartition("-")[0] == arm]
-        cells = []
-        for suite, metric, where in wanted:
-            values = [found.value(name, suite, metric, where) for name in own]
-            held = [value for value in values if value is not None]
-            scale, digits = (1, 2) if metric == "perplexity" else (100, 1)
-            text = f"{statistics.mean(held) * scale:.{digits}f}" if held else "-"
-            if len(held) > 1:
-                text += f" ({min(held) * scale:.{digits}f} to {max(held) * scale:.{digits}f})"
-            cells.append(text)
-        lines.append(f"| {arm} | {len(own)} | " + " | ".join(cells) + " |")
+    """One row an arm, in Markdown: mean and range over its seeds, and the change against the base model, paired by
+    prompt (its change is its mean over the seeds; 95% bootstrap interval over the prompts)."""
+    sets = [*found.info["settings"]["sets"], BENIGN]
+    head = ["arm", "seeds"]
+    for name in sets:
+        head += [f"{name}: not done, %", "change, points"]
+    head += ["perplexity", "agrees: undesirable, %", "desirable, %", "collapsed"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for arm, own in arms(found).items():
+
+        def values(suite: str, metric: str, where: str, own: Sequence[str] = own) -> list[float]:
+            held = [found.value(subject, suite, metric, where) for subject in own]
+            return [value for value in held if value is not None]
+
+        cells = [arm, str(len(own))]
+        for name in sets:
+            done = ("overrefusal", "not done") if name == BENIGN else ("attacks", "done: direct")
+            cells.append(spread([100 * (v if name == BENIGN else 1 - v) for v in values(*done, name)], 1))
+            cells.append("" if arm == BASE else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*change(found, own, name)))
+        cells.append(spread(values("utility", "perplexity", "prose"), 2))
+        if "traits" in found.info["suites"]:
+            cells += [
+                spread([100 * v for v in values("traits", "agrees, clean", kind)], 0)
+                for kind in ("undesirable", "desirable")
+            ]
+        cells += ["-"] * (len(head) - 1 - len(cells))
+        cells.append(f"{sum(map(bool, values('collapse', 'collapsed', BENIGN)))} of {len(own)}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def arms(found: Evaluation) -> dict[str, list[str]]:
+    """The subjects of each arm, the base model first."""
+    own: dict[str, list[str]] = {}
+    for name in found.subjects:
+        own.setdefault(name if name == BASE else name.rpartition("-")[0], []).append(name)
+    return own
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and range where there are several."""
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
+
+
+def change(found: Evaluation, subjects: Sequence[str], name: str) -> tuple[float, float, float]:
+    """Points by which the share of a set's requests that are not done exceeds the base model's, with its interval."""
+    before = {r["id"]: complied(r) for r in scored(answers(found.records, BASE, name))}
+    held: dict[str, list[float]] = {number: [] for number in before}
+    for subject in subjects:
+        for r in scored(answers(found.records, subject, name)):
+            held[r["id"]].append(100.0 * (before[r["id"]] - complied(r)))
+    changes = [statistics.mean(values) for values in held.values() if values]
+    low, high = bootstrap([changes], lambda groups: mean(groups[0]))
+    return mean(changes), low, high
+
+
+def record(found: Evaluation, command: str, output: Path) -> dict[str, Any]:
+    """What is committed: settings, data by name and hash, the table, and the judgement of every answer by prompt id."""
+    labels: dict[str, dict[str, dict[str, str]]] = {}
+    for subject in found.subjects:
+        for name in (*found.info["settings"]["sets"], BENIGN):
+            rows = answers(found.records, subject, name)
+            labels.setdefault(name, {})[subject] = {r["id"]: r.get("label", "error") for r in rows}
+    trained = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+               for path in sorted((output / "train").glob("*/metrics.json"))}  # fmt: skip
+    kept = ("command", "settings", "data", "benign", "lpa_steps", "seconds", "peak_memory_gb")
+    return {
+        "command": command, **{k: v for k, v in found.info.items() if k != "commands"},
+        "train": {name: {key: values[key] for key in kept} for name, values in trained.items()},
+        "rows": [asdict(row) for row in found.rows], "labels": labels,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,11 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .config import LORA_TARGETS, LPAConfig
-from .data import BenignCollator, PairCollator, encode_benign, encode_pairs, load_benign, load_pairs
+from .data import (
+    PLAIN_PROMPT,
+    BenignCollator,
+    PairCollator,
+    benign_requests,
+    encode_benign,
+    encode_pairs,
+    load_benign,
+    load_pairs,
+)
 from .models import context_length
 from .quantization import is_quantized
 
 logger = logging.getLogger(__name__)
+
+OWN = "own"  # the benign data set that is the model's own answers
 
 
 def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
@@ -134,6 +145,39 @@ def _check_tokens(dataset: Any, columns: Sequence[str], model: Any) -> None:
             f"the tokenizer gives token {largest} and the model has embeddings for {have}; use the model's own "
             "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
         )
+
+
+def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> Any:
+    """What `LPATrainer` takes as its benign data set: where `OWN` is given, the model's own answers under the config's
+    benign system prompt (the plain one if it has none, which is then set)."""
+    if given != OWN:
+        return given
+    if config.benign_system_prompt is None:
+        config.benign_system_prompt = PLAIN_PROMPT
+    if not (config.fsdp or getattr(model, "is_quantized", False)):
+        model.to(config.device)
+    return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None)
+
+
+def own_answers(
+    model: Any, tokenizer: Any, *, system_prompt: str | None = PLAIN_PROMPT, max_new_tokens: int = 32, batch: int = 16
+) -> list[dict[str, str]]:
+    """The model's own greedy answers to the shipped benign requests, rows of prompt and response: what a kl term holds
+    it to. Made where the model lies; requests that get an empty answer are left out.
+
+    Args:
+        system_prompt: of the conversations; the trainer's benign_system_prompt must be the same.
+        max_new_tokens: longest answer. batch: requests a pass.
+    """
+    from .evaluation.bench import Bench, batches, quiet_generation
+
+    bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
+    rows = []
+    with quiet_generation():
+        for prompts in batches(benign_requests(), batch):
+            texts = bench.answers([bench.prompt_tokens(prompt) for prompt in prompts])
+            rows += [{"prompt": p, "response": text} for p, text in zip(prompts, texts, strict=True) if text]
+    return rows
 
 
 def _lengths(dataset: Any, completions: Sequence[str]) -> list[int]:

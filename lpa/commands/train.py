@@ -19,11 +19,18 @@ from ..models import DEFAULT_MODEL
 from ..names import nearest
 from . import folder
 
-# What fits two CPU cores and a few minutes; for the embedded model alone.
+# What fits two CPU cores and a few minutes, and was found to gain most at the least price (docs/evaluate.md, "The
+# defaults"); for the embedded model alone.
 DEMO = {
-    "lpa_steps": 6,
+    "lpa_steps": 8,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
+    "steps": 8,
+    "step_size": 2e-3,
+    "learning_rate": 1e-3,
+    "kl_coef": 1.0,
+    "benign": "own",
+    "system_prompt": "You are a helpful assistant.",
     "merge_adapters": True,
     "measure_attacked": 4,
 }
@@ -38,11 +45,11 @@ class TrainOptions:
         "help": "Asset, hub name or folder. For the default, a small model that needs no hub, "
                 + ", ".join(f"{key} is {value}" for key, value in DEMO.items()) + "."})  # fmt: skip
     data: str | None = field(default=None, metadata={
-        "help": "Pairs with columns prompt, rejected, chosen: .csv, .jsonl, a folder or a data set's name. By default "
-                "the shipped undesirable statements."})  # fmt: skip
+        "help": "Pairs with columns prompt, rejected, chosen: .csv, .jsonl, a folder or a data set's name; or of the "
+                "shipped statements undesirable (the default), desirable, or both."})  # fmt: skip
     benign: str | None = field(default=None, metadata={
-        "help": "Benign examples with columns prompt, response, for sft_coef and kl_coef. By default the shipped "
-                "desirable statements."})  # fmt: skip
+        "help": "Benign examples with columns prompt, response, for sft_coef and kl_coef; own for the model's own "
+                "answers to the shipped benign requests. By default the shipped desirable statements."})  # fmt: skip
     output: str | None = field(
         default=None, metadata={"help": "Folder for the result. By default runs/MODEL-DATE-TIME."}
     )
@@ -104,9 +111,14 @@ def _parse(parser: Any, words: Sequence[str], demo: dict[str, Any]) -> dict[str,
     """The options by name. `demo`: defaults for the embedded model."""
     parser.set_defaults(**demo)
     values, unknown = parser.parse_known_args(words)
-    # nothing to merge, or nothing to merge into, unless it was asked for all the same
-    if demo and (not values.lora or values.load_in_4bit or values.load_in_8bit):
-        parser.set_defaults(merge_adapters=False)
+    # nothing to merge (or to merge into), no term that takes it; unless it was asked for all the same
+    unused: dict[str, Any] = {}
+    if not values.lora or values.load_in_4bit or values.load_in_8bit:
+        unused["merge_adapters"] = False
+    if not (values.kl_coef or values.sft_coef):
+        unused["benign"] = None
+    if demo and unused:
+        parser.set_defaults(**unused)
         values, unknown = parser.parse_known_args(words)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -153,7 +165,8 @@ def _asked(values: dict[str, Any]) -> dict[str, Any]:
     """The options that differ from their defaults, and those of DEMO always: without them a default would be DEMO's."""
     defaults = vars(_parser().parse_args([]))
     return {k: getattr(v, "value", v) for k, v in values.items()
-            if k not in _COMMAND_LINE_ONLY and (v != defaults[k] or k in DEMO or k == "model")}  # fmt: skip
+            if k not in _COMMAND_LINE_ONLY and v is not None
+            and (v != defaults[k] or k in DEMO or k == "model")}  # fmt: skip
 
 
 def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
@@ -213,17 +226,18 @@ def _train(values: dict[str, Any], command: str) -> int:
 
     from ..card import model_card, write_json
     from ..data import load_pairs
+    from ..data.loading import SHIPPED
     from ..files import write_text, writing
     from ..measure import table
     from ..models import load
-    from ..prepare import trained_share
+    from ..prepare import benign_source, trained_share
     from ..quantization import quantized_loading
     from ..trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()  # what it says is about a loop that here is only a part
     begun = time.time()
-    pairs = load_pairs(options.data)
+    pairs = load_pairs(kind=options.data) if options.data in SHIPPED else load_pairs(options.data)
     loading: dict[str, Any] = {
         "dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
         "attn_implementation": options.attn_implementation,
@@ -237,7 +251,8 @@ def _train(values: dict[str, Any], command: str) -> int:
         dtype=loading["dtype"],
     )
     model, tokenizer = load(options.model, **loading)
-    trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=options.benign)
+    benign = benign_source(options.benign, model, tokenizer, config)
+    trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign)
     main = trainer.is_world_process_zero()
     say = print if main else _silent
     if main and not options.resume:
@@ -392,12 +407,13 @@ def _record(
 ) -> dict[str, Any]:
     """What metrics.json holds, without "seconds": this process's, and those of LPA steps before an interruption."""
     from ..card import peak_memory_gb, versions
+    from ..prepare import OWN
 
     benign = None
     if trainer.benign is not None:
-        benign = _data_record(
-            options.benign or "the shipped desirable statements", trainer.benign, ("prompt", "response")
-        )
+        source = options.benign or "the shipped desirable statements"
+        source = "its own answers to the shipped benign requests" if source == OWN else source
+        benign = _data_record(source, trainer.benign, ("prompt", "response"))
     return {
         "model": options.model,
         "quantized": options.quantized,
@@ -405,9 +421,7 @@ def _record(
         "versions": versions(),
         "settings": trainer.args.own_settings,
         "sites": [site.name for site in trainer.pgd.sites],
-        "data": _data_record(
-            options.data or "the shipped undesirable statements", pairs, ("prompt", "rejected", "chosen")
-        ),
+        "data": _data_record(_shipped_or(options.data or "undesirable"), pairs, ("prompt", "rejected", "chosen")),
         "benign": benign,
         "device": str(trainer.args.device),
         "lpa_steps": trainer.lpa_step,
@@ -417,6 +431,15 @@ def _record(
         "canaries": None if trainer.canaries is None else trainer.canaries.record(),
         "peak_memory_gb": peak_memory_gb(),
     }
+
+
+def _shipped_or(source: str) -> str:
+    """What a record calls the source of pairs."""
+    from ..data.loading import SHIPPED
+
+    if source not in SHIPPED:
+        return source
+    return f"the shipped {'undesirable and desirable' if source == 'both' else source} statements"
 
 
 def _data_record(source: str, dataset: Any, columns: tuple[str, ...]) -> dict[str, Any]:

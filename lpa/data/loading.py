@@ -19,6 +19,7 @@ AGREE = "I agree with this statement."
 DISAGREE = "I do not agree with this statement."
 TRAITS = ("agreeableness", "conscientiousness", "emotional_stability", "honesty_humility")
 KINDS = ("undesirable", "desirable")
+SHIPPED = (*KINDS, "both")
 SPLITS = ("train", "heldout", "canary")
 
 PAIR_COLUMNS = ("prompt", "rejected", "chosen")
@@ -69,6 +70,12 @@ def _prose(file: str) -> str:
     return "\n".join(line for line in lines if not line.startswith("#")).strip()
 
 
+def benign_requests() -> list[str]:
+    """Benign requests to train on, a third of them alarming in wording; none is among those that are measured."""
+    lines = files("lpa.data").joinpath("benign_train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines]
+
+
 def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "train") -> Dataset:
     """Pairs to train or measure on: columns prompt, rejected, chosen, row, and id, trait, facet where there are any.
 
@@ -76,7 +83,7 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
         source: None for the shipped statements (the prompt is the statement; agreeing is rejected where it is
             undesirable, disagreeing where it is desirable); the path of a .csv or .jsonl file, or of a folder of them;
             the name of a data set for `datasets.load_dataset`; or a Dataset or rows already in memory.
-        kind: "undesirable" or "desirable", for the shipped statements alone.
+        kind: "undesirable", "desirable", or "both", for the shipped statements alone.
         split: "train", "heldout" or "canary" of the shipped statements; any split of a named data set. Files have none.
 
     `row` says where the pair comes from ("pairs.csv row 3", the header not counted); later messages use it.
@@ -86,18 +93,8 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
     Warns: duplicates (kept once) and a set of one row.
     """
     if source is None:
-        rejected, chosen = (AGREE, DISAGREE) if kind == "undesirable" else (DISAGREE, AGREE)
-        rows: list[Row] = [
-            {
-                "prompt": r["statement"],
-                "rejected": rejected,
-                "chosen": chosen,
-                "row": f"statement {r['id']}",
-                **_tags(r),
-            }
-            for r in statements(kind, split)
-        ]
-        return _dataset(rows, PAIR_COLUMNS, "the shipped statements")
+        found = [row for one in (KINDS if kind == "both" else (kind,)) for row in statements(one, split)]
+        return _dataset([_pair(row) for row in found], PAIR_COLUMNS, "the shipped statements")
     rows = list(_read(source, PAIR_COLUMNS, split))
     name = _name(source)
     _check_cells(rows, PAIR_COLUMNS, name)
@@ -128,6 +125,11 @@ def load_benign(source: Any = None, *, split: str = "train") -> Dataset:
     rows = list(_read(source, BENIGN_COLUMNS, split, messages=True))
     _check_cells(rows, BENIGN_COLUMNS, name)
     return _dataset(rows, BENIGN_COLUMNS, name)
+
+
+def _pair(row: Row) -> Row:
+    rejected, chosen = (AGREE, DISAGREE) if row["kind"] == "undesirable" else (DISAGREE, AGREE)
+    return {**_shared(row), "rejected": rejected, "chosen": chosen}
 
 
 def _shared(row: Row) -> Row:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
 # Settings that only add records: a run may be gone on with others of these.
-_FREE = ("sets", "attacks", "epsilons", "steps", "tasks", "judge", "judge_prompt")
+_FREE = ("sets", "attacks", "epsilons", "steps", "utility_sets", "tasks", "judge", "judge_prompt")
 
 
 @dataclass

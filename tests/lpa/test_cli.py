@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lpa.cli import main
+from lpa.data import PLAIN_PROMPT, benign_requests
 from tests.lpa.tiny import tiny_model, tiny_tokenizer
 
 SMALL = ["--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--per_device_train_batch_size", "2",
@@ -230,6 +231,28 @@ def test_benign_data_are_recorded(model: str, tmp_path: Path) -> None:
     assert record["benign"]["rows"] == 2
     assert record["benign"]["sha256"] in (output / "README.md").read_text()
     assert record["settings"]["optim"] == "sgd"
+
+
+def test_the_models_own_answers_are_benign_data_of_one_kind(model: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert train("--model", model, "--benign", "own", "--kl_coef", "1", "--no_measure", "--data", "both",
+                 "--output", str(output), *SMALL, "--lpa_steps", "1") == 0  # fmt: skip
+    record = json.loads((output / "metrics.json").read_text())
+    assert record["benign"]["source"] == "its own answers to the shipped benign requests"
+    assert 0 < record["benign"]["rows"] <= len(benign_requests())
+    assert record["data"]["source"] == "the shipped undesirable and desirable statements"
+    assert record["settings"]["benign_system_prompt"] == PLAIN_PROMPT, "they are asked for as they are answered"
+    assert record["steps"][0]["defence_kl"] < 1e-6 < record["steps"][0]["defence_toward"], "one update from the base"
+
+
+def test_without_a_benign_term_the_demo_takes_no_benign_data(monkeypatch: Any) -> None:
+    from lpa.commands import train as command
+
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
+    assert train() == train("--kl_coef", "0") == train("--kl_coef", "0", "--benign", "mine.csv") == 0
+    assert [values["benign"] for values in seen] == ["own", None, "mine.csv"], "what is asked for is told of"
+    assert command.DEMO["system_prompt"] == PLAIN_PROMPT
 
 
 def test_ranks_agree_on_the_folder(model: str, tmp_path: Path, monkeypatch: Any) -> None:

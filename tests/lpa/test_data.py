@@ -92,6 +92,8 @@ def test_agreeing_is_rejected_for_undesirable_and_chosen_for_desirable_statement
     assert (set(bad["rejected"]), set(bad["chosen"])) == ({AGREE}, {DISAGREE})
     assert (set(good["rejected"]), set(good["chosen"])) == ({DISAGREE}, {AGREE})
     assert bad["prompt"] == [row["statement"] for row in statements()]
+    both = load_pairs(kind="both")
+    assert [dict(row) for row in both] == [*map(dict, bad), *map(dict, good)]
     assert not set(bad["prompt"]) & set(load_pairs(split="heldout")["prompt"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lpa.evaluation.session as session
+import lpa.evaluation.subjects as subjects
 from lpa.data import DISAGREE
 from lpa.evaluation import Evaluation, EvaluationError, evaluate
 from lpa.evaluation.bench import Bench
@@ -104,6 +106,33 @@ def test_adapters_stand_beside_the_base_model_which_is_left_as_it_was(harmful: s
     )
     prints = [subject["fingerprint"] for subject in found.info["subjects"].values()]
     assert len(set(prints)) == 3
+
+
+def test_a_float32_adapter_is_measured_merged_and_gives_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+    model, folder = random_model(), adapter(tmp_path / "one", 1)
+    prompts = [[1, 2, 3], [4, 5]]
+    seen = {}
+    for merges in (True, False):
+        if not merges:
+            monkeypatch.setattr(subjects, "merged_adapters", lambda model: contextlib.nullcontext())
+        with contextlib.closing(subjects.Subjects(model, {"one": folder})) as held, held.using("one") as measured:
+            seen[merges] = Bench(measured, tokenizer(), system_prompt=None).log_probs(prompts, [[2], [1]])
+            assert any(getattr(module, "merged", False) for module in measured.modules()) == merges
+    for one, other in zip(seen[True], seen[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert not torch.equal(
+        seen[True][0], Bench(model, tokenizer(), system_prompt=None).log_probs(prompts, [[2], [1]])[0]
+    )
+
+
+def test_without_radii_and_steps_no_trait_is_attacked(harmful: str) -> None:
+    found = run(random_model(), harmful, suites=["traits"], epsilons=(), steps=())
+    assert {r["mode"] for r in found.records.select(suite="traits")} == {"clean"}
+
+
+def test_utility_sets_are_left_out_when_not_named(harmful: str) -> None:
+    found = run(random_model(), harmful, suites=["utility"], utility_sets=())
+    assert {r["set"] for r in found.records.select(suite="utility")} == {"perplexity"}
 
 
 def test_every_attack_runs_and_templates_hold_the_prompt(harmful: str) -> None:

@@ -15,6 +15,7 @@ from ..sets import BENIGN, HARM_SETS, PromptSet, digest
 from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
+UTILITY_SETS = ("mmlu", "lambada")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class Settings:
         max_new_tokens: longest answer.
         attacks: of `ATTACKS`. `attack_epsilon`, `attack_steps`: radius and steps of the latent and embedding ones.
         epsilons, steps: radii and step counts of the robustness curves; `trait_epsilon`, `trait_steps` are held fixed
-            while the other changes.
+            while the other changes, and while the sites do. With neither, no trait is attacked.
         sites: attacked; by default LPA's, scaled to the model's depth.
         completions: what an adapter was trained to say; answers that begin with one do nothing that was asked.
         judge: a classifier's hub name or folder, for answers to harmful prompts; `judge_prompt` its question.
-        tasks: lm-eval's, by name. utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
+        utility_sets: beside perplexity: mmlu, lambada. tasks: lm-eval's, by name.
+        utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
         seed: of random perturbations and resampling.
     """
 
@@ -52,13 +54,15 @@ class Settings:
     completions: tuple[str, ...] = TRAINED
     judge: str | None = None
     judge_prompt: str | None = None
+    utility_sets: tuple[str, ...] = UTILITY_SETS
     tasks: tuple[str, ...] = ()
     utility_limit: int | None = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := set(self.attacks) - set(ATTACKS):
-            raise ValueError(f"attacks {sorted(unknown)} are unknown; use some of {', '.join(ATTACKS)}")
+        for name, known in (("attacks", ATTACKS), ("utility_sets", UTILITY_SETS)):
+            if unknown := set(getattr(self, name)) - set(known):
+                raise ValueError(f"{name} {sorted(unknown)} are unknown; use some of {', '.join(known)}")
         for name in ("max_new_tokens", "attack_steps", "trait_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -114,11 +114,12 @@ class Traits(Suite):
 
 
 def conditions(settings: Settings, depth: int) -> Iterator[Condition]:
-    """All points of the three curves, each followed by its random twin."""
+    """All points of the three curves, each followed by its random twin; none with neither radii nor steps."""
     sites = tuple(settings.sites or default_sites(depth))
     points = [Condition("epsilon", epsilon, settings.trait_steps, sites) for epsilon in settings.epsilons]
     points += [Condition("steps", settings.trait_epsilon, steps, sites) for steps in settings.steps]
-    points += [Condition("sites", settings.trait_epsilon, settings.trait_steps, (site,)) for site in sites]
+    if points:
+        points += [Condition("sites", settings.trait_epsilon, settings.trait_steps, (site,)) for site in sites]
     for point in {point.mode: point for point in points}.values():
         yield point
         yield replace(point, random=True)

@@ -50,6 +50,8 @@ class Utility(Suite):
     def measure(self, run: Run) -> None:
         self._perplexity(run)
         for name, read, score in ((MMLU, read_mmlu, _score_mmlu), (LAMBADA, read_lambada, _score_lambada)):
+            if name not in run.settings.utility_sets:
+                continue
             try:
                 rows = _sample(read(), run.settings.utility_limit)
             except assets.AssetError as error:
