@@ -18,6 +18,7 @@ from lpa.evaluation.suites.answers import complied
 from lpa.evaluation.suites.harm import says_yes
 from lpa.evaluation.suites.traits import CLEAN
 from lpa.evaluation.suites.utility import task_name
+from lpa.evaluation.table import VERDICT
 from lpa.selection import PREFIX, entries_of
 
 METRICS, STATE = "metrics.json", "trainer_state.json"
@@ -29,7 +30,9 @@ class ReportError(ValueError):
 
 @dataclass
 class EvaluationRun:
-    """An evaluation's folder: `rows` of its table, `records` of every prompt, `info` as in run.json."""
+    """An evaluation's folder: `rows` of its table, `records` of every prompt, `info` as in run.json, and the `subjects`
+    that were measured (a run that was stopped and gone on with may name others, which have a verdict alone).
+    """
 
     name: str
     rows: list[Row]
@@ -64,7 +67,9 @@ def read_run(folder: str | Path) -> list[EvaluationRun | TrainingRun]:
             raise ReportError(f"the evaluation in {path} was stopped; the command that began it goes on with it")
         info, results = _json(path / RUN), _json(path / RESULTS)
         rows = [Row(**row) for row in results["rows"]]
-        found.append(EvaluationRun(path.name, rows, results["subjects"], Records(path, read_only=True), info))
+        measured = {row.subject for row in rows if row.suite != VERDICT}
+        subjects = [name for name in results["subjects"] if name in measured]
+        found.append(EvaluationRun(path.name, rows, subjects, Records(path, read_only=True), info))
     if (path / METRICS).is_file():
         info = _json(path / METRICS)
         watched = info.get("canaries") or {}

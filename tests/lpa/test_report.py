@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,18 @@ def test_a_collapsed_model_stands_out(tmp_path: Path) -> None:
     text = build([tmp_path / "e"], tmp_path / "r.html").read_text(encoding="utf-8")
     assert re.search(r'<li class="is-bad">.*✕ COLLAPSED</span><br>only 5% of answers are distinct', text)
     assert '<td class="n bad">YES<sup>' in text
+
+
+def test_a_subject_that_a_stopped_run_never_reached_hides_nothing_of_the_others(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "e")
+    results = json.loads((tmp_path / "e" / "results.json").read_text(encoding="utf-8"))
+    told = {"subject": "late", "suite": "verdict", "set": "", "metric": "incomplete: nothing measured", "value": None}
+    results = {"subjects": [*results["subjects"], "late"], "rows": [*results["rows"], told]}
+    (tmp_path / "e" / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    text = build([tmp_path / "e"], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<b>late</b>" in text
+    assert "Answers to benign requests" in text
+    assert text.count(">late<") == 1, "its verdict, and no empty column"
 
 
 def test_what_cannot_be_reported_is_told(tmp_path: Path) -> None:
