@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.op_cases import device, project_eagerly, public_away
 from lpa_kernels import LatentPGD, PairBatch, token_loss
 from lpa_kernels.attack.sites import resolve_sites
+from lpa_kernels.ops import registry
 
 LORA = {"r": 64, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
 EPSILON, STEP_SIZE = 6.0, 1e-3
@@ -182,13 +183,25 @@ def _pgd(name: str, steps: int, **options: Any) -> LatentPGD:
     return LatentPGD(model, SHAPES[name].sites, epsilon=EPSILON, step_size=STEP_SIZE, steps=steps, **options)
 
 
+def _ops() -> dict[str, str]:
+    """What the ops run on, by what to add to a way's name: on a GPU what "auto" takes, on a CPU each that is there."""
+    if device() == "cuda":
+        return {"": "auto"}
+    return {"": "reference"} | ({", native ops": "native"} if ("pgd_update_", "native") in registry.table() else {})
+
+
 WAYS: dict[str, Callable[[str, int], Callable[[], object]]] = {
     "conventional": conventional,
     "reference engine": lambda name, steps: ours(name, steps, engine="reference"),
-    "packed engine": lambda name, steps: ours(name, steps, engine="packed"),
-    "packed engine, merged adapters": lambda name, steps: ours(name, steps, engine="packed", merge_adapters=True),
 }
 LPA_STEPS: dict[str, Callable[[str, int], Callable[[], object]]] = {
     "reference engine": lambda name, steps: lpa_step(name, steps, engine="reference"),
-    "packed engine": lambda name, steps: lpa_step(name, steps, engine="packed"),
 }
+for _ending, _backend in _ops().items():
+    WAYS |= {
+        f"packed engine{_ending}": partial(ours, engine="packed", backend=_backend),
+        f"packed engine, merged adapters{_ending}": partial(
+            ours, engine="packed", backend=_backend, merge_adapters=True
+        ),
+    }
+    LPA_STEPS[f"packed engine{_ending}"] = partial(lpa_step, engine="packed", backend=_backend)

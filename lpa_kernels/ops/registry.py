@@ -37,6 +37,11 @@ def register(op: str, backend: str, fn: Callable[..., Any], unsupported: Callabl
     _table[op, backend] = Impl(fn, unsupported)
 
 
+def table() -> frozenset[tuple[str, str]]:
+    """The (op, backend) pairs that there are."""
+    return frozenset(_table)
+
+
 def register_missing(backend: str, reason: str) -> None:
     """Remember why a whole backend is absent, for errors and for `backends()`."""
     _missing[backend] = reason
