@@ -133,14 +133,32 @@ def _run(name: str, environment: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+def as_table(record: dict[str, Any]) -> str:
+    """The record in Markdown, GB of 10^9 bytes."""
+    process = record["process_bytes"]
+    lines = ["| case | planned | measured | error | with Python and libraries | measured with glibc's defaults |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, found in record["cases"].items():
+        if name != "idle":
+            own = (found["measured"]["bytes"] - process) / 1e9
+            plain = (found["measured_glibc_defaults"]["bytes"] - process) / 1e9
+            lines.append(f"| {name} | {found['planned']['bytes'] / 1e9:.3f} | {own:.3f} | {found['error']:+.1%} | "
+                         f"{found['error_with_process']:+.1%} | {plain:.3f} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--table", type=Path, help="print the table of a record, and measure nothing")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(CASES[options.case])))
+        return
+    if options.table:
+        print(as_table(json.loads(options.table.read_text())), end="")
         return
     from lpa.card import versions
 

@@ -134,11 +134,16 @@ class _DryRun:
         self.ledger.add(trained, "adapters" if self.args.lora else "weights")
         phases: dict[str, Counter[str]] = {"weights": self.ledger.kinds.copy()}
         with _on_meta(), self.ledger:
-            deltas = [self._attack() for _ in range(1 if self.args.steps else 0)]
-            phases["attack"] = self.ledger.peak
-            kept = self._kept(deltas)
-            phases["defence"] = self._defence(deltas, trained)
-            del kept
+            # the last micro-batch of an LPA step: the others have their perturbations and gradients
+            kept = self._of_other_micro_batches(trained)
+            moments = [] if self.args.reset_optimizer else self._moments(trained)
+            deltas = []
+            if self.args.steps:
+                deltas.append(self._attack())
+                phases["attack"] = self.ledger.peak
+            moments = moments or self._moments(trained)
+            phases["defence"] = self._defence(deltas)
+            del kept, moments
         args = self.args
         passes = args.lpa_steps * self.micro * args.world_size
         rows, length = self.layout.shape
@@ -189,22 +194,26 @@ class _DryRun:
         places = self.layout.select_rows * self.layout.shape[1] + self.layout.select_positions
         return module, places.unique().to("meta")
 
-    def _kept(self, attacks: list[Any]) -> list[Tensor]:
-        """What the other micro-batches of the LPA step keep on the device meanwhile."""
-        if self.args.offload_attacks or not attacks:
-            return []
-        with self.ledger.kind("perturbations"):
-            return [torch.empty_like(d) for _ in range(self.micro - 1) for d in attacks[0].deltas_by_row]
-
-    def _defence(self, attacks: list[Any], trained: list[nn.Parameter]) -> Counter[str]:
-        """One micro-batch of an update that is not the first: gradients and moments are there."""
-        args, model = self.args, self.model
-        with self.ledger.kind("optimiser"):
-            moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+    def _of_other_micro_batches(self, trained: list[nn.Parameter]) -> list[Tensor]:
+        """Their perturbations; the gradients are put where they belong."""
         if self.micro > 1:
             with self.ledger.kind("gradients"):
                 for p in trained:
                     p.grad = torch.empty_like(p)
+        if self.args.offload_attacks or not self.args.steps:
+            return []
+        rows = int(self.batch.attack_mask.sum())
+        with self.ledger.kind("perturbations"):
+            return [torch.empty(rows, width, device="meta") for _ in range(self.micro - 1)
+                    for width, _ in self.pgd.widths()]  # fmt: skip
+
+    def _moments(self, trained: list[nn.Parameter]) -> list[Tensor]:
+        with self.ledger.kind("optimiser"):
+            return [torch.empty_like(p) for p in trained for _ in range(2)]
+
+    def _defence(self, attacks: list[LatentAttack]) -> Counter[str]:
+        """One micro-batch of an update that is not the first."""
+        args, model = self.args, self.model
         benign = [name for name in BENIGN_TERMS if name in args.coefs]
         base: list[Tensor] = []
         rows = self._benign() if benign else None
@@ -228,7 +237,6 @@ class _DryRun:
                 part, _ = benign_terms(model, rows, coefs, 1.0, "standard", base[0] if base else None)
                 total = total + part
             total.backward()
-        del total, moments
         return self.ledger.peak
 
     def _benign(self) -> Any:
