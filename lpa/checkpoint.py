@@ -14,7 +14,7 @@ from .files import PART, sync, sync_tree, write_text
 logger = logging.getLogger(__name__)
 
 MANIFEST = "files.json"
-UNFINISHED = f".checkpoint{PART}"  # in a run's folder: where one is written before it gets its name
+UNFINISHED = f".checkpoint{PART}"  # in a run's folder: where one is before it gets its name, and after it has lost it
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -95,11 +95,13 @@ def remove_old(run: Path, keep: int | None, best: str | None = None) -> None:
     spared = {path.name for path in found[:1]} | ({Path(best).name} if best else set())
     others = [path for path in found if path.name not in spared]
     for old in others[max(0, keep - (len(found) - len(others))) :] if keep else ():
-        shutil.rmtree(old, ignore_errors=True)
+        (run / UNFINISHED).mkdir(exist_ok=True)
+        old.rename(run / UNFINISHED / f"old-{old.name}")  # none is there in part, even to a kill now
+    remove_unfinished(run)
 
 
 def remove_unfinished(run: Path) -> None:
-    """What a process that was killed while it wrote has left."""
+    """What has lost its name, or never got one since the process that wrote it was killed."""
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 

@@ -123,7 +123,6 @@ class DurableTrainer(Trainer):
                 with writing(target.name, run, self._still_there(step)):
                     publish(run / UNFINISHED / target.name, target)
                     remove_old(run, self.args.save_total_limit, self.state.best_model_checkpoint)
-                    remove_unfinished(run)
             except OSError as raised:
                 error = raised
         self._settled(error, run)

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from lpa import LPATrainer
+from lpa import LPAConfig, LPATrainer
 from tests.lpa.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -31,11 +31,32 @@ def trainer_of(
         folder, **{"gradient_accumulation_steps": micro_batches // world, "engine": "packed", "fsdp": fsdp, **settings}
     )
     if fsdp:
-        assert config.device.type == "cpu"  # and with that the process group is there
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        allow_fsdp(config)
     trainer = LPATrainer(tiny_model(len(tokenizer)), config, rows(8) if data is None else data, tokenizer)
     assert trainer.is_fsdp_enabled == fsdp
     return trainer
+
+
+def allow_fsdp(config: LPAConfig) -> None:
+    """Have accelerate take these CPUs for GPUs, so that it shards over them."""
+    assert config.device.type == "cpu"  # and with that the process group is there
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def command(arguments: list[str]) -> None:
+    """`lpa train --fsdp` with these arguments."""
+    from lpa import trainer
+    from lpa.cli import main
+
+    start = trainer.LPATrainer.__init__
+
+    def allowed(self: Any, model: Any, args: Any, *more: Any, **options: Any) -> None:
+        allow_fsdp(args)
+        start(self, model, args, *more, **options)
+        assert self.is_fsdp_enabled
+
+    trainer.LPATrainer.__init__ = allowed  # type: ignore[method-assign]
+    assert main(["train", "--fsdp", *arguments]) == 0
 
 
 def weights(trainer: LPATrainer) -> dict[str, Tensor]:

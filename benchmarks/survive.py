@@ -1,0 +1,305 @@
+"""What a run survives, tried often: kills, SIGTERM, damaged checkpoints, full disks, read-only folders, more ranks.
+
+    python -m benchmarks.survive --out benchmarks/results/survive.json
+
+A tiny random model is trained for a few seconds, disturbed at random moments and resumed. Its final weights must be
+those of a run that nothing disturbed, bit for bit, and no more may be lost than the LPA step in flight. Disks are tmpfs
+mounts, which need root. Linux alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpa.card import versions
+from lpa.checkpoint import MANIFEST, checkpoints, damage, last_good
+from tests.lpa import jobs
+from tests.ranks import Ranks, run
+
+STEPS = 10
+RUN: dict[str, Any] = {
+    "lpa_steps": STEPS, "micro_batches": 2, "steps": 4, "save_strategy": "steps", "kl_coef": 0.2, "lora_dropout": 0.1,
+    "random_start": True, "reset_optimizer": False, "lr_scheduler_type": "linear"}  # fmt: skip
+UPDATES = 2  # an LPA step, of `tiny_config`
+
+
+# ---- what the processes do ------------------------------------------------------------------------------------------
+
+
+def watched(folder: Path, diary: Path, resume: bool) -> None:
+    """Train to the end, or to a stop; the diary says what was being done, and for which LPA step."""
+    trainer = jobs.trainer_of(folder, **RUN)
+    signal.signal(signal.SIGTERM, lambda number, frame: trainer.request_stop())
+    note = os.open(diary, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def noted(name: str, doing: str, step: int) -> None:
+        function = getattr(trainer, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if trainer.is_world_process_zero():
+                os.write(note, f"{doing} {trainer.lpa_step + step}\n".encode())
+            return function(*args, **kwargs)
+
+        setattr(trainer, name, call)
+
+    noted("_attack", "attack", 1)
+    noted("_losses", "update", 1)
+    noted("_save_checkpoint", "write", 0)
+    found = resume and last_good(folder)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    if not trainer.interrupted:
+        jobs.keep(trainer, folder)
+
+
+# ---- what is looked at ----------------------------------------------------------------------------------------------
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "weights.pt")
+
+
+def difference(one: Path, other: Path) -> float:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def last_step(folder: Path) -> int:
+    """LPA steps that the last good checkpoint holds."""
+    found = last_good(folder)
+    return int(found.name.rpartition("-")[2]) // UPDATES if found else 0
+
+
+def doing(diary: Path) -> tuple[str, int]:
+    lines = diary.read_text().splitlines() if diary.exists() else []
+    what, _, step = (lines[-1] if lines else "start 0").partition(" ")
+    return what, int(step)
+
+
+@contextmanager
+def disk(size: str) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="survive-"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+        folder.rmdir()
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+class Trial:
+    """Runs below one folder, each against the whole one."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root, self.draw, self.number = root, random.Random(seed), 0
+        self.whole = {world: root / f"whole-{world}" for world in (1, 2)}
+        self.seconds = {}  # from the first attack on
+        for world, folder in self.whole.items():
+            ranks = Ranks(watched, folder, root / f"diary-{world}", False, folder=folder, world=world)
+            begun = self.begun(ranks, root / f"diary-{world}")
+            assert ranks.finish() == [0] * world, ranks.text()
+            self.seconds[world] = time.monotonic() - begun
+
+    def begun(self, ranks: Ranks, diary: Path) -> float:
+        """The time, once training has begun (or has failed to)."""
+        while doing(diary)[0] == "start" and ranks.processes[0].exitcode is None:
+            time.sleep(0.005)
+        return time.monotonic()
+
+    def new(self) -> tuple[Path, Path]:
+        self.number += 1
+        return self.root / f"run-{self.number}", self.root / f"diary-of-{self.number}"
+
+    def start(self, folder: Path, diary: Path, world: int = 1) -> Ranks:
+        diary.unlink(missing_ok=True)
+        return Ranks(watched, folder, diary, True, folder=folder / "logs", world=world)
+
+    def to_the_end(self, folder: Path, diary: Path, world: int = 1) -> float:
+        """Resume, and how far the final weights are from the undisturbed run's."""
+        run(watched, folder, diary, True, folder=folder / "logs", world=world)
+        return difference(folder, self.whole[world])
+
+    # ---- the disturbances -------------------------------------------------------------------------------------------
+
+    def signals(self, number: signal.Signals, times: int, world: int = 1) -> dict[str, Any]:
+        """Send a signal at random moments, to runs that are resumed each time until they end.
+
+        Of a step whose attack was broken off, one step is lost; of one that was written, none.
+        """
+        where: Counter[str] = Counter()
+        lost: Counter[int] = Counter()
+        worst, done, ended = 0.0, 0, 0
+        while done < times:
+            folder, diary = self.new()
+            while not (folder / "weights.pt").exists():
+                before = last_step(folder)
+                ranks = self.start(folder, diary, world)
+                self.begun(ranks, diary)
+                ranks.processes[-1].join(self.draw.uniform(0, self.seconds[world] * max(0.3, 1 - before / STEPS)))
+                if done < times and ranks.processes[-1].exitcode is None:
+                    os.kill(ranks.processes[-1].pid, number)  # the last rank's; the others learn of it
+                    done += 1
+                    ranks.finish()
+                    what, step = doing(diary)
+                    kept = last_step(folder)
+                    assert kept >= before, f"{folder}: checkpoint of step {before} is lost"
+                    damaged = [path for path in checkpoints(folder) if damage(path)]
+                    assert not damaged, damaged
+                    lost[0 if what == "start" else step - kept] += 1
+                    where[what] += 1
+                else:
+                    assert ranks.finish() == [0] * world, ranks.text()
+            ended += 1
+            worst = max(worst, difference(folder, self.whole[world]))
+            shutil.rmtree(folder)
+        assert max(lost) <= 1, lost
+        return {"times": done, "runs": ended, "ranks": world, "while": dict(where), "difference": worst,
+                "steps_lost": {str(steps): count for steps, count in sorted(lost.items())}}  # fmt: skip
+
+    def damages(self, times: int) -> dict[str, Any]:
+        """Damage the newest checkpoint of a whole run in some way, and train its last steps again."""
+        kinds: Counter[str] = Counter()
+        worst = 0.0
+        for _ in range(times):
+            folder, diary = self.new()
+            shutil.copytree(self.whole[1], folder)
+            (folder / "weights.pt").unlink()
+            newest = checkpoints(folder)[0]
+            path = self.draw.choice([path for path in newest.rglob("*") if path.is_file()])
+            content, kind = path.read_bytes(), self.draw.choice(["removed", "cut", "a bit", "zeros"])
+            place = self.draw.randrange(len(content))
+            if kind == "removed":
+                path.unlink()
+            elif kind == "cut":
+                path.write_bytes(content[:place])
+            elif kind == "zeros":
+                path.write_bytes(content[:place] + bytes(len(content) - place))
+            else:
+                path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            if kind == "zeros" and not any(content[place:]):
+                kind = "nothing, since it ended in zeros"
+            else:
+                found = damage(newest)  # a changed list names the file that it lists otherwise
+                assert path.name in found or (found and path.name == MANIFEST), (kind, path)
+            kinds[kind] += 1
+            worst = max(worst, self.to_the_end(folder, diary))
+            told = (folder / "logs" / "rank-0.log").read_text()
+            assert kind.startswith("nothing") or f"{newest} is damaged and left out: " in told
+            shutil.rmtree(folder)
+        return {"times": times, "what": dict(kinds), "difference": worst, "steps_lost": {"1": times}}
+
+    def full_disks(self, times: int) -> dict[str, Any]:
+        """Run out of disk at a random size, make room and go on."""
+        lost: Counter[int] = Counter()
+        worst = 0.0
+        size = sum(path.stat().st_size for path in checkpoints(self.whole[1])[0].rglob("*"))
+        for _ in range(times):
+            _, diary = self.new()
+            with disk(f"{int(self.draw.uniform(0.1, 2.9) * size)}") as folder:
+                ranks = Ranks(watched, folder / "run", diary, True, folder=self.root / "logs")
+                assert ranks.finish() == [1], ranks.text()
+                assert "lpa.files.WriteError: cannot write checkpoint-" in ranks.text(), ranks.text()
+                assert "no space is left (" in ranks.text()
+                self._unharmed(folder / "run", diary, lost)
+                remount(folder, "size=64m")
+                worst = max(worst, self.to_the_end(folder / "run", diary))
+        return {"times": times, "difference": worst, "steps_lost": {str(n): c for n, c in sorted(lost.items())}}
+
+    def read_only(self, times: int) -> dict[str, Any]:
+        """Have the disk become read-only in mid-run, and go on when it no longer is."""
+        lost: Counter[int] = Counter()
+        worst = 0.0
+        for _ in range(times):
+            _, diary = self.new()
+            with disk("64m") as folder:
+                wanted = self.draw.randrange(1, STEPS - 1)
+                ranks = Ranks(watched, folder / "run", diary, True, folder=self.root / "logs")
+                while last_step(folder / "run") < wanted and ranks.processes[0].exitcode is None:
+                    time.sleep(0.01)
+                while subprocess.run(
+                    ["mount", "-o", "remount,ro", folder], capture_output=True, check=False
+                ).returncode:
+                    time.sleep(0.001)  # busy while a file is open for writing
+                assert ranks.finish() == [1], ranks.text()
+                assert "it cannot be written to" in ranks.text(), ranks.text()
+                self._unharmed(folder / "run", diary, lost)
+                remount(folder, "rw")
+                worst = max(worst, self.to_the_end(folder / "run", diary))
+        return {"times": times, "difference": worst, "steps_lost": {str(n): c for n, c in sorted(lost.items())}}
+
+    def _unharmed(self, folder: Path, diary: Path, lost: Counter[int]) -> None:
+        assert not [path for path in checkpoints(folder) if damage(path)]
+        lost[doing(diary)[1] - last_step(folder)] += 1
+
+    def more_ranks(self) -> dict[str, Any]:
+        """Largest difference of any trained weight from one rank's, for DDP and FSDP2 on 2 and 4 ranks, over gloo."""
+        settings: dict[str, Any] = RUN | {"micro_batches": 4, "lpa_steps": 3}
+        found: dict[str, Any] = {}
+        kinds: dict[str, dict[str, Any]] = {
+            "LoRA": {"reset_optimizer": True}, "every weight": {"lora": False, "kl_coef": 0.0, "lora_dropout": 0.0}
+        }  # fmt: skip
+        for name, more in kinds.items():
+            one, _ = self.new()
+            run(jobs.train, one, settings | more, folder=one)
+            for world in (2, 4):
+                for fsdp in (False, True):
+                    folder, _ = self.new()
+                    run(jobs.train, folder, settings | more | {"fsdp": fsdp}, folder=folder, world=world)
+                    found[f"{name}, {'FSDP2' if fsdp else 'DDP'}, {world} ranks"] = difference(one, folder)
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="on one rank; the other counts follow from it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    few = max(1, options.kills // 5)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(Path(folder), options.seed)
+        report: dict[str, Any] = {
+            "command": f"python -m benchmarks.survive --kills {options.kills} --seed {options.seed}",
+            "versions": versions(), "machine": platform.machine(), "lpa_steps": STEPS,
+        }  # fmt: skip
+        for name, find in {
+            "SIGKILL": lambda: trial.signals(signal.SIGKILL, options.kills),
+            "SIGKILL of one of two ranks": lambda: trial.signals(signal.SIGKILL, few, world=2),
+            "SIGTERM": lambda: trial.signals(signal.SIGTERM, few),
+            "SIGTERM to one of two ranks": lambda: trial.signals(signal.SIGTERM, few, world=2),
+            "the newest checkpoint damaged": lambda: trial.damages(2 * few),
+            "disk full": lambda: trial.full_disks(few),
+            "disk read-only": lambda: trial.read_only(few),
+            "ranks": trial.more_ranks,
+        }.items():
+            report[name] = find()
+            print(name, json.dumps(report[name]), flush=True)
+            assert report[name].get("difference", 0) == 0
+    report["seconds"] = round(time.monotonic() - begun)
+    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
