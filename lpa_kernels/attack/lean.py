@@ -20,17 +20,20 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     The same numbers up to rounding. Whatever is not exactly such a layer when it is called (other dtypes, several
     adapters, DoRA, hooks on its parts, sharded or quantised weights) runs as it is.
     """
-    changed = []
+    changed: list[tuple[nn.Module, Callable[..., Any]]] = []
+    # compiled code guards on what a module's forward is, and would be compiled again at every attack
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
     try:
-        for module in model.modules():
+        for module in () if compiled else model.modules():
             lean = None if "forward" in module.__dict__ else _lean_forward(module)
             if lean is not None:
                 module.__dict__["forward"] = lean
-                changed.append(module)
+                changed.append((module, lean))
         yield
     finally:
-        for module in changed:
-            del module.__dict__["forward"]
+        for module, lean in changed:
+            if module.__dict__.get("forward") is lean:
+                del module.__dict__["forward"]
 
 
 def _lean_forward(module: nn.Module) -> Callable[..., Any] | None:
@@ -71,7 +74,7 @@ def _lora_parts(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, floa
     if len(active) != 1 or active[0] in layer.lora_variant:
         return None
     base, down, up = layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]
-    if any(type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks for m in (base, down, up)):
+    if not all(_untouched(m) for m in (base, down, up)):
         return None
     if down.bias is not None or up.bias is not None or layer.lora_dropout[active[0]].training:
         return None
@@ -81,14 +84,21 @@ def _lora_parts(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, floa
     return base.weight, base.bias, down.weight, up.weight, layer.scaling[active[0]]
 
 
+def _untouched(module: nn.Module) -> bool:
+    """An `nn.Linear` that does what its class says: accelerate's offloading, for one, exchanges the forward of one."""
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    )
+
+
 def _lora_forward(layer: nn.Module, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     parts = None if args or kwargs or autocast else _lora_parts(layer)
-    if parts is None or x.dtype != parts[0].dtype:
+    if parts is None or (x.dtype, x.device) != (parts[0].dtype, parts[0].device):
         return own(x, *args, **kwargs)
     out: Tensor = _FrozenLora.apply(x.reshape(-1, x.shape[-1]), *parts)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])  # not -1: an expert may get no token
 
 
 # ---- RMS norms -----------------------------------------------------------------------------------------------------
@@ -138,9 +148,13 @@ def _norm_offset(module: nn.Module, eps: float) -> float | None:
         offset = None
         try:
             given = module.forward(x)
+            if not bool(given.any()):  # by zero weights, which say nothing of what others would do
+                return None
             fits = [torch.allclose(given, _FrozenNorm.apply(x, weight + n, eps), 1e-5, 1e-6) for n in (0.0, 1.0)]
             offset = None if fits[0] == fits[1] else float(fits[1])
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # it is not called with hidden states alone
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever it is, it is not called with hidden states alone
             offset = None
         _offsets[module] = eps, offset
     return _offsets[module][1]

@@ -115,7 +115,7 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
     copies: dict[nn.Parameter, nn.Parameter] = {}
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        if dtype is not None and dtype.itemsize < 4:
+        if dtype in (torch.float16, torch.bfloat16):  # no narrower one: float8 holds weights and computes nothing
             for module in model.modules():
                 for name, p in module._parameters.items():
                     if p is not None and p.requires_grad and p.dtype == torch.float32:

@@ -174,9 +174,14 @@ class InnerStep:
 
 
 def _saved(logits: Tensor) -> bool:
-    """Whether the operation that made the logits keeps them for its backward (a tanh does, a product does not)."""
+    """Whether the operation that made the logits keeps them for its backward (a tanh does, a product does not).
+
+    One that is written in Python, or compiled, may.
+    """
     base = logits._base if logits._is_view() else logits
-    return base is None or hasattr(base.grad_fn, "_saved_result")
+    if base is None or isinstance(base.grad_fn, torch.autograd.function.BackwardCFunction):
+        return True
+    return hasattr(base.grad_fn, "_saved_result")
 
 
 def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout, packed: bool) -> None:

@@ -59,6 +59,8 @@ def trimmable(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
     if dtype not in known:
         try:
             known[dtype] = _by_token(model, module)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError):  # the module is not called with hidden states
             known[dtype] = False
     return module if known[dtype] else None
@@ -73,4 +75,29 @@ def _by_token(model: nn.Module, module: nn.Module) -> bool:
     with trimmed(module, tokens):
         few = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[tokens]
     # a product with fewer rows may round otherwise
-    return bool((whole - few).abs().max() <= 16 * torch.finfo(whole.dtype).eps * whole.abs().max())
+    if bool((whole - few).abs().max() > 16 * torch.finfo(whole.dtype).eps * whole.abs().max()):
+        return False
+    alone, beside = (_outputs(model, module, ids, tokens, other) for other in (1.0, -8.0))
+    # with as many rows nothing rounds otherwise, in half precision either
+    return bool((alone - beside).abs().max() <= 16 * torch.finfo(torch.float32).eps * alone.abs().max())
+
+
+def _outputs(model: nn.Module, module: nn.Module, ids: Tensor, tokens: Tensor, other: float) -> Tensor:
+    """[n, H] what `module` gives for `tokens` when its inputs at all other tokens are scaled by `other`."""
+    seen: list[Tensor] = []
+
+    def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        flat = args[0].flatten(0, -2)
+        scaled = (flat * other).index_copy(0, tokens.to(flat.device), flat[tokens.to(flat.device)])
+        return (scaled.view(args[0].shape), *args[1:])
+
+    def keep(_: nn.Module, args: Any, output: Any) -> None:
+        seen.append(hidden_of(output).flatten(0, -2)[tokens.to(hidden_of(output).device)].float())
+
+    handles = [module.register_forward_pre_hook(scale), module.register_forward_hook(keep)]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0]

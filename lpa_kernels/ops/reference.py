@@ -86,8 +86,9 @@ def pgd_update_(
     dtype = _at_least_float32(delta.dtype)
     live = (tokens >= 0).any(1, keepdim=True)
     # factors by row, so that a row without tokens keeps what it has: its gradient is 0, and it is multiplied by 1
+    one = torch.ones((), dtype=dtype, device=delta.device)  # two numbers would be of torch's default dtype
     moved = torch.where(live, step_size, 0.0)
-    kept1, kept2, least = (torch.where(live, value, 1.0).to(dtype) for value in (beta1, beta2, eps))
+    kept1, kept2, least = (torch.where(live, one * value, one) for value in (beta1, beta2, eps))
     for site, grad in enumerate(grads):
         g = gather_grad(grad, tokens).to(dtype).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         g = -g if maximize else g
