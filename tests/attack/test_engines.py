@@ -252,10 +252,16 @@ def test_the_last_feed_forward_runs_on_few_tokens(family: str, monkeypatch: pyte
     assert_same(found, attack_with(model, batch, SITES, "packed"))
 
 
-def test_a_feed_forward_that_mixes_tokens_runs_on_all() -> None:
-    model = llama()
-    model.model.layers[3].mlp.register_forward_hook(lambda m, args, out: out + out.mean((0, 1)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.003, 1.0])
+def test_a_feed_forward_that_mixes_tokens_runs_on_all(dtype: torch.dtype, share: float) -> None:
+    model = llama(dtype=dtype)
+    model.model.layers[3].mlp.register_forward_hook(lambda m, args, out: out + share * out.mean((0, 1)))
     assert trimmable(model, []) is None
+    assert trimmable(llama(dtype=dtype), []) is not None
+
+
+def test_what_has_no_feed_forward_to_trim() -> None:
     assert trimmable(llama(), []) is not None
     assert trimmable(tiny("mamba2"), []) is None
     assert trimmable(nn.Linear(2, 2), []) is None
@@ -290,6 +296,31 @@ def test_logits_that_their_own_backward_needs() -> None:
     model = llama()
     model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
     assert_same(*both(model))
+
+
+class _Cap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        out = z.tanh()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * (1 - ctx.saved_tensors[0] ** 2)
+
+
+def test_logits_that_a_python_operation_keeps() -> None:
+    """Nobody can see what it saves, so its result is left alone."""
+    model = llama()
+    head = model.lm_head
+
+    class Capped(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return _Cap.apply(head(hidden))
+
+    model.lm_head = Capped()
+    assert_same(*both(model, rule="sgd", step_size=3.0))
 
 
 @pytest.mark.parametrize("after", [lambda z: z[:, :, :97], lambda z: z[..., 2:99], lambda z: z, lambda z: z[0][None]],

@@ -96,6 +96,7 @@ ODD: dict[str, Any] = {
     "switched off": lambda model: model.base_model.disable_adapter_layers(),
     "merged": lambda model: model.base_model.merge_adapter(),
     "hooked": lambda model: layer_of(model).lora_A["default"].register_forward_hook(lambda m, args, out: 2 * out),
+    "patched": lambda model: setattr(layer_of(model).base_layer, "forward", lambda x: 2 * x),
     "training with dropout": lambda model: model.train(),
     "trained": lambda model: layer_of(model).lora_A["default"].weight.requires_grad_(),
     "narrower adapters": lambda model: (layer_of(model).lora_A.bfloat16(), layer_of(model).lora_B.bfloat16()),
@@ -143,3 +144,28 @@ def test_a_norm_of_another_kind_runs_as_it_is() -> None:
     with lean_layers(norm := nn.RMSNorm(8, eps=1e-5)):
         assert "forward" in norm.__dict__
         assert norm(torch.ones(2, 8)).requires_grad  # its weight is trained, so it is its own forward that ran
+
+
+def test_no_token_at_all() -> None:
+    """As an expert may get none."""
+    model = with_lora(tiny("llama"))
+    model.requires_grad_(False)
+    with lean_layers(model):
+        assert layer_of(model)(torch.zeros(0, 32)).shape == (0, 32)
+
+
+def test_weights_of_zero_prove_nothing() -> None:
+    norm = nn.RMSNorm(8, eps=1e-5)
+    nn.init.zeros_(norm.weight)
+    with lean_layers(norm):
+        assert "forward" not in norm.__dict__
+    nn.init.ones_(norm.weight)
+    with lean_layers(norm):
+        assert "forward" in norm.__dict__
+
+
+def test_compiled_models_stay_as_they_were_compiled() -> None:
+    model = with_lora(tiny("llama"))
+    model.base_model.model.model.layers[0].mlp.compile(backend="eager")
+    with lean_layers(model):
+        assert leans(model) == {"lora": 0, "norm": 0}
