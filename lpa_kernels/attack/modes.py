@@ -172,8 +172,9 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             for p in layer.get_base_layer().parameters(recurse=False):  # type: ignore[operator]
                 data, copy = p.data, p.data.clone()
-                held.append((p, data, copy if p.device.type in KEPT_ON else data))
-                p.data = data if p.device.type in KEPT_ON else copy
+                in_place = p.device.type in KEPT_ON or type(data) is not Tensor  # a shard's memory cannot be exchanged
+                held.append((p, data, copy if in_place else data))
+                p.data = data if in_place else copy
             layer.merge()  # type: ignore[operator]
         yield
     finally:
