@@ -12,7 +12,7 @@ was when started again. What is compared:
   lpa-no-kl    without the benign term            shuffled     answers dealt out at random
   lpa-sft      cross entropy instead of it        lpa-binding  the attack in a radius that binds
 
-The arms in MAIN run under every seed. The harmful requests of `lat` (AdvBench) are in none of the evaluated sets, nor
+The main arms run under several seeds. The harmful requests of `lat` (AdvBench) are in none of the evaluated sets, nor
 are the benign ones whose answers the model is held to.
 """
 
@@ -42,7 +42,6 @@ from lpa.report import build
 ALL = (
     "lpa", "finetune", "lat", "lpa-no-kl", "published", "shuffled", "desirable", "lpa-binding", "lpa-sft", "both",
 )  # fmt: skip
-MAIN = ("lpa", "finetune")  # arms that get every seed
 SUITES = ("traits", "harm", "attacks", "overrefusal", "utility", "collapse")
 BENIGN = "benign"
 
@@ -53,16 +52,16 @@ class Budget:
 
     Attributes:
         train: flags of every arm.
-        settings: of the evaluation of all arms, by `suites`.
-        closer: settings of a second evaluation of the base model and the first seed of MAIN alone, for what costs most.
+        main: the arms that run under every one of the `seeds`.
+        settings: of the evaluation, by `suites`.
     """
 
     train: tuple[str, ...]
     arms: tuple[str, ...]
+    main: tuple[str, ...]
     seeds: int
     settings: Settings
     suites: tuple[str, ...] = SUITES
-    closer: Settings | None = None
     batch_size: int = 8
 
 
@@ -71,17 +70,16 @@ _CPU = Settings(sets=("strongreject",), limit=100, attacks=("direct",), max_new_
 BUDGETS = {
     "smoke": Budget(
         ("--lpa-steps", "1", "--steps", "2", "--defence-steps", "1", "--per-device-train-batch-size", "2"),
-        ("lpa", "lat"), 1, replace(_CPU, limit=2, max_new_tokens=8), ("attacks", "overrefusal", "utility", "collapse"),
+        ("lpa", "lat"), ("lpa",), 1, replace(_CPU, limit=2, max_new_tokens=8),
+        ("attacks", "overrefusal", "utility", "collapse"),
     ),
-    # a few hours of one CPU core: one harmful set, asked directly, and short answers
+    # half an hour of one CPU core: one harmful set, asked directly, and short answers
     "cpu": Budget(
-        (), ALL, 3, _CPU, ("traits", "attacks", "overrefusal", "utility", "collapse"),
-        replace(_CPU, attacks=("prefix", "latent"), attack_steps=4, epsilons=(0.1, 0.3, 1.0), trait_steps=8,
-                utility_sets=("mmlu", "lambada"), utility_limit=100),
-        batch_size=46,
+        (), ("lpa", "finetune", "lat", "lpa-no-kl"), ("lpa",), 3, _CPU,
+        ("traits", "attacks", "overrefusal", "utility", "collapse"), batch_size=46,
     ),
     "full": Budget(
-        ("--lpa-steps", "36"), ALL, 3,
+        (), ALL, ("lpa", "finetune", "published"), 3,
         Settings(sets=("strongreject", "harmbench", "do-not-answer"), max_new_tokens=64), batch_size=32,
     ),
 }  # fmt: skip
@@ -101,31 +99,25 @@ def main() -> None:
     command = shlex.join(["python", *sys.argv])
     data = write_data(output / "data")
     adapters = {}
-    for arm, seed in runs(options.arms or budget.arms, options.seeds or budget.seeds):
+    for arm, seed in runs(options.arms or budget.arms, budget.main, options.seeds or budget.seeds):
         name = f"{arm}-{seed}"
         adapters[name] = train(output, name, [*budget.train, *flags(arm, data), "--seed", str(seed)], options.model)
-    shared: dict[str, Any] = {"command": command, "batch_size": budget.batch_size, "tick": progress()}
     found = evaluate(
-        options.model, adapters, suites=budget.suites, settings=budget.settings, output=output / "evaluation", **shared
-    )
-    folders: list[str | Path] = [output / "evaluation"]
-    if budget.closer is not None:
-        few = {name: path for name, path in adapters.items() if name in [f"{arm}-0" for arm in MAIN]}
-        chosen = ("traits", "harm", "attacks", "utility")
-        evaluate(options.model, few, suites=chosen, settings=budget.closer, output=output / "closer", **shared)
-        folders.append(output / "closer")
+        options.model, adapters, suites=budget.suites, settings=budget.settings, output=output / "evaluation",
+        command=command, batch_size=budget.batch_size, tick=progress(),
+    )  # fmt: skip
     table = over_seeds(found)
     (output / "arms.md").write_text(table, encoding="utf-8")
     (output / "results.json").write_text(json.dumps(record(found, command, output), indent=1) + "\n", encoding="utf-8")
     print(table)
-    print(build([*folders, *adapters.values()], output / "report.html", command=command))
+    print(build([output / "evaluation", *adapters.values()], output / "report.html", command=command))
 
 
-def runs(arms: Sequence[str], seeds: int) -> Iterator[tuple[str, int]]:
-    """(arm, seed), every arm's first seed before any second one."""
+def runs(arms: Sequence[str], main: Sequence[str], seeds: int) -> Iterator[tuple[str, int]]:
+    """(arm, seed), every arm's first seed before any second one, which only the main arms have."""
     for seed in range(seeds):
         for arm in arms:
-            if seed == 0 or arm in MAIN:
+            if seed == 0 or arm in main:
                 yield arm, seed
 
 
@@ -267,9 +259,10 @@ def record(found: Evaluation, command: str, output: Path) -> dict[str, Any]:
             labels.setdefault(name, {})[subject] = {r["id"]: r.get("label", "error") for r in rows}
     trained = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
                for path in sorted((output / "train").glob("*/metrics.json"))}  # fmt: skip
-    kept = ("command", "settings", "data", "benign", "lpa_steps", "seconds", "peak_memory_gb")
+    kept = ("command", "settings", "data", "benign", "lpa_steps", "peak_memory_gb")
     return {
-        "command": command, **{k: v for k, v in found.info.items() if k != "commands"},
+        "command": command, **{k: v for k, v in found.info.items() if k not in ("commands", "subjects")},
+        "fingerprints": {name: subject["fingerprint"] for name, subject in found.info["subjects"].items()},
         "train": {name: {key: values[key] for key in kept} for name, values in trained.items()},
         "rows": [asdict(row) for row in found.rows], "labels": labels,
     }  # fmt: skip
