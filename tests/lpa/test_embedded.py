@@ -42,8 +42,8 @@ def test_the_engines_agree(embedded: tuple[Any, PairBatch], rule: str) -> None:
     one, other = (attack_of(model, config, engine=engine).attack(batch) for engine in ("reference", "packed"))
     assert other.engine == "packed"
     for first, second in zip(one.losses, other.losses, strict=True):
-        assert second["toward"] == pytest.approx(first["toward"], rel=2e-6)
-        assert second["away"] == pytest.approx(first["away"], rel=2e-6)
+        for term in ("toward", "away"):  # relative from 1 on, as on the tiny models: 30 layers' sums round in float32
+            assert abs(second[term] - first[term]) <= 2e-6 * max(1.0, abs(first[term]))
     for name, delta in one.deltas.items():
         off = (delta - other.deltas[name]).abs() > 1e-3 * delta.abs().max()
         # AdamW divides a gradient by its own size, so entries whose gradient is all rounding are all rounding too
