@@ -14,9 +14,11 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -274,6 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="on one rank; the other counts follow from it")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", help="names in the report, of the tries to make; by default all")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     few = max(1, options.kills // 5)
@@ -281,7 +284,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder), options.seed)
         report: dict[str, Any] = {
-            "command": f"python -m benchmarks.survive --kills {options.kills} --seed {options.seed}",
+            "command": shlex.join(["python", "-m", "benchmarks.survive", *sys.argv[1:]]),
             "versions": versions(), "machine": platform.machine(), "lpa_steps": STEPS,
         }  # fmt: skip
         for name, find in {
@@ -294,11 +297,13 @@ def main() -> None:
             "disk read-only": lambda: trial.read_only(few),
             "ranks": trial.more_ranks,
         }.items():
+            if options.only and name not in options.only:
+                continue
             report[name] = find()
             print(name, json.dumps(report[name]), flush=True)
             assert report[name].get("difference", 0) == 0
-    report["seconds"] = round(time.monotonic() - begun)
-    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            report["seconds"] = round(time.monotonic() - begun)
+            options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
