@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from lpa.cli import main
 from tests import ranks
 from tests.lpa import jobs
 
@@ -111,21 +108,3 @@ def test_any_run_is_the_same_on_two_ranks(tmp_path_factory: Any, setting: dict[s
     jobs.train(folder / "one", setting)
     ranks.run(jobs.train, folder / "two", setting | {"fsdp": fsdp}, folder=folder / "two", world=2)
     assert difference(folder / "one", folder / "two") < 1e-5
-
-
-def test_the_command_with_sharded_weights(tmp_path: Path) -> None:
-    model = str(tmp_path / "model")
-    tokenizer = jobs.tiny_tokenizer()
-    jobs.tiny_model(len(tokenizer)).save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    settings = ["--model", model, "--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--lora_r", "4",
-                "--per_device_train_batch_size", "1", "--use_cpu", "--measure_attacked", "1"]  # fmt: skip
-    one, two = ([*settings, "--output", str(tmp_path / name)] for name in ("one", "two"))
-    assert main(["train", *one, "--gradient_accumulation_steps", "2"]) == 0
-    ranks.run(jobs.command, [*two, "--gradient_accumulation_steps", "1"], folder=tmp_path, world=2)
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert first.keys() == second.keys()
-    assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first)
-    found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    for time in ("before", "after"):
-        assert found[1][time] == pytest.approx(found[0][time], rel=1e-3, abs=1e-3), time
