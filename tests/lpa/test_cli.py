@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from lpa.cli import main
 from lpa.data import PLAIN_PROMPT, benign_requests
-from tests.lpa.tiny import tiny_model, tiny_tokenizer
+from tests.lpa.tiny import saved_tiny, tiny_model, tiny_tokenizer
 
 SMALL = ["--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--per_device_train_batch_size", "2",
          "--gradient_accumulation_steps", "1", "--lora_r", "4", "--use_cpu", "--measure_attacked", "1"]  # fmt: skip
@@ -25,11 +25,7 @@ SMALL = ["--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--per_devi
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: Any) -> str:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = tiny_tokenizer()
-    tiny_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

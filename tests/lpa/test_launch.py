@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lpa.checkpoint import checkpoints, damage, last_good
 from lpa.cli import main
-from tests.lpa.tiny import tiny_model, tiny_tokenizer
+from tests.lpa.tiny import saved_tiny
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -28,11 +28,7 @@ RUN = ["--steps", "2", "--defence_steps", "1", "--per_device_train_batch_size", 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: Any) -> str:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = tiny_tokenizer()
-    tiny_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

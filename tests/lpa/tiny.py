@@ -52,6 +52,14 @@ def tiny_model(vocabulary: int, depth: int = 2, seed: int = 0, **settings: Any) 
     return LlamaForCausalLM(config).eval()
 
 
+def saved_tiny(folder: Path) -> str:
+    """The folder, with the tiny model and its tokenizer in it."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def rows(count: int, kind: str = "undesirable") -> list[dict[str, str]]:
     """Pairs made of the shipped statements."""
     rejected, chosen = (AGREE, DISAGREE) if kind == "undesirable" else (DISAGREE, AGREE)
