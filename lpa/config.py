@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from lpa_kernels.attack import Objective
@@ -264,7 +265,8 @@ class LPAConfig(TrainingArguments):
     @property
     def own_settings(self) -> dict[str, Any]:
         """LPA's settings and the changed ones of `TrainingArguments`, as plain values, for records and model cards."""
-        usual = LPAConfig(use_cpu=self.use_cpu).to_dict()
+        usual = _Usual(use_cpu=self.use_cpu).to_dict()
+        usual["accelerator_config"].pop("use_configured_state", None)  # looking at the devices would have removed it
         own = {*LPAConfig.__annotations__, "seed"}
         left_out = {"output_dir", "run_name", "logging_nan_inf_filter", "eval_steps", "max_steps"}
         return {
@@ -272,6 +274,12 @@ class LPAConfig(TrainingArguments):
             for name, value in self.to_dict().items()
             if name not in left_out and (name in own or value != usual[name])
         }
+
+
+class _Usual(LPAConfig):
+    """The defaults. Made without a look at the devices, which would wait for the other ranks' look at theirs."""
+
+    _setup_devices = torch.device("cpu")
 
 
 def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:

@@ -280,10 +280,10 @@ def _train(values: dict[str, Any], command: str) -> int:
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)  # the signal may have been another rank's
     _save(trainer, options)
     after = _measure(trainer, options)
+    record = _record(options, trainer, pairs, before, after, command) | {"seconds": earlier + time.time() - begun}
     trainer.accelerator.end_training()
     if not main:
         return 0
-    record = _record(options, trainer, pairs, before, after, command) | {"seconds": earlier + time.time() - begun}
     with writing("the run's record", output, "the adapter and the checkpoints are there"):
         write_json(output / "metrics.json", record)
         write_text(output / "README.md", model_card(record))

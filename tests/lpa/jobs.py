@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -66,11 +67,13 @@ def weights(trainer: LPATrainer) -> dict[str, Tensor]:
 
 
 def keep(trainer: LPATrainer, folder: Path) -> None:
-    """weights.pt, by rank 0, and log.pt: what was logged of each LPA step."""
+    """weights.pt, by rank 0, and log.pt: what was logged of each LPA step; of canaries, canaries.json."""
     found = weights(trainer)
     if trainer.is_world_process_zero():
         torch.save(found, folder / "weights.pt")
         torch.save([entry for entry in trainer.state.log_history if "lpa_step" in entry], folder / "log.pt")
+        if trainer.canaries is not None:
+            (folder / "canaries.json").write_text(json.dumps(trainer.canaries.record()))
 
 
 def train(folder: Path, settings: dict[str, Any], resume: bool = False) -> None:

@@ -105,6 +105,13 @@ def test_the_record_holds_what_was_changed() -> None:
     assert "max_grad_norm" not in usual
 
 
+def test_the_record_can_be_made_when_the_other_ranks_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = config(optim="sgd")
+    whole = told.own_settings
+    monkeypatch.setattr(LPAConfig, "_setup_devices", property(lambda self: pytest.fail("waits for the other ranks")))
+    assert told.own_settings == whole
+
+
 def test_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lpa-steps: 3\nlearning_rate: 1e-4\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from lpa.cli import main
 from tests import ranks
 from tests.lpa import jobs
 
@@ -78,6 +81,23 @@ def test_a_stop_of_one_rank_stops_and_saves_all(tmp_path: Path) -> None:
     assert difference(tmp_path / "whole", tmp_path / "parts") < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("lora", [True, False])
+def test_canaries_choose_the_same_step_on_two_ranks(tmp_path: Path, lora: bool) -> None:
+    settings = {"lora": lora, "canary_steps": 1, "canary_max_new_tokens": 4, "canary_prompts": 4, "lpa_steps": 3,
+                "canary_max_perplexity": 0.0, "learning_rate": 1e-3 if lora else 1e-2,
+                "save_strategy": "steps"}  # fmt: skip
+    jobs.train(tmp_path / "one", settings)
+    for name in ("ddp", "fsdp"):
+        ranks.run(jobs.train, tmp_path / name, settings | {"fsdp": name == "fsdp"}, folder=tmp_path / name, world=2)
+        assert difference(tmp_path / "one", tmp_path / name) < 1e-4, name
+        one, two = (json.loads((tmp_path / run / "canaries.json").read_text()) for run in ("one", name))
+        assert one["kept_lpa_step"] == two["kept_lpa_step"] < 3, name  # not the last, whose weights were there already
+        for first, second in zip(one["measured"], two["measured"], strict=True):
+            assert {k: v for k, v in second.items() if k != "seconds"} == pytest.approx(
+                {k: v for k, v in first.items() if k != "seconds"}, rel=1e-3, abs=1e-4), name  # fmt: skip
+
+
 @st.composite
 def runs(draw: Any) -> dict[str, Any]:
     """Settings and ragged rows, more or fewer than a batch takes."""
@@ -108,3 +128,21 @@ def test_any_run_is_the_same_on_two_ranks(tmp_path_factory: Any, setting: dict[s
     jobs.train(folder / "one", setting)
     ranks.run(jobs.train, folder / "two", setting | {"fsdp": fsdp}, folder=folder / "two", world=2)
     assert difference(folder / "one", folder / "two") < 1e-5
+
+
+def test_the_command_with_sharded_weights(tmp_path: Path) -> None:
+    model = str(tmp_path / "model")
+    tokenizer = jobs.tiny_tokenizer()
+    jobs.tiny_model(len(tokenizer)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    settings = ["--model", model, "--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--lora_r", "4",
+                "--per_device_train_batch_size", "1", "--use_cpu", "--measure_attacked", "1"]  # fmt: skip
+    one, two = ([*settings, "--output", str(tmp_path / name)] for name in ("one", "two"))
+    assert main(["train", *one, "--gradient_accumulation_steps", "2"]) == 0
+    ranks.run(jobs.command, [*two, "--gradient_accumulation_steps", "1"], folder=tmp_path, world=2)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], atol=1e-4, rtol=0) for name in first)
+    found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    for time in ("before", "after"):
+        assert found[1][time] == pytest.approx(found[0][time], rel=1e-3, abs=1e-3), time
