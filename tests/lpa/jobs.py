@@ -33,7 +33,8 @@ def trainer_of(
     )
     if fsdp:
         allow_fsdp(config)
-    trainer = LPATrainer(tiny_model(len(tokenizer)), config, rows(8) if data is None else data, tokenizer)
+    model = tiny_model(len(tokenizer), max_position_embeddings=256)  # room for canaries
+    trainer = LPATrainer(model, config, rows(8) if data is None else data, tokenizer)
     assert trainer.is_fsdp_enabled == fsdp
     return trainer
 

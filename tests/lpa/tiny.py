@@ -44,7 +44,7 @@ def tiny_model(vocabulary: int, depth: int = 2, seed: int = 0, **settings: Any) 
             "num_hidden_layers": depth,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 128,
             "initializer_range": 0.2,
             **settings,
         }
