@@ -104,7 +104,7 @@ class LPAConfig(TrainingArguments):
 
     # memory
     auto_micro_batch: bool = _setting(True, "Where memory runs out, go on with the same batch in micro-batches of half "
-                                      "the size. On one process; on several an error says what to set.")  # fmt: skip
+                                      "the size. Under FSDP2 an error says what to set.")  # fmt: skip
     offload_attacks: bool = _setting(False, "Keep perturbations and base logits in the host's memory between their "
                                      "uses.")  # fmt: skip
 
@@ -244,11 +244,9 @@ class LPAConfig(TrainingArguments):
 
     @property
     def why_not_split(self) -> str:
-        """Why micro-batches cannot be halved where memory runs out; "" where they can."""
+        """Why these settings do not let micro-batches be halved where memory runs out; "" where they do."""
         if not self.auto_micro_batch:
             return "auto_micro_batch is False"
-        if self.world_size > 1:
-            return f"the {self.world_size} ranks must stay in step"
         if self.kl == "public" and "kl" in self.coefs:
             return "kl='public' depends on the micro-batch's size"
         return ""

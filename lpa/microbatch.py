@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -13,8 +14,11 @@ from torch import Tensor
 from lpa_kernels.attack import LatentAttack, PairBatch
 
 from .losses import BenignBatch
+from .ranks import told
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -83,46 +87,76 @@ class MicroBatch:
 
 
 class MemoryLimit:
-    """How many pairs run at once. Halved whenever memory runs out, and never raised again in a run.
+    """How many pairs run at once, on every rank. Halved whenever memory runs out, and never raised again in a run.
 
     Args:
         size: to begin with, the micro-batch's.
         why_not: why a run's micro-batches cannot be split; "" where they can.
+        awaited: whether the other ranks wait for this one's weights in every pass (FSDP2), so that they do not hear of
+            one that has broken off.
     """
 
-    def __init__(self, size: int, why_not: str = "") -> None:
-        self.size, self.why_not = size, why_not
+    def __init__(self, accelerator: Any, size: int, why_not: str = "", awaited: bool = False) -> None:
+        self.accelerator, self.size, self.why_not, self.awaited = accelerator, size, why_not, awaited
+        if awaited:
+            self.why_not = (
+                f"rank {accelerator.process_index} cannot halve them while others wait for its weights (FSDP2)"
+            )
 
-    def halve(self, error: Exception, micro: Sequence[MicroBatch], doing: str) -> None:
-        """Lower the limit after an error for want of memory; raises any other one again.
+    def attempt(
+        self, doing: str, work: Callable[[Sequence[MicroBatch]], T], micro: Sequence[Sequence[MicroBatch]]
+    ) -> list[T] | None:
+        """What `work` gives for each micro-batch, given its parts, once every rank has done it; None where memory ran
+        out on one of them, and the limit is now half of what was too much there.
+
+        Ranks meet at the end alone, so that none waits for one that has broken off.
 
         Args:
-            micro: the parts that were being run. doing: in words, for messages.
+            doing: in words, for messages.
 
         Raises:
             torch.OutOfMemoryError: a single pair is too much, or the run's micro-batches cannot be split.
+            RankError: another rank has failed.
         """
+        found, too_many, failed = [], 0, None
+        try:
+            for parts in micro:
+                found.append(work(parts))
+        except Exception as error:
+            try:
+                too_many = self._too_many(error, parts, doing)
+            except Exception as other:
+                if self.awaited and not isinstance(other, FloatingPointError):  # that comes after an attack's last pass
+                    raise
+                failed = other
+        short = [int(size) for size in told(self.accelerator, failed, too_many) if size]
+        if not short:
+            return found
+        self.size = (min(short) + 1) // 2
+        logger.warning("going on with %d pairs at a time, of the same batch", self.size)
+        return None
+
+    def _too_many(self, error: Exception, parts: Sequence[MicroBatch], doing: str) -> int:
+        """How many pairs at once were more than memory holds; raises an error that says something else again."""
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise error
-        largest = max(len(part.pairs) for part in micro)
+        largest = max(len(part.pairs) for part in parts)
         told = str(error).splitlines()[0] if str(error) else "out of memory"
         if self.why_not:
             raise torch.OutOfMemoryError(
-                f"out of memory in the {doing}, with {largest} pairs at once, and {self.why_not}; lower "
-                f"per_device_train_batch_size and raise gradient_accumulation_steps ({told})"
+                f"out of memory in the {doing}, with {largest} pairs at once, and {self.why_not}; halve "
+                "per_device_train_batch_size and double gradient_accumulation_steps, which keeps the batches as they "
+                f"are, those of a resumed run too ({told})"
             ) from error
         if largest == 1:
-            tokens = max(part.pairs.rejected_ids.shape[1] for part in micro)
+            tokens = max(part.pairs.rejected_ids.shape[1] for part in parts)
             raise torch.OutOfMemoryError(
                 f"out of memory in the {doing} with a single pair of up to {tokens} tokens; use "
                 "gradient_checkpointing=True, load_in_4bit=True, fewer lora_targets, shorter rows or a larger device "
                 f"(lpa plan tells what a run needs) ({told})"
             ) from error
-        self.size = (largest + 1) // 2
-        logger.warning(
-            "out of memory in the %s with %d pairs at once: going on with %d at a time, of the same batch (%s)",
-            doing, largest, self.size, told,
-        )  # fmt: skip
+        logger.warning("out of memory in the %s with %d pairs at once (%s)", doing, largest, told)
+        return largest
 
 
 def free_memory() -> None:

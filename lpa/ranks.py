@@ -1,4 +1,4 @@
-"""How the ranks of a run stay together: what they agree on, passes through DDP's wrapper, and what FSDP2 rules out."""
+"""How the ranks of a run stay together: what they agree on, DDP's gradients, and what FSDP2 rules out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 logger = logging.getLogger(__name__)
 
@@ -19,23 +20,28 @@ class RankError(RuntimeError):
     """Another rank has failed; the message is its own."""
 
 
-def agree(accelerator: Any, error: Exception | None = None, stop: bool = False) -> bool:
-    """Whether any rank wants to stop. Every rank must call it at the same point of its work.
+def told(accelerator: Any, error: Exception | None, value: float) -> list[float]:
+    """Every rank's `value`. Every rank must call it at the same point of its work.
 
     Raises:
         the error, on a rank that has one; RankError on the others, with the first one's message.
     """
+    values = [float(value)]
     if accelerator.num_processes > 1:
-        flags = torch.tensor([error is not None, stop], dtype=torch.float32, device=accelerator.device)
-        failed, stopped = accelerator.reduce(flags).tolist()
-        if failed:
-            told = gather_object([None if error is None else f"rank {accelerator.process_index}: {error}"])
+        own = torch.tensor([[error is not None, value]], dtype=torch.float32, device=accelerator.device)
+        failed, values = accelerator.gather(own).T.tolist()
+        if any(failed):
+            messages = gather_object([None if error is None else f"rank {accelerator.process_index}: {error}"])
             if error is None:
-                raise RankError(next(message for message in told if message))
-        stop = bool(stopped)
+                raise RankError(next(message for message in messages if message))
     if error is not None:
         raise error
-    return stop
+    return values
+
+
+def agree(accelerator: Any, error: Exception | None = None, stop: bool = False) -> bool:
+    """Whether any rank wants to stop; raises as `told`."""
+    return any(told(accelerator, error, stop))
 
 
 def from_main(accelerator: Any, find: Callable[[], T]) -> T:
@@ -52,30 +58,25 @@ def from_main(accelerator: Any, find: Callable[[], T]) -> T:
     return result
 
 
-def through(wrapper: nn.Module, module: nn.Module, compute: Callable[[], Any]) -> Any:
-    """Run `compute` as the forward pass of `module` called through its wrapper.
+def reduce_gradients(wrapper: nn.Module, module: nn.Module) -> None:
+    """Average what has been added up in the gradients over DDP's ranks; under FSDP2 and on one rank nothing is left to.
 
-    DDP prepares its gradient exchange in its own forward, which passes of the inner module would go past.
+    Backward passes of the inner module go past DDP, so that a rank which breaks one off leaves no other waiting. Here
+    one whose gradients are all 0 goes through it: DDP averages what a weight's `grad` holds once all of it is there.
     """
-    if wrapper is module:
-        return compute()
+    if not isinstance(wrapper, DistributedDataParallel):
+        return
     held = module.__dict__.get("forward")
-
-    def restore() -> None:
+    used = [p for p in module.parameters() if p.grad is not None]
+    # DDP prepares its exchange in its own forward, which has to call the module's
+    module.__dict__["forward"] = lambda *_: sum(p.sum().float() * 0 for p in used)
+    try:
+        wrapper(None).backward()
+    finally:
         if held is None:
-            module.__dict__.pop("forward", None)
+            module.__dict__.pop("forward")
         else:
             module.__dict__["forward"] = held
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return compute()
-
-    module.__dict__["forward"] = forward
-    try:
-        return wrapper(None)
-    finally:
-        restore()
 
 
 def check_sharding(trainer: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .microbatch import MemoryLimit, MicroBatch, free_memory
 from .models import check_head
 from .prepare import add_adapters, benign_as_tokens, pairs_as_tokens, warn_if_small
 from .progress import LPAProgress
-from .ranks import RankError, check_sharding, through
+from .ranks import check_sharding, reduce_gradients
 from .record import StepRecord
 from .sampler import LPABatchSampler
 
@@ -127,7 +127,10 @@ class LPATrainer(DurableTrainer):
         check_sharding(self)
         self._pgd: LatentPGD | None = attack_of(self.model, args)  # now, for what it says of unknown sites
         self._micro: list[list[MicroBatch]] = []  # each in parts, one where memory is enough
-        self._memory = MemoryLimit(args.per_device_train_batch_size, args.why_not_split)
+        self._memory = MemoryLimit(
+            self.accelerator, args.per_device_train_batch_size, args.why_not_split,
+            awaited=self.is_fsdp_enabled and args.world_size > 1,
+        )  # fmt: skip
         self._index = 0
         self._counts = (0.0, 0.0, 0.0)
         self._record: StepRecord | None = None
@@ -221,23 +224,26 @@ class LPATrainer(DurableTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch of one update: attacked first where it is new, then forward and backward under its attack.
 
-        Where memory runs out, this and all later micro-batches are run in halves, and the update's gradients are made
-        again from its first one on: a backward pass that was broken off has left some of its own.
+        Where memory runs out, on any rank, this and all later micro-batches are run in halves, on every rank, and the
+        update's gradients are made again from its first one on: a backward pass that was broken off has left some of
+        its own. Ranks meet after each phase; within one, none waits for another, but for FSDP2's to have its weights.
         """
-        first = self._index
-        while True:
-            try:
-                for index in range(first, self._index + 1):
-                    total = self._run(model, self._micro[index])
-                break
-            except RankError:
-                raise
-            except RuntimeError as error:
-                self._memory.halve(error, self._micro[index], self._doing)
+        first, self._index = self._index, self._index + 1
+        while (losses := self._attempt(first)) is None:
             first = 0
             self._make_room(model)
-        self._index += 1
-        return total
+        if self._index == len(self._micro):
+            reduce_gradients(model, self.model)
+        return losses[-1]
+
+    def _attempt(self, first: int) -> list[Tensor] | None:
+        """Attack and add up gradients, from micro-batch `first` on; None where memory ran out on some rank."""
+        micro = self._micro[first : self._index]
+        if self._update == 0:
+            if self._memory.attempt("attack", self._attack_parts, micro) is None:
+                return None
+            self.agree()
+        return self._memory.attempt("update", self._update_parts, micro)
 
     def _make_room(self, model: nn.Module) -> None:
         assert self._record is not None
@@ -247,24 +253,26 @@ class LPATrainer(DurableTrainer):
         capture.forget(self.model)
         free_memory()
 
-    def _run(self, model: nn.Module, parts: list[MicroBatch]) -> Tensor:
-        """Attack what is new, and add the gradients of a micro-batch. Returns its loss."""
-        record, losses = self._record, []
-        assert record is not None
+    def _attack_parts(self, parts: Sequence[MicroBatch]) -> None:
+        assert self._record is not None
         for part in parts:
-            self._doing = "attack"
             if not part.attacked:
-                with record.timed("attack"):
-                    self._attacked(part)
-            self._doing = "update"
-            with record.timed("defence"):
-                model.train()
+                with self._record.timed("attack"):
+                    self._attack(part)
+
+    def _update_parts(self, parts: Sequence[MicroBatch]) -> Tensor:
+        """Add the gradients of a micro-batch. Returns its loss."""
+        assert self._record is not None
+        self.model.train()
+        losses = []
+        for part in parts:
+            with self._record.timed("defence"):
                 torch.manual_seed(self._seed(part, self._update + 1))
-                total, terms = through(model, self.model, lambda part=part: self._losses(part))  # type: ignore[misc]
+                total, terms = self._losses(part)
                 # DDP averages the ranks' gradients, and the loss is a sum over all of them
                 total = total * self.args.world_size
                 self.accelerator.backward(total)
-            record.add_defence(self._update, terms)
+            self._record.add_defence(self._update, terms)
             losses.append(total.detach())
         return torch.stack(losses).sum()
 
@@ -280,19 +288,6 @@ class LPATrainer(DurableTrainer):
         if self._pgd is None or self._pgd.model is not self.model:
             self._pgd = attack_of(self.model, self.args)
         return self._pgd
-
-    def _attacked(self, micro: MicroBatch) -> None:
-        """Attack a micro-batch, and let every rank know how that went: all of them stop where one cannot go on."""
-        failed: Exception | None = None
-        try:
-            self._attack(micro)
-        except FloatingPointError as error:
-            failed = error
-        except Exception as error:
-            if self.is_fsdp_enabled:  # other ranks wait for this one's weights, and would not hear
-                raise
-            failed = error
-        self.agree(failed)
 
     def _attack(self, micro: MicroBatch) -> None:
         seed = self._seed(micro, 0)

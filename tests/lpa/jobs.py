@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from lpa import LPAConfig, LPATrainer
+from tests.lpa import faults as faulty
 from tests.lpa.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -97,6 +98,17 @@ def fail(folder: Path, settings: dict[str, Any]) -> None:
 
     trainer._attack = failing  # type: ignore[method-assign]
     trainer.train()
+
+
+def run_out(folder: Path, settings: dict[str, Any], faults: list[tuple[int, str, set[int]]]) -> None:
+    """Train to the end; `faults` says which rank runs out of memory, where and in which calls, as `faults.run_out`."""
+    trainer = trainer_of(folder, **settings)
+    for rank, where, calls in faults:
+        if rank == trainer.args.process_index:
+            faulty.run_out(trainer, where, calls)
+    trainer.train()
+    keep(trainer, folder)
+    (folder / f"size-{trainer.args.process_index}").write_text(str(trainer._memory.size))
 
 
 def stop(folder: Path, settings: dict[str, Any]) -> None:

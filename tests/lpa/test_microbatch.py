@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 
 from lpa import LPATrainer
 from lpa_kernels.attack import LatentPGD, PairBatch
+from tests.lpa.faults import failing, run_out
 from tests.lpa.test_trainer import assert_same, logged, trainer_of, weights
 from tests.lpa.tiny import rows
 
-FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 TERMS = {"kl_coef": 0.2, "sft_coef": 0.3}
 PREFERENCE = {"toward_coef": 0, "away_coef": 0, "dpo_coef": 1.0}
 
@@ -25,42 +24,6 @@ def of_size(folder: Path, size: int, **settings: Any) -> LPATrainer:
     data[1]["rejected"], data[2]["chosen"] = "I agree", "I do not agree with this statement at all , no ."
     return trainer_of(folder, data, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
                       **{"lpa_steps": 1, "defence_steps": 3, **settings})  # fmt: skip
-
-
-def failing(function: Callable[..., Any], calls: set[int], before: Any = None) -> Callable[..., Any]:
-    """`function`, of which some calls (from 1) run out of memory, after `before` has been done."""
-    count = 0
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count in calls:
-            if before is not None:
-                before(*args)
-            raise torch.OutOfMemoryError(*FULL.args)
-        return function(*args, **kwargs)
-
-    return run
-
-
-def half_a_backward(trainer: LPATrainer) -> Callable[[torch.Tensor], None]:
-    """A backward pass that gets some way: wrong gradients are left on every other weight."""
-
-    def run(loss: torch.Tensor) -> None:
-        trained = [p for p in trainer.model.parameters() if p.requires_grad][::2]
-        for p, grad in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-            p.grad = grad if p.grad is None else p.grad + grad
-
-    return run
-
-
-def run_out(trainer: LPATrainer, where: str, calls: set[int]) -> None:
-    if where == "attack":
-        trainer.pgd.attack = failing(trainer.pgd.attack, calls)  # type: ignore[method-assign]
-    elif where == "forward":
-        trainer._losses = failing(trainer._losses, calls)  # type: ignore[method-assign]
-    else:
-        trainer.accelerator.backward = failing(trainer.accelerator.backward, calls, half_a_backward(trainer))
 
 
 CASES: list[tuple[str, set[int], int, dict[str, Any]]] = [
@@ -145,7 +108,7 @@ def test_where_it_cannot_be_split_the_error_tells_what_to_set(
 ) -> None:
     trainer = of_size(tmp_path, 4, **settings)
     run_out(trainer, "attack", {1})
-    with pytest.raises(torch.OutOfMemoryError, match=f"with 4 pairs at once, and {why}; lower per_device_train_batch"):
+    with pytest.raises(torch.OutOfMemoryError, match=f"with 4 pairs at once, and {why}; halve per_device_train_batch"):
         trainer.train()
 
 
