@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Shape:
 
     Attributes:
         name: what it stands for.
-        config: of a Llama.
+        config: of a model of `family`.
         sites: where to attack.
         pairs, prompt, rejected, chosen: how many pairs, and the length of each part in tokens.
         dtype: of the weights; adapters are float32, as peft makes them.
@@ -40,6 +40,7 @@ class Shape:
     rejected: int
     chosen: int
     dtype: torch.dtype = torch.float32
+    family: str = "llama"
 
 
 SMALL = Shape(
@@ -69,27 +70,47 @@ LONG = Shape(
 SHAPES = {"small": SMALL, "smollm2": SMOLLM2, "long": LONG}
 
 
-@cache
-def model_of(name: str) -> nn.Module:
-    """The random model of a shape with LoRA of rank 64, whose second factors are not zero."""
+def shape_of(shape: str | Shape) -> Shape:
+    """A shape by name, or itself."""
+    return SHAPES[shape] if isinstance(shape, str) else shape
+
+
+_models: dict[str, nn.Module] = {}
+
+
+def model_of(name: str | Shape) -> nn.Module:
+    """The random model of a shape with LoRA of rank 64, whose second factors are not zero; kept."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = SHAPES[name]
-    torch.manual_seed(0)
-    with torch.device(device()):
-        base = LlamaForCausalLM(LlamaConfig(**shape.config)).to(shape.dtype)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
-    for key, p in model.named_parameters():
-        if "lora_B" in key:
-            nn.init.normal_(p, std=0.01)
-    return model
+    shape = shape_of(name)
+    key = repr((shape.family, shape.config, shape.dtype))
+    if key not in _models:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(shape.family, **shape.config)
+        with torch.device(device()):
+            base = AutoModelForCausalLM.from_config(config, dtype=shape.dtype)
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
+        for part, p in model.named_parameters():
+            if "lora_B" in part:
+                nn.init.normal_(p, std=0.01)
+        _models[key] = model
+    return _models[key]
 
 
-@cache
-def batch_of(name: str) -> PairBatch:
-    """A random batch of a shape; prompt and completions are attacked."""
-    shape = SHAPES[name]
+_batches: dict[str, PairBatch] = {}
+
+
+def batch_of(name: str | Shape) -> PairBatch:
+    """A random batch of a shape, kept; prompt and completions are attacked."""
+    shape = shape_of(name)
+    key = repr(shape)
+    if key not in _batches:
+        _batches[key] = _batch(shape)
+    return _batches[key]
+
+
+def _batch(shape: Shape) -> PairBatch:
     generator = torch.Generator().manual_seed(0)
     vocabulary = shape.config["vocab_size"]
     prompt = torch.randint(3, vocabulary, (shape.pairs, shape.prompt), generator=generator)
@@ -106,12 +127,16 @@ def batch_of(name: str) -> PairBatch:
     return PairBatch(rejected_ids, rejected_mask, chosen_ids, chosen_mask, attack_mask).to(device())
 
 
-def conventional(name: str, steps: int) -> Callable[[], object]:
-    """The loop as LAT code bases run it: two passes, all logits, one AdamW over one dense delta a site, no autocast."""
-    model, batch, shape = model_of(name), batch_of(name), SHAPES[name]
+def conventional(name: str | Shape, steps: int, autocast: torch.dtype | None = None) -> Callable[[], object]:
+    """The loop as LAT code bases run it: two passes, all logits, one AdamW over one dense delta a site.
+
+    Args:
+        autocast: the public code's is float16, whatever the weights are; None for none.
+    """
+    model, batch, shape = model_of(name), batch_of(name), shape_of(name)
     mask = batch.attack_mask
 
-    def run() -> None:
+    def run() -> float:
         deltas: list[Tensor] = []
         handles = []
         for site in resolve_sites(model, shape.sites):
@@ -130,15 +155,17 @@ def conventional(name: str, steps: int) -> Callable[[], object]:
         optimizer = torch.optim.AdamW(deltas, lr=STEP_SIZE)
         for _ in range(steps):
             optimizer.zero_grad()
+            total = 0.0
             for ids, labels, away in (
                 (batch.rejected_ids, batch.rejected_mask, False),
                 (batch.chosen_ids, batch.chosen_mask, True),
             ):
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1][labels[:, 1:]]
-                wanted = ids[:, 1:][labels[:, 1:]]
-                loss = public_away(logits, wanted) if away else F.cross_entropy(logits, wanted)
+                with torch.autocast(mask.device.type, dtype=autocast, enabled=autocast is not None):
+                    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][labels[:, 1:]]
+                    wanted = ids[:, 1:][labels[:, 1:]]
+                    loss = public_away(logits, wanted) if away else F.cross_entropy(logits, wanted)
                 (0.5 * loss).backward()
-                loss.item()
+                total += loss.item()
             for delta in deltas:
                 if torch.isnan(delta.grad).any():  # type: ignore[arg-type]
                     delta.grad[torch.isnan(delta.grad)] = 0  # type: ignore[index, arg-type]
@@ -150,17 +177,18 @@ def conventional(name: str, steps: int) -> Callable[[], object]:
             handle.remove()
         for key, p in model.named_parameters():
             p.requires_grad_("lora_" in key)
+        return total  # of the last iteration, before its update
 
     return run
 
 
-def ours(name: str, steps: int, **options: Any) -> Callable[[], object]:
+def ours(name: str | Shape, steps: int, **options: Any) -> Callable[[], object]:
     """The same attack by `LatentPGD`."""
-    pgd = _pgd(name, steps, **options)
-    return lambda: pgd.attack(batch_of(name))
+    pgd, batch = _pgd(name, steps, **options), batch_of(name)
+    return lambda: pgd.attack(batch)
 
 
-def lpa_step(name: str, steps: int, **options: Any) -> Callable[[], object]:
+def lpa_step(name: str | Shape, steps: int, **options: Any) -> Callable[[], object]:
     """One LPA step: the attack and four model updates under it."""
     pgd = _pgd(name, steps, **options)
     model, batch = model_of(name), batch_of(name)
@@ -178,9 +206,9 @@ def lpa_step(name: str, steps: int, **options: Any) -> Callable[[], object]:
     return run
 
 
-def _pgd(name: str, steps: int, **options: Any) -> LatentPGD:
+def _pgd(name: str | Shape, steps: int, **options: Any) -> LatentPGD:
     model = model_of(name)
-    return LatentPGD(model, SHAPES[name].sites, epsilon=EPSILON, step_size=STEP_SIZE, steps=steps, **options)
+    return LatentPGD(model, shape_of(name).sites, epsilon=EPSILON, step_size=STEP_SIZE, steps=steps, **options)
 
 
 def _ops() -> dict[str, str]:

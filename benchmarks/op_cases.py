@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa_kernels import linear_token_loss, perturb, pgd_update_, token_loss_
-from lpa_kernels.ops import registry
+from lpa_kernels.ops import native, registry
 
 LR, EPSILON, BETAS, EPS, DECAY = 1e-3, 6.0, (0.9, 0.999), 1e-8, 0.01
 
@@ -44,7 +44,8 @@ def device() -> str:
 def own_backends(op: str) -> list[str]:
     """The fast backends that can run an op on this device; the reference where there is none: it is far slower."""
     fast = ("triton", "native") if device() == "cuda" else ("native",)
-    return [b for b in fast if (op, b) in registry._table] or ["reference"]
+    there = [b for b in fast if (op, b) in registry.table()]
+    return [b for b in there if b != "native" or native._device_refusal(op, device()) is None] or ["reference"]
 
 
 def project_eagerly(delta: Tensor) -> None:
@@ -55,7 +56,7 @@ def project_eagerly(delta: Tensor) -> None:
 
 def adamw_and_projection(delta: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: Tensor) -> None:
     """One AdamW step and the projection in plain operations; torch.compile's input."""
-    g = torch.where(grad.isnan(), 0, grad)
+    g = torch.where(grad.isnan(), 0, grad).float()
     delta.mul_(1 - LR * DECAY)
     m.lerp_(g, 1 - BETAS[0])
     v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
@@ -64,16 +65,17 @@ def adamw_and_projection(delta: Tensor, m: Tensor, v: Tensor, grad: Tensor, step
     delta.div_((torch.linalg.vector_norm(delta, dim=-1, keepdim=True) / EPSILON).clamp(min=1))
 
 
-def update_cases(sites: int, rows: int, width: int) -> list[Case]:
-    """pgd_update_ on delta [sites, rows, width] with float32 gradients."""
+def update_cases(sites: int, rows: int, width: int, dtype: torch.dtype = torch.float32) -> list[Case]:
+    """pgd_update_ on float32 delta [sites, rows, width]; gradients of `dtype`, which torch's optimisers get cast."""
     where, shape = device(), (sites, rows, width)
     size = sites * rows * width * 4
-    group = f"pgd_update_ [{sites}, {rows}, {width}] float32"
+    ours_moved = 6 * size + size // 4 * dtype.itemsize
+    group = f"pgd_update_ [{sites}, {rows}, {width}] {str(dtype)[6:]}"
 
     def ours(backend: str) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
             delta, m, v = (torch.zeros(shape, device=where) for _ in range(3))
-            grads = list(torch.randn(shape, device=where))
+            grads = list(torch.randn(shape, device=where).to(dtype))
             tokens = torch.arange(rows, device=where)[:, None]
             step, lr, epsilon = (torch.tensor(x, device=where) for x in (3.0, LR, EPSILON))
             norms = torch.zeros(shape[:2], device=where)
@@ -88,12 +90,13 @@ def update_cases(sites: int, rows: int, width: int) -> list[Case]:
     def optimizer(**options: bool) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
             params = [torch.zeros(shape[1:], device=where, requires_grad=True) for _ in range(sites)]
-            for p in params:
-                p.grad = torch.randn(shape[1:], device=where)
+            grads = [torch.randn(shape[1:], device=where).to(dtype) for _ in params]
             adamw = torch.optim.AdamW(params, lr=LR, **options)
 
             @torch.no_grad()
             def run() -> None:
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad = grad.float()  # the same tensor where it is float32
                 adamw.step()
                 for p in params:
                     project_eagerly(p)
@@ -104,16 +107,16 @@ def update_cases(sites: int, rows: int, width: int) -> list[Case]:
 
     def compiled() -> Callable[[], object]:
         delta, m, v = (torch.zeros(shape, device=where) for _ in range(3))
-        grad, step = torch.randn(shape, device=where), torch.tensor(3.0, device=where)
+        grad, step = torch.randn(shape, device=where).to(dtype), torch.tensor(3.0, device=where)
         fused = torch.compile(adamw_and_projection)
         return lambda: fused(delta, m, v, grad, step)
 
     # read delta, m, v, grad and write delta, m, v; the optimisers' projection reads twice and writes once more
     return [
-        *(Case(group, f"ours ({b})", ours(b), 7 * size) for b in own_backends("pgd_update_")),
-        Case(group, "torch AdamW foreach + projection", optimizer(foreach=True), 10 * size),
-        Case(group, "torch AdamW fused + projection", optimizer(fused=True), 10 * size),
-        Case(group, "torch.compile", compiled, 7 * size),
+        *(Case(group, f"ours ({b})", ours(b), ours_moved) for b in own_backends("pgd_update_")),
+        Case(group, "torch AdamW foreach + projection", optimizer(foreach=True), ours_moved + 3 * size),
+        Case(group, "torch AdamW fused + projection", optimizer(fused=True), ours_moved + 3 * size),
+        Case(group, "torch.compile", compiled, ours_moved),
     ]
 
 
@@ -131,6 +134,7 @@ def loss_cases(rows: int, vocabulary: int, dtype: torch.dtype) -> list[Case]:
     """Token losses of logits [rows, vocabulary], forward and backward."""
     where = device()
     size = rows * vocabulary * dtype.itemsize
+    moved = (2 if where == "cuda" else 3) * size  # read and written; a GPU's L2 keeps a row for the second reading
     group = f"token_loss_ [{rows}, {vocabulary}] {str(dtype)[6:]}, forward and backward"
 
     def data() -> tuple[Tensor, Tensor]:
@@ -159,22 +163,24 @@ def loss_cases(rows: int, vocabulary: int, dtype: torch.dtype) -> list[Case]:
         return F.cross_entropy(logits.float(), labels)
 
     return [
-        *(Case(group, f"ours, toward ({b})", ours(b, False), 3 * size) for b in own_backends("token_loss_")),
-        *(Case(group, f"ours, away ({b})", ours(b, True), 3 * size) for b in own_backends("token_loss_")),
+        *(Case(group, f"ours, toward ({b})", ours(b, False), moved) for b in own_backends("token_loss_")),
+        *(Case(group, f"ours, away ({b})", ours(b, True), moved) for b in own_backends("token_loss_")),
         Case(group, "eager F.cross_entropy", eager(cross_entropy)),
         Case(group, "torch.compile of F.cross_entropy", eager(torch.compile(cross_entropy, dynamic=False))),
         Case(group, "eager away, two logsumexps", eager(public_away)),
     ]
 
 
-def linear_loss_cases(rows: int, width: int, vocabulary: int) -> list[Case]:
+def linear_loss_cases(rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> list[Case]:
     """The loss straight from hidden states [rows, width] and a frozen head [vocabulary, width]."""
     where = device()
-    group = f"linear_token_loss [{rows}, {width}] x [{vocabulary}, {width}], forward and backward"
+    kind = "" if dtype == torch.float32 else f" {str(dtype)[6:]}"
+    group = f"linear_token_loss [{rows}, {width}] x [{vocabulary}, {width}]{kind}, forward and backward"
 
     def data() -> tuple[Tensor, Tensor, Tensor]:
-        hidden = torch.randn(rows, width, device=where, requires_grad=True)
-        return hidden, torch.randn(vocabulary, width, device=where) / width**0.5, torch.randint(0, vocabulary, (rows,))
+        hidden = torch.randn(rows, width, device=where).to(dtype).requires_grad_()
+        weight = (torch.randn(vocabulary, width, device=where) / width**0.5).to(dtype)
+        return hidden, weight, torch.randint(0, vocabulary, (rows,))
 
     def ours() -> Callable[[], object]:
         hidden, weight, labels = data()
@@ -247,17 +253,17 @@ def perturb_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
 
 
 @cache
-def copy_bandwidth() -> float:
+def copy_bandwidth(elements: int = 1 << 27) -> float:
     """Bytes read and written a second by a large copy on this device: the ceiling of whatever moves memory."""
-    source = torch.randn(1 << 27, device=device())
+    source = torch.randn(elements, device=device())
     target = torch.zeros_like(source)
     return _bandwidth(lambda: target.copy_(source), source)
 
 
 @cache
-def scale_bandwidth() -> float:
+def scale_bandwidth(elements: int = 1 << 27) -> float:
     """The same of a multiplication in place. A CPU's copy reads the lines that it overwrites, and this does not."""
-    source = torch.randn(1 << 27, device=device())
+    source = torch.randn(elements, device=device())
     return _bandwidth(lambda: source.mul_(1.0001), source)
 
 
@@ -289,6 +295,32 @@ def seconds(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
+
+
+def gpu_cases() -> list[Case]:
+    """Those that a GPU needs beside: tensors beyond any L2, and the shapes of an 8B model's inner step."""
+    bf16 = torch.bfloat16
+    return [
+        *update_cases(5, 2304, 4096, bf16),
+        *loss_cases(2048, 128256, bf16),
+        *loss_cases(1024, 128256, torch.float32),
+        *loss_cases(224, 128256, bf16),
+        *loss_cases(28, 128256, bf16),
+        *linear_loss_cases(224, 4096, 128256, bf16),
+        *perturb_cases(32768, 4096, bf16),
+        *perturb_cases(2272, 4096, bf16),
+        *perturb_cases(284, 4096, bf16),
+    ]
+
+
+def tiny_cases() -> list[Case]:
+    """Cases that take no time, to try what runs them."""
+    return [
+        *update_cases(2, 4, 8, torch.bfloat16),
+        *loss_cases(4, 96, torch.float32),
+        *linear_loss_cases(4, 8, 96),
+        *perturb_cases(6, 8, torch.float32),
+    ]
 
 
 def all_cases() -> list[Case]:

@@ -38,8 +38,8 @@ def extra_mib(case: Case) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def measure(cases: list[Case], rounds: int) -> dict[str, Any]:
-    """Seconds, bandwidth and memory of each way of one group."""
+def measure(cases: list[Case], rounds: int, ceiling: float | None = None) -> dict[str, Any]:
+    """Seconds, bandwidth and memory of each way of one group. `ceiling`: of a copy, measured if it is not given."""
     runs = {case.name: case.make() for case in cases}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for lap in range(rounds + 2):
@@ -55,7 +55,8 @@ def measure(cases: list[Case], rounds: int) -> dict[str, Any]:
         found[case.name] = {"milliseconds": round(median * 1e3, 3), "times_ours": round(ratio, 2)}
         if case.moved:
             rate = case.moved / median
-            found[case.name] |= {"GB/s": round(rate / 1e9, 1), "share_of_copy": round(rate / copy_bandwidth(), 2)}
+            share = rate / (ceiling or copy_bandwidth())
+            found[case.name] |= {"GB/s": round(rate / 1e9, 1), "share_of_copy": round(share, 2)}
         if device() == "cpu" and "loss" in case.group and "128256" in case.group:
             found[case.name]["extra_mib"] = round(extra_mib(case), 1)
     return found

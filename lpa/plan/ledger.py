@@ -89,5 +89,7 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any) -> float:
         return float(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
     if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
         return float(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    if func is aten.addmm_.default:  # which torch's table does not have
+        func = aten.addmm.default
     count = flop_registry.get(func._overloadpacket)
     return float(count(*args, **kwargs, out_val=result)) if count is not None else 0.0

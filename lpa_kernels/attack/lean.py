@@ -22,7 +22,7 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     """
     changed: list[tuple[nn.Module, Callable[..., Any]]] = []
     # compiled code guards on what a module's forward is, and would be compiled again at every attack
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    compiled = any(map(_compiled, model.modules()))
     try:
         for module in () if compiled else model.modules():
             lean = None if "forward" in module.__dict__ else _lean_forward(module)
@@ -34,6 +34,14 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
         for module, lean in changed:
             if module.__dict__.get("forward") is lean:
                 del module.__dict__["forward"]
+
+
+def _compiled(module: nn.Module) -> bool:
+    """By `torch.compile` of the module, its `compile`, or `torch.compile` of its forward."""
+    own = module.__dict__.get("forward")
+    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        return True
+    return hasattr(own, "_torchdynamo_orig_callable")
 
 
 def _lean_forward(module: nn.Module) -> Callable[..., Any] | None:

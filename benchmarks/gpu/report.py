@@ -1,0 +1,123 @@
+"""Joins the parts into one record and its Markdown table, in benchmarks/results if a GPU was measured there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import goals, parts
+from .parts import Part
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def why_not(found: dict[str, Part]) -> str:
+    """Why the parts are no measurements of a GPU; "" if they are."""
+    if not found:
+        return "there are no parts"
+    dry = [name for name, part in found.items() if part.get("dry")]
+    if dry:
+        return f"{', '.join(dry)} ran dry"
+    other = [name for name, part in found.items() if part.get("device") != "cuda"]
+    if other:
+        return f"{', '.join(other)} ran on {found[other[0]].get('device')}"
+    return "" if goals.found(found, "ceilings", "machine") else "the piece ceilings, which names the GPU, is missing"
+
+
+def record(found: dict[str, Part]) -> dict[str, Any]:
+    """What is kept: the machine, the goals, every case. Not the logs, which name folders of the machine."""
+    machine = goals.found(found, "ceilings", "machine") or {}
+    kept = {}
+    for name, part in found.items():
+        cases = {key: {k: v for k, v in case.items() if k != "when"} for key, case in part["cases"].items()}
+        kept[name] = {"command": part.get("command"), "date": part.get("date"), "status": part.get("status"),
+                      "seconds": part.get("seconds"), "cases": cases}  # fmt: skip
+    keys = ("goal", "wanted", "outcome", "met")
+    return {
+        "date": max((part.get("date", "") for part in found.values()), default=""),
+        "machine": machine,
+        "dry": any(part.get("dry") for part in found.values()),
+        "goals": [dict(zip(keys, row, strict=True)) for row in goals.goals(found)],
+        "pieces": kept,
+    }
+
+
+def markdown(found: dict[str, Part]) -> str:
+    """The record as tables."""
+    held = record(found)
+    machine = held["machine"]
+    told = machine.get("nvidia-smi", {})
+    versions = ", ".join(f"{name} {number}" for name, number in machine.get("versions", {}).items())
+    lines = [
+        f"# {machine.get('gpu') or 'No GPU'}, {held['date']}",
+        "",
+        *(["**A dry run: tiny shapes, no measurement.**", ""] if held["dry"] else []),
+        f"Driver {told.get('driver_version', 'unknown')}; {versions}; commit {machine.get('commit') or 'unknown'}.",
+        f"When it began: SM clock {told.get('clocks.sm', '?')} of {told.get('clocks.max.sm', '?')}, memory clock "
+        f"{told.get('clocks.mem', '?')}, power {told.get('power.draw', '?')} of {told.get('power.limit', '?')}.",
+        "",
+        *_table(("goal", "wanted", "outcome", "met"), [tuple(row.values()) for row in held["goals"]]),
+        "",
+    ]
+    for name, part in found.items():
+        lines += [f"## {name}", "", f"`{part.get('command')}`, {part.get('date')}: {part.get('status')}", ""]
+        lines += _cases(part, goals.floor_ms(found, name), goals.ways(found, name).get(goals.CONVENTIONAL))
+    return "\n".join(lines)
+
+
+def _cases(part: Part, floor: float | None, base: float | None) -> list[str]:
+    lines, plain = [], {}
+    for key, case in part["cases"].items():
+        values = case.get("found")
+        if case["state"] != "done":
+            plain[key] = {"": f"{case['state']}: {case.get('reason', '')}"}
+        elif any(isinstance(value, dict) for value in values.values()) and "versions" not in values:
+            own = {k: v for k, v in values.items() if isinstance(v, dict)}
+            rest = {k: v for k, v in values.items() if not isinstance(v, dict)}
+            lines += [f"**{key}**" + "".join(f"; {k} {_text(v)}" for k, v in rest.items()), "", *_rows(own), ""]
+        else:
+            plain[key] = {k: v for k, v in values.items() if not isinstance(v, dict)}
+            if "milliseconds" in values and base:
+                plain[key]["times conventional"] = base / values["milliseconds"]
+            if "milliseconds" in values and floor:
+                plain[key]["times the floor"] = values["milliseconds"] / floor
+    return [*(_rows(plain) if plain else []), "", *lines]
+
+
+def _rows(rows: dict[str, dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    return _table(("", *columns), [(name, *(_text(row.get(c, "")) for c in columns)) for name, row in rows.items()])
+
+
+def _table(head: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> list[str]:
+    head = list(head)
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(_text(cell).replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows),
+    ]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return str(value)
+
+
+def write(out: Path, pieces: Iterable[str], results: Path = RESULTS) -> str:
+    """Write record and table, to `results` if they are of a GPU and to `out` if not; returns where, and why there."""
+    found = parts.collect(out, pieces)
+    reason = why_not(found)
+    name = "report"
+    if not reason:
+        machine = goals.found(found, "ceilings", "machine") or {}
+        slug = re.sub(r"[^a-z0-9]+", "-", str(machine["gpu"]).lower()).strip("-")
+        name, out = f"{slug}-{record(found)['date']}", results
+    parts.write(out / f"{name}.json", record(found))
+    (out / f"{name}.md").write_text(markdown(found) + "\n", encoding="utf-8")
+    where = f"report: {out / name}.json and .md"
+    return f"{where} (not in benchmarks/results: {reason})" if reason else where

@@ -1,0 +1,67 @@
+"""The shapes that the GPU pieces run: 8B models of two families, random weights, and tiny ones of the same kinds."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from typing import Any
+
+import torch
+
+from benchmarks.loop_cases import Shape
+
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    },
+    "qwen3": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+_TINY = {"vocab_size": 192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "initializer_range": 0.16}  # fmt: skip  # attention scores spread as at width 4096 with 0.02
+PROMPT, REJECTED, CHOSEN = 130, 6, 8
+
+
+def shape(family: str, pairs: int, dry: bool) -> Shape:
+    """LPA's sites and lengths at a micro-batch of `pairs`; bf16 weights and float32 adapters of rank 64."""
+    config = _CONFIGS[family] | (_TINY if dry else {})
+    depth = config["num_hidden_layers"]
+    layers = dict.fromkeys(layer * depth // 32 for layer in (8, 16, 24, 30))
+    sites = ("embedding", *(f"mlp:{layer}" for layer in layers))
+    lengths = (10, 3, 5) if dry else (PROMPT, REJECTED, CHOSEN)
+    name = (
+        f"{'tiny ' if dry else ''}{family}, {pairs} pairs, prompt {lengths[0]}, completions {lengths[1]}, {lengths[2]}"
+    )
+    return Shape(name, config, sites, pairs, *lengths, dtype=torch.bfloat16, family=family)
+
+
+@cache
+def counted(family: str, pairs: int, dry: bool) -> dict[str, Any]:
+    """What one inner step and one update of the packed engine are: floating-point operations, tokens, planned memory.
+
+    Counted on the meta device by the code that runs. Operations of products and attention, two for a multiplication
+    and an addition, each as it is: head over the rows that are scored, the last block's feed-forward over these alone.
+    """
+    from transformers import AutoConfig
+
+    from lpa import LPAConfig
+    from lpa.plan import PlanShape, estimate
+
+    own = shape(family, pairs, dry)
+    args = LPAConfig(tempfile.gettempdir(), report_to=[], use_cpu=True, lpa_steps=1, sites=list(own.sites),
+                     per_device_train_batch_size=pairs, gradient_accumulation_steps=1)  # fmt: skip
+    completion = (own.rejected + own.chosen) // 2  # as many tokens and labels
+    found = estimate(AutoConfig.for_model(family, **own.config), args, PlanShape(own.prompt, completion),
+                     dtype=own.dtype, attn_implementation="sdpa")  # fmt: skip
+    return {
+        "FLOP": found.attack_flops / args.steps,
+        "FLOP of an update": found.defence_flops / args.defence_steps,
+        "weights": found.total,
+        "tokens": found.tokens,
+        "planned peak GB": round(found.peak.total() / 1e9, 2),
+    }

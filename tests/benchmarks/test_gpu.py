@@ -1,0 +1,174 @@
+"""The GPU entry without a GPU: resuming, pieces that break, and that a dry run is never taken for a measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import parts, report, runner
+from benchmarks.gpu.pieces import NAMES, PIECES
+from benchmarks.gpu.runner import Options, Piece, run_piece
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def piece(name: str, seconds: float = 60) -> Piece:
+    return Piece(name, f"tests.benchmarks.fakes:{name}", seconds / 60, "a fake")
+
+
+def calls(out: Path) -> list[str]:
+    return (out / "calls.txt").read_text().split()
+
+
+def part_of(out: Path, name: str) -> dict[str, Any]:
+    found = parts.read(parts.path_of(out, name))
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the workers import from there
+
+
+@pytest.mark.usefixtures("here")
+def test_a_piece_that_is_done_is_not_run_again(tmp_path: Path) -> None:
+    options = Options(tmp_path, command="python -m benchmarks.gpu")
+    assert run_piece(piece("plain"), options) == "done"
+    assert run_piece(piece("plain"), options) == "done before"
+    assert calls(tmp_path) == ["a", "b"]
+    assert part_of(tmp_path, "plain")["cases"]["b"]["found"] == {"name": "b"}
+    assert run_piece(piece("plain"), Options(tmp_path, again=True)) == "done"
+    assert run_piece(piece("plain"), Options(tmp_path, dry=True)) == "done"  # a measured part is not a dry one
+    assert calls(tmp_path) == ["a", "b"] * 3
+    assert not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_broken_device_costs_one_case_and_only_that_is_tried_again(tmp_path: Path) -> None:
+    assert run_piece(piece("broken"), Options(tmp_path)) == "failed: 1 of 3 cases"
+    found = part_of(tmp_path, "broken")
+    assert "illegal memory access" in found["cases"]["second"]["reason"]
+    assert found["log"].count("+ ") >= 2  # the third one had a process of its own
+    assert calls(tmp_path) == ["first", "third"]
+    (tmp_path / "mended").touch()
+    assert run_piece(piece("broken"), Options(tmp_path)) == "done"
+    assert calls(tmp_path) == ["first", "third", "second"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_crash_is_told_and_the_next_case_goes_on(tmp_path: Path) -> None:
+    assert run_piece(piece("crash"), Options(tmp_path)) == "failed: 1 of 3 cases"
+    found = part_of(tmp_path, "crash")["cases"]
+    assert found["crash"]["reason"] == "ended by SIGSEGV"
+    assert calls(tmp_path) == ["before", "after"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_case_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "GRACE", 0.5)
+    assert run_piece(piece("hang", seconds=4), Options(tmp_path)) == "failed: 1 of 2 cases"
+    found = part_of(tmp_path, "hang")
+    assert found["cases"]["hang"]["reason"] == "timeout"
+    assert "now it sleeps" in found["log"]
+    assert calls(tmp_path) == ["before"]
+
+
+@pytest.mark.usefixtures("here")
+def test_what_cannot_run_says_why(tmp_path: Path) -> None:
+    assert run_piece(piece("nothing"), Options(tmp_path)) == "skipped: there is no such tool on cpu"
+    assert run_piece(piece("no_setup"), Options(tmp_path)) == "failed: 1 of 1 cases"
+    assert "does not fit" in part_of(tmp_path, "no_setup")["cases"]["setup"]["reason"]
+    assert run_piece(piece("plain"), Options(tmp_path, stop=time.time() - 1)) == "not begun: no time left"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_bundle_is_gone_on_with_elsewhere(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    run_piece(piece("plain"), Options(one))
+    parts.bundle(one, ["plain", "broken"], one / "bundle.json")
+    assert parts.unbundle(one / "bundle.json", two) == ["plain"]
+    assert run_piece(piece("plain"), Options(two)) == "done before"
+    assert parts.unbundle(one / "bundle.json", two) == []
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no\.json is no bundle"):
+        parts.unbundle(tmp_path / "no.json", two)
+
+
+MACHINE = {"gpu": "NVIDIA Example 80GB", "versions": {"torch": "2.0"}, "nvidia-smi": {"driver_version": "1.2"}}
+
+
+def made(out: Path, **changes: Any) -> None:
+    cases = {"machine": {"state": "done", "when": 0, "found": MACHINE},
+             "bf16 product": {"state": "done", "when": 0, "found": {"TFLOP/s": 100.0}}}  # fmt: skip
+    part = {"piece": "ceilings", "device": "cuda", "dry": False, "date": "2000-01-02", "status": "done",
+            "log": "/somebody's/folder", "command": "c", "cases": cases}  # fmt: skip
+    parts.write(parts.path_of(out, "ceilings"), part | changes)
+
+
+def inner(out: Path, **milliseconds: float) -> None:
+    cases: dict[str, Any] = {"work": {"state": "done", "when": 0, "found": {"FLOP": 1e12}}}
+    cases |= {name: {"state": "done", "when": 0, "found": {"milliseconds": ms}} for name, ms in milliseconds.items()}
+    parts.write(parts.path_of(out, "inner-llama-16"), {"device": "cuda", "dry": False, "date": "2000-01-03",
+                "status": "done", "cases": cases})  # fmt: skip
+
+
+def test_the_report_of_a_gpu_goes_to_the_results(tmp_path: Path) -> None:
+    made(tmp_path)
+    inner(tmp_path, conventional=60.0, packed=30.0, packed_captured=14.0)
+    results = tmp_path / "results"
+    results.mkdir()
+    report.write(tmp_path, NAMES, results)
+    (written,) = results.glob("*.json")
+    assert written.name == "nvidia-example-80gb-2000-01-03.json"
+    held = json.loads(written.read_text())
+    assert "somebody" not in written.read_text()
+    goals = {row["goal"]: row for row in held["goals"]}
+    assert goals["Llama-3-8B, micro-batch 16: times the conventional loop"]["met"] == "yes"  # 60 / 14
+    floor = goals["Llama-3-8B, micro-batch 16: times the floor of its matrix products"]
+    assert (floor["outcome"], floor["met"]) == ("1.40, packed_captured", "yes")  # 1e12 at 100 TFLOP/s are 10 ms
+    assert goals["30 LPA steps at batch 16, 8B: seconds"]["outcome"] == "not measured"
+    table = written.with_suffix(".md").read_text()
+    assert "| packed_captured |  | 14 | 4.286 | 1.4 |" in table
+
+
+@pytest.mark.parametrize(("changes", "why"), [({"dry": True}, "ceilings ran dry"), ({"device": "cpu"}, "ran on cpu")])
+def test_what_is_no_gpu_measurement_stays_out_of_the_results(tmp_path: Path, changes: Any, why: str) -> None:
+    made(tmp_path, **changes)
+    results = tmp_path / "results"
+    results.mkdir()
+    assert why in report.write(tmp_path, NAMES, results)
+    assert not list(results.iterdir())
+    assert (tmp_path / "report.md").exists()
+
+
+def test_dry_run_of_the_cheap_pieces(tmp_path: Path) -> None:
+    """The command itself; nothing in benchmarks/results is touched."""
+    before = {path: path.stat().st_mtime_ns for path in report.RESULTS.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "ceilings", "report", "--device", "cpu", "--dry", "--out",
+         str(tmp_path), "--bundle", str(tmp_path / "bundle.json")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not in benchmarks/results: ceilings ran dry" in done.stdout
+    assert part_of(tmp_path, "ceilings")["status"] == "done"
+    assert json.loads((tmp_path / "bundle.json").read_text())["parts"]["ceilings"]["cases"]["copy"]["state"] == "done"
+    assert {path: path.stat().st_mtime_ns for path in report.RESULTS.iterdir()} == before
+
+
+def test_every_piece_can_be_found() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    for each in PIECES:
+        module, _, function = each.target.partition(":")
+        path = ROOT / (module.replace(".", "/") + ".py")
+        assert f"def {function}(setting: Setting" in path.read_text(), each
+        assert 0 < each.minutes <= 9
