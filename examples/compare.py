@@ -65,21 +65,21 @@ class Budget:
     batch_size: int = 8
 
 
-_CPU = Settings(sets=("strongreject",), limit=100, attacks=("direct",), max_new_tokens=32, trait_prompt=PLAIN_PROMPT,
-                epsilons=(), steps=(), utility_sets=())  # fmt: skip
+_CPU = Settings(sets=("strongreject", "harmbench"), limit=100, attacks=("direct",), max_new_tokens=32,
+                trait_prompt=PLAIN_PROMPT, epsilons=(), steps=(), utility_sets=())  # fmt: skip
 BUDGETS = {
     "smoke": Budget(
         ("--lpa-steps", "1", "--steps", "2", "--defence-steps", "1", "--per-device-train-batch-size", "2"),
         ("lpa", "lat"), ("lpa",), 1, replace(_CPU, limit=2, max_new_tokens=8),
         ("attacks", "overrefusal", "utility", "collapse"),
     ),
-    # half an hour of one CPU core: one harmful set, asked directly, and short answers
+    # two harmful sets, asked directly and for a yes or no, and short answers
     "cpu": Budget(
-        (), ("lpa", "finetune", "lat", "lpa-no-kl"), ("lpa",), 3, _CPU,
-        ("traits", "attacks", "overrefusal", "utility", "collapse"), batch_size=46,
+        (), ALL, ("lpa", "finetune", "lat"), 3, _CPU,
+        ("traits", "harm", "attacks", "overrefusal", "utility", "collapse"), batch_size=46,
     ),
     "full": Budget(
-        (), ALL, ("lpa", "finetune", "published"), 3,
+        (), ALL, ("lpa", "finetune", "lat", "published"), 3,
         Settings(sets=("strongreject", "harmbench", "do-not-answer"), max_new_tokens=64), batch_size=32,
     ),
 }  # fmt: skip
@@ -106,7 +106,7 @@ def main() -> None:
         options.model, adapters, suites=budget.suites, settings=budget.settings, output=output / "evaluation",
         command=command, batch_size=budget.batch_size, tick=progress(),
     )  # fmt: skip
-    table = over_seeds(found)
+    table = over_seeds(found) + "\n" + attack_alone(found)
     (output / "arms.md").write_text(table, encoding="utf-8")
     (output / "results.json").write_text(json.dumps(record(found, command, output), indent=1) + "\n", encoding="utf-8")
     print(table)
@@ -195,10 +195,12 @@ def progress() -> Any:
 def over_seeds(found: Evaluation) -> str:
     """One row an arm, in Markdown: mean and range over its seeds, and the change against the base model, paired by
     prompt (its change is its mean over the seeds; 95% bootstrap interval over the prompts)."""
-    sets = [*found.info["settings"]["sets"], BENIGN]
+    sets = requests(found)
     head = ["arm", "seeds"]
     for name in sets:
         head += [f"{name}: not done, %", "change, points"]
+    asked = [name for name in sets if name != BENIGN] if "harm" in found.info["suites"] else []
+    head += [f"{name}: yes or no, balanced accuracy, %" for name in asked]
     head += ["perplexity", "agrees: undesirable, %", "desirable, %", "collapsed"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for arm, own in arms(found).items():
@@ -211,7 +213,8 @@ def over_seeds(found: Evaluation) -> str:
         for name in sets:
             done = ("overrefusal", "not done") if name == BENIGN else ("attacks", "done: direct")
             cells.append(spread([100 * (v if name == BENIGN else 1 - v) for v in values(*done, name)], 1))
-            cells.append("" if arm == BASE else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*change(found, own, name)))
+            cells.append("" if arm == BASE else interval(change(found, own, name)))
+        cells += [spread([100 * v for v in values("harm", "balanced accuracy", name)], 0) for name in asked]
         cells.append(spread(values("utility", "perplexity", "prose"), 2))
         if "traits" in found.info["suites"]:
             cells += [
@@ -238,14 +241,45 @@ def spread(values: Sequence[float], digits: int) -> str:
     return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
 
 
-def change(found: Evaluation, subjects: Sequence[str], name: str) -> tuple[float, float, float]:
-    """Points by which the share of a set's requests that are not done exceeds the base model's, with its interval."""
-    before = {r["id"]: complied(r) for r in scored(answers(found.records, BASE, name))}
-    held: dict[str, list[float]] = {number: [] for number in before}
-    for subject in subjects:
-        for r in scored(answers(found.records, subject, name)):
-            held[r["id"]].append(100.0 * (before[r["id"]] - complied(r)))
-    changes = [statistics.mean(values) for values in held.values() if values]
+def attack_alone(found: Evaluation) -> str:
+    """A line a set: what `lpa` adds to `finetune`, which is the same without the attack."""
+    own = arms(found)
+    if not {"lpa", "finetune"} <= own.keys():
+        return ""
+    lines = [
+        f"- {name}: {interval(change(found, own['lpa'], name, own['finetune']))} points" for name in requests(found)
+    ]
+    return (
+        "Requests not done with the attack, less those without it (`lpa` - `finetune`):\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def requests(found: Evaluation) -> list[str]:
+    """The sets whose answers are judged."""
+    return [*found.info["settings"]["sets"], BENIGN]
+
+
+def interval(values: tuple[float, float, float]) -> str:
+    """A change with its bounds."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
+
+
+def change(
+    found: Evaluation, subjects: Sequence[str], name: str, others: Sequence[str] = (BASE,)
+) -> tuple[float, float, float]:
+    """Points by which the share of a set's requests that are not done exceeds that of others, with its interval.
+
+    Paired by prompt: the difference of the means over the subjects and over the others, of the prompts that all were
+    asked; 95% bootstrap over the prompts.
+    """
+    done = [[{r["id"]: complied(r) for r in scored(answers(found.records, subject, name))} for subject in group]
+            for group in (others, subjects)]  # fmt: skip
+    asked = set.intersection(*(set(one) for group in done for one in group))
+    before, after = done
+    changes = [
+        100 * (statistics.mean(one[number] for one in before) - statistics.mean(one[number] for one in after))
+        for number in sorted(asked)
+    ]
     low, high = bootstrap([changes], lambda groups: mean(groups[0]))
     return mean(changes), low, high
 
@@ -254,7 +288,7 @@ def record(found: Evaluation, command: str, output: Path) -> dict[str, Any]:
     """What is committed: settings, data by name and hash, the table, and the judgement of every answer by prompt id."""
     labels: dict[str, dict[str, dict[str, str]]] = {}
     for subject in found.subjects:
-        for name in (*found.info["settings"]["sets"], BENIGN):
+        for name in requests(found):
             rows = answers(found.records, subject, name)
             labels.setdefault(name, {})[subject] = {r["id"]: r.get("label", "error") for r in rows}
     trained = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))

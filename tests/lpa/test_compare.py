@@ -52,3 +52,5 @@ def test_the_change_is_paired_by_prompt_and_meant_over_seeds(compare: ModuleType
     mean, low, high = compare.change(found, ["lpa-0", "lpa-1"], "benign")
     assert mean == pytest.approx((0 + 50 + 100 + 0) / 4)
     assert low < mean < high
+    assert compare.change(found, ["lpa-1"], "benign", ["lpa-0"])[0] == pytest.approx(-25)
+    assert compare.change(found, ["lpa-0"], "benign", ["base", "lpa-1"])[0] == pytest.approx((0 + 100 + 50 + 0) / 4)
