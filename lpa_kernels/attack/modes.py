@@ -139,6 +139,12 @@ def _copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     return copy
 
 
+def _place(p: Tensor) -> int:
+    """The same for two parameters on one memory; a shard without a row has none, and neither have meta tensors."""
+    local: Tensor = getattr(p, "_local_tensor", p)
+    return local.data_ptr() or id(p)
+
+
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """LoRA merged into the weights, which are put back from copies: subtraction would change 3% of bf16 weights.
@@ -154,12 +160,12 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     if not layers:
         raise ValueError("merge_adapters=True, but the model has no adapter that peft can merge")
     layers = [layer for layer in layers if not layer.merged_adapters]
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners = Counter(_place(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for layer in layers:
         for name, p in layer.get_base_layer().named_parameters(recurse=False):  # type: ignore[operator]
-            if owners[id(p)] > 1:
+            if (several := owners[_place(p)]) > 1:
                 raise ValueError(
-                    f"merge_adapters=True, but the {name} {tuple(p.shape)} under an adapter belongs to {owners[id(p)]} "
+                    f"merge_adapters=True, but the {name} {tuple(p.shape)} under an adapter belongs to {several} "
                     "modules (as a tied head's does), and merging would change the others too; use merge_adapters=False"
                 )
             if not p.is_floating_point() or hasattr(p, "quant_state"):  # 4-bit weights may be stored as bfloat16

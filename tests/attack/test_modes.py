@@ -90,6 +90,10 @@ def test_a_weight_of_two_modules_is_not_merged_into() -> None:
     with pytest.raises(ValueError, match=r"the weight \(101, 32\) under an adapter belongs to 2 modules"):
         attack_with(model, pairs(), SITES, "packed", merge_adapters=True)
     assert not any(getattr(m, "merged_adapters", None) for m in model.modules())
+    shared = with_lora(llama(), target_modules=["embed_tokens", "q_proj"])  # two parameters on one memory
+    shared.lm_head.weight = torch.nn.Parameter(shared.get_input_embeddings().base_layer.weight.data)
+    with pytest.raises(ValueError, match="belongs to 2 modules"), merged_adapters(shared):
+        pass
     untied = with_lora(llama(), target_modules=["embed_tokens", "q_proj"])
     want = attack_with(untied, pairs(), SITES, "packed")
     assert_same(attack_with(untied, pairs(), SITES, "packed", merge_adapters=True), want, losses=1e-5)
