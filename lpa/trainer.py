@@ -208,9 +208,12 @@ class LPATrainer(DurableTrainer):
         if self.benign is not None:
             rows = self._benign_sampler.micro_batches(self.lpa_step)
             benign = [BenignBatch.from_dict(self.benign_collator([self.benign[i] for i in each])) for each in rows]
-        own = [*map(sum, zip(*(p.counts for p in pairs), strict=True)), sum(b.count for b in benign if b)]
-        rejected, chosen, answers = self.accelerator.reduce(torch.tensor(own, device=device)).tolist()
-        self._counts = (rejected, chosen, answers)
+        own = [(*p.counts, 0 if b is None else b.count, int(p.attack_mask.sum()))
+               for p, b in zip(pairs, benign, strict=True)]  # fmt: skip
+        *counts, attacked = self.accelerator.reduce(torch.tensor(own, device=device).sum(0)).tolist()
+        self._counts = (counts[0], counts[1], counts[2])
+        if self.objective is not None and self.args.steps:
+            self.pgd.check_counts(counts[0], counts[1], attacked)
         self._record = StepRecord(self.args, pairs, benign, device)
         whole = [
             MicroBatch.of(
@@ -295,7 +298,7 @@ class LPATrainer(DurableTrainer):
         if self.objective is not None and self.args.steps:
             self.pgd.generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
             try:
-                micro.attack = self.pgd.attack(micro.pairs, self._normalisers(micro)[:2])
+                micro.attack = self.pgd.attack(micro.pairs, self._normalisers(micro)[:2], part=True)
             except FloatingPointError as error:
                 raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
         kl = micro.benign is not None and "kl" in self.args.coefs

@@ -150,7 +150,8 @@ def loss_scale(dtype: torch.dtype, *weights: Tensor) -> Tensor | None:
     """
     if dtype != torch.float16:
         return None
-    largest = torch.stack([w.detach().float().abs().amax() for w in weights]).amax()
+    nothing = torch.zeros(1, device=weights[0].device)
+    largest = torch.cat([nothing, *(w.detach().float().abs() for w in weights)]).amax()
     return torch.exp2(-largest.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil())
 
 

@@ -73,7 +73,7 @@ class InnerStep:
     def trim(self) -> None:
         """Leave out what the last block computes for tokens that predict nothing; their number becomes part of it."""
         self.last = trimmable(self.pgd.model, self.pgd.sites)
-        if self.last is not None:
+        if self.last is not None and len(self.layout.labels):
             layout = self.layout
             self.needed = (layout.select_rows * layout.shape[1] + layout.select_positions).unique()
 
@@ -130,6 +130,7 @@ class InnerStep:
     def _loss(self, rows: PairRows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """(what to differentiate, its gradient, losses [N], hits [N], the KL term, by what the gradient is scaled)."""
         labels, objective, backend = self.layout.labels, self.pgd.objective, self.pgd.backend
+        kl_share = objective.coefs.get("kl", 0) / max(len(labels), 1)
         if self.chunked:
             head = output_head(self.pgd.model)
             assert isinstance(head, nn.Linear)
@@ -148,11 +149,11 @@ class InnerStep:
         if self.clean is not None:
             log_probs = grad.float().log_softmax(-1)
             kl = (self.clean.exp() * (self.clean - log_probs)).sum(-1).mean()
-            extra = (log_probs.exp() - self.clean.exp()) * (objective.coefs["kl"] / labels.shape[0])
+            extra = (log_probs.exp() - self.clean.exp()) * kl_share
         weights = self.weights
         if weights is None:
             weights = self._weights(token_loss_(grad, labels, self.away, None, objective.threshold, backend=backend)[0])
-        scale = loss_scale(grad.dtype, weights, weights.new_full((1,), objective.coefs.get("kl", 0) / labels.shape[0]))
+        scale = loss_scale(grad.dtype, weights, weights.new_full((1,), kl_share))
         if scale is not None:
             weights = weights * scale
             extra = None if extra is None else extra * scale

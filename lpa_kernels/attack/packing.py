@@ -74,7 +74,7 @@ def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
         bucket: L is rounded up to a multiple of it.
 
     Raises:
-        ValueError: `bucket` is not positive, or no text has a label.
+        ValueError: `bucket` is not positive.
     """
     rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
     width = min(batch.rejected_ids.shape[1], batch.chosen_ids.shape[1])
@@ -95,7 +95,7 @@ def unshared(batch: PairBatch, bucket: int = 1) -> PackedLayout:
         bucket: L is rounded up to a multiple of it.
 
     Raises:
-        ValueError: `bucket` is not positive, or no text has a label.
+        ValueError: `bucket` is not positive.
     """
     rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
     return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), (rejected > 0) & (chosen > 0), bucket)
@@ -138,9 +138,7 @@ def _lay_out(
     pairs = len(batch)
     prefix = torch.where(apart, 0, prefix)
     packed = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
-    length = int(_round_up(packed.max(), bucket))
-    if length == 0:
-        raise ValueError("no text of the batch has a label: rejected_mask and chosen_mask are False from position 1 on")
+    length = int(_round_up(packed.max().clamp(min=1), bucket))  # a batch without a label is one of padding
     rows = pairs + int(apart.sum())
     row = torch.arange(pairs, device=prefix.device)
     chosen_row = torch.where(apart, pairs + apart.long().cumsum(0) - 1, row)

@@ -187,7 +187,9 @@ class LatentPGD:
                 told.add(message)
                 logger.warning(message)
 
-    def attack(self, batch: PairBatch | Mapping[str, Any], counts: tuple[float, float] | None = None) -> LatentAttack:
+    def attack(
+        self, batch: PairBatch | Mapping[str, Any], counts: tuple[float, float] | None = None, *, part: bool = False
+    ) -> LatentAttack:
         """Find the perturbations of one batch.
 
         The model runs in eval mode, without autocast, its parameters frozen; all of that is put back, and no
@@ -196,19 +198,17 @@ class LatentPGD:
         Args:
             batch: a `PairBatch`, or a mapping with its fields, on any device.
             counts: tokens that the means of (toward, away) divide by; by default this batch's own numbers.
+            part: it is a part of a larger batch, and may have nothing to score or to attack.
 
         Raises:
-            ValueError: the batch has no completion token or no attacked position.
+            ValueError: the batch has no completion token or no attacked position, and is no part.
             RuntimeError: engine="packed" and the model cannot run packed; the message says why.
             FloatingPointError: the model's losses are not finite.
         """
         pairs = self._pairs(batch)
         own = pairs.counts
-        for name, count, needed in zip(("rejected", "chosen"), own, self.halves, strict=True):
-            if needed and count == 0:
-                raise ValueError(f"{name}_mask has no completion token after position 0; there is nothing to score")
-        if not bool(pairs.attack_mask.any()):
-            raise ValueError("attack_mask has no True: there is no position to attack")
+        if not part:
+            self.check_counts(*own, int(pairs.attack_mask.sum()))
         with inner_mode(self.model, self.merge_adapters, self.autocast):
             state = AttackState(self, pairs, counts or own)
             if self.relative:
@@ -226,6 +226,21 @@ class LatentPGD:
         found = state.finish(self, pairs, plan, captured)
         self._check(found)
         return found
+
+    def check_counts(self, rejected: float, chosen: float, attacked: float) -> None:
+        """Refuse a batch with nothing to do.
+
+        Args:
+            rejected, chosen: its completion tokens. attacked: its attacked positions.
+
+        Raises:
+            ValueError: there are none of some kind.
+        """
+        for name, count, needed in zip(("rejected", "chosen"), (rejected, chosen), self.halves, strict=True):
+            if needed and not count:
+                raise ValueError(f"{name}_mask has no completion token after position 0; there is nothing to score")
+        if not attacked:
+            raise ValueError("attack_mask has no True: there is no position to attack")
 
     def _pairs(self, batch: PairBatch | Mapping[str, Any]) -> PairBatch:
         pairs = batch if isinstance(batch, PairBatch) else PairBatch.from_dict(batch)

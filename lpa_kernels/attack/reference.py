@@ -115,7 +115,7 @@ def run(pgd: LatentPGD, batch: PairBatch, state: AttackState) -> None:
                 terms["l2_norm"] = objective.penalty(leaves, state.positions)
                 total = total + objective.l2_penalty * terms["l2_norm"]
             (weights,) = torch.autograd.grad(total, losses, retain_graph=True, materialize_grads=True)
-            each = losses.new_full((1,), objective.coefs.get("kl", 0) / len(losses))
+            each = losses.new_full((1,), objective.coefs.get("kl", 0) / max(len(losses), 1))
             scale = loss_scale(rows.logits.dtype, weights, each)
             grads = gradients(total, leaves, None if scale is None else scale.to(total.dtype))
             grads = grads if scale is None else [grad / scale.to(grad.device) for grad in grads]

@@ -514,3 +514,45 @@ def test_the_objective_by_itself() -> None:
     mean_gap = torch.tensor([-1.5 + 0.5, -4.0 + 0.25])
     assert float(ipo) == pytest.approx(float(((mean_gap - 2.5) ** 2).mean()))
     assert set(terms) == {"ipo"}
+
+
+EMPTY = {
+    "no position": ("attack_mask",),
+    "no rejected": ("rejected_mask",),
+    "nothing": ("rejected_mask", "chosen_mask"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"random_start": True, "seed": 0}, {"relative": True}, {"clip_grad": 0.1}])
+@pytest.mark.parametrize("engine", ["reference", "packed"])
+def test_a_part_with_nothing_to_do_is_as_in_the_whole(engine: str, options: dict[str, Any]) -> None:
+    """Batches of one pair each, three of which have nothing to attack or to score."""
+    model, batch = llama(lora=True), pairs([(6, 4, 3, 0), (4, 2, 5, 0), (3, 3, 3, 1), (5, 2, 2, 0)])
+    for row, names in enumerate(EMPTY.values()):
+        for name in names:
+            getattr(batch, name)[row] = False
+    pgd = LatentPGD(model, SITES, engine=engine, steps=3, step_size=0.02, epsilon=0.1, **options)
+    whole, start = pgd.attack(batch), 0
+    sums = {name: torch.zeros(3) for name in ("toward", "away")}
+    for row in range(len(batch)):
+        own = batch.part(row, row + 1)
+        if row < len(EMPTY):
+            with pytest.raises(ValueError, match="has no"):
+                pgd.attack(own, batch.counts)
+        found, taken = pgd.attack(own, batch.counts, part=True), whole.part(row, row + 1, own)
+        assert found.row_norms.shape[1] == int(own.attack_mask.sum()) == taken.row_norms.shape[1]
+        for attack in (found, taken):
+            logits = pgd.rows(own, attack).logits
+            assert len(logits) == sum(own.counts)
+            if row == 0:
+                assert torch.equal(logits, pgd.rows(own).logits)
+        if not options:
+            for name, delta in found.deltas.items():
+                assert torch.allclose(delta, taken.deltas[name], atol=1e-4)
+            for name, total in sums.items():
+                total += found.history[name]
+        start += found.row_norms.shape[1]
+    assert start == whole.row_norms.shape[1]
+    if not options:
+        for name, total in sums.items():
+            assert torch.allclose(total, whole.history[name].float(), atol=1e-5)

@@ -70,9 +70,9 @@ def test_later_steps_keep_to_the_smaller_size(tmp_path: Path) -> None:
     sizes: list[int] = []
     attack = trainer.pgd.attack
 
-    def watched(pairs: PairBatch, counts: Any) -> Any:
+    def watched(pairs: PairBatch, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(pairs))
-        return attack(pairs, counts)
+        return attack(pairs, *args, **kwargs)
 
     trainer.pgd.attack = failing(watched, {1})  # type: ignore[method-assign]
     trainer.train()
@@ -112,10 +112,40 @@ def test_where_it_cannot_be_split_the_error_tells_what_to_set(
         trainer.train()
 
 
+@pytest.mark.parametrize("where", ["attack", "backward"])
+def test_parts_with_nothing_to_attack_or_to_score_are_as_in_the_whole(where: str, tmp_path: Path) -> None:
+    whole, parts = (of_size(tmp_path, 4, engine="packed") for _ in range(2))
+    collate = whole.data_collator
+
+    def emptied(data: Any) -> dict[str, torch.Tensor]:
+        """One pair without an attacked position, one without a rejected completion, one without a chosen one."""
+        batch = dict(collate(data))
+        for row, name in enumerate(("attack_mask", "rejected_mask", "chosen_mask")):
+            batch[name][row] = False
+        return batch
+
+    whole.data_collator = parts.data_collator = emptied
+    whole.train()
+    run_out(parts, where, {1, 2})
+    parts.train()
+    assert parts._memory.size == 1
+    assert_same(weights(parts), weights(whole), within=2e-6)
+    for name in ("attack_toward_last", "attack_away_last", "defence_total", "norm/embedding"):
+        assert logged(parts)[0][name] == pytest.approx(logged(whole)[0][name], abs=1e-5), name
+
+
+def test_a_whole_batch_with_nothing_to_attack_is_refused(tmp_path: Path) -> None:
+    trainer = of_size(tmp_path, 2)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda data: collate(data) | {"attack_mask": torch.zeros(len(data), 3)}
+    with pytest.raises(ValueError, match="attack_mask has no True"):
+        trainer.train()
+
+
 def test_other_errors_are_not_for_want_of_memory(tmp_path: Path) -> None:
     trainer = of_size(tmp_path, 4)
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     trainer.pgd.attack = broken  # type: ignore[assignment, method-assign]
@@ -130,8 +160,8 @@ def test_offloaded_perturbations_change_nothing(tmp_path: Path) -> None:
     moved: list[str] = []
     attack = trainer.pgd.attack
 
-    def watched(*args: Any) -> Any:
-        found = attack(*args)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = attack(*args, **kwargs)
         found.to = lambda device: moved.append(str(device))  # type: ignore[method-assign, return-value]
         return found
 

@@ -45,9 +45,9 @@ def test_every_micro_batch_is_perturbed_by_its_own_attack_in_every_update(tmp_pa
     found: list[int] = []
     attack, losses = trainer.pgd.attack, trainer._losses
 
-    def watched_attack(pairs: Any, counts: Any) -> Any:
+    def watched_attack(pairs: Any, *args: Any, **kwargs: Any) -> Any:
         found.append(id(pairs))
-        return attack(pairs, counts)
+        return attack(pairs, *args, **kwargs)
 
     def watched_losses(micro: Any) -> Any:
         assert micro.attack is not None
@@ -200,11 +200,11 @@ def test_a_stop_in_the_attack_leaves_the_weights_alone(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, **SETTINGS)
     attack, seen = trainer.pgd.attack, []
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         seen.append(weights(trainer))
         if len(seen) == 3:  # the first micro-batch of the second LPA step
             trainer.request_stop()
-        return attack(*args)
+        return attack(*args, **kwargs)
 
     trainer.pgd.attack = watched  # type: ignore[method-assign]
     trainer.train()
