@@ -24,6 +24,7 @@ from lpa_kernels.attack.pgd import Plan
 from lpa_kernels.attack.reference import adapters_off
 from lpa_kernels.attack.sites import decoder_layers, in_block
 from lpa_kernels.attack.state import AttackState
+from lpa_kernels.attack.trim import scored_tokens
 
 from ..config import BENIGN_TERMS, LPAConfig
 from ..losses import benign_terms, pair_terms
@@ -191,8 +192,7 @@ class _DryRun:
             return None, None
         if any(site.module in set(module.modules()) for site in self.pgd.sites):
             return None, None
-        places = self.layout.select_rows * self.layout.shape[1] + self.layout.select_positions
-        return module, places.unique().to("meta")
+        return module, scored_tokens(self.layout).to("meta")
 
     def _of_other_micro_batches(self, trained: list[nn.Parameter]) -> list[Tensor]:
         """Their perturbations; the gradients are put where they belong."""

@@ -69,6 +69,8 @@ class _Pool:
 
 
 _pools: WeakValueDictionary[torch.device, _Pool] = WeakValueDictionary()
+# For warm-ups and for captures, the same ones always: cuBLAS keeps tens of megabytes for every stream that it has seen.
+_streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
 
 
 def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
@@ -77,16 +79,23 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
     pool = _pools.get(device)
     if pool is None:  # torch refuses to capture into one whose graphs have all died
         pool = _pools[device] = _Pool()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(), torch.cuda.Stream()
+    side, recording = _streams[device]
+    current = torch.cuda.current_stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
             restore()
             step()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what a data loader's thread does on the device meanwhile is none of this capture's business
-    with torch.cuda.graph(graph, pool=pool.handle, capture_error_mode="thread_local"):
+    # thread_local: what a data loader's thread does on the device meanwhile is none of this capture's business.
+    # The outer context: a capture that fails at its end would leave its own stream the current one.
+    with (
+        torch.cuda.stream(current),
+        torch.cuda.graph(graph, pool=pool.handle, stream=recording, capture_error_mode="thread_local"),
+    ):
         step()
 
     def replay(_: _Pool = pool) -> None:
@@ -146,6 +155,7 @@ def _refusal(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) ->
 def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
     source = InnerStep(pgd, state.padded(bucketed(state.rows, 32)), padded_layout(layout), True)
     source.prepare()
+    source.trim()
     graphs = _captured.setdefault(pgd.model, OrderedDict())
     with _lower_blocks(pgd, source) as lower:
         inputs = _inputs(source, lower)
@@ -180,6 +190,7 @@ def _record(source: InnerStep, lower: Replay | None) -> Captured | str:
     state, layout = source.state.padded(source.state.rows), _changed(source.layout, Tensor.clone)
     step = InnerStep(source.pgd, state, layout, True, source.chunked)
     step.weights = None if source.weights is None else source.weights.clone()
+    step.last, step.needed = source.last, None if source.needed is None else source.needed.clone()
     output = None if lower is None else tree_map(_cloned, lower.output)
     given = _inputs(source, lower)
     if lower is not None:
@@ -203,7 +214,7 @@ def _fill(captured: Captured, inputs: list[Tensor]) -> None:
 def _inputs(step: InnerStep, lower: Replay | None) -> list[Tensor]:
     """Every tensor that a step reads and that differs between batches, in a fixed order."""
     found = [*step.state.tensors, *_tensors(step.layout).values(), step.away]
-    found += [] if step.weights is None else [step.weights]
+    found += [tensor for tensor in (step.weights, step.needed) if tensor is not None]
     return found + ([] if lower is None else [leaf for leaf in tree_leaves(lower.output) if isinstance(leaf, Tensor)])
 
 

@@ -19,7 +19,7 @@ from .packing import PackedLayout
 from .reference import adapters_off
 from .sharding import is_sharded, tell_off
 from .state import AttackState
-from .trim import trimmable, trimmed
+from .trim import scored_tokens, trimmable, trimmed
 
 if TYPE_CHECKING:
     from .pgd import LatentPGD
@@ -71,11 +71,10 @@ class InnerStep:
         self.needed: Tensor | None = None
 
     def trim(self) -> None:
-        """Leave out what the last block computes for tokens that predict nothing; their number becomes part of it."""
+        """Leave out what the last block computes for tokens that predict nothing."""
         self.last = trimmable(self.pgd.model, self.pgd.sites)
         if self.last is not None and len(self.layout.labels):
-            layout = self.layout
-            self.needed = (layout.select_rows * layout.shape[1] + layout.select_positions).unique()
+            self.needed = scored_tokens(self.layout)
 
     def prepare(self) -> None:
         """What is computed once an attack, without the perturbation: reference and clean probabilities, weights."""

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .packing import PackedLayout
 from .sites import Site, decoder_layers, hidden_of, in_block, with_hidden
 
 _exact: WeakKeyDictionary[nn.Module, dict[torch.dtype, bool]] = WeakKeyDictionary()
@@ -39,6 +40,17 @@ def trimmed(module: nn.Module, tokens: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def scored_tokens(layout: PackedLayout) -> Tensor:
+    """[n] distinct tokens, those that predict a label among them; n goes by shapes alone and is at most that of labels.
+
+    So nothing waits for the device, and a captured step may run on another batch's tokens.
+    """
+    rows, length = layout.shape
+    places = layout.select_rows * length + layout.select_positions
+    idle = torch.ones(rows * length, dtype=torch.uint8, device=places.device).index_fill_(0, places, 0)
+    return idle.argsort(stable=True)[: len(places)]
 
 
 def trimmable(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:

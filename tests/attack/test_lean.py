@@ -169,3 +169,8 @@ def test_compiled_models_stay_as_they_were_compiled() -> None:
     model.base_model.model.model.layers[0].mlp.compile(backend="eager")
     with lean_layers(model):
         assert leans(model) == {"lora": 0, "norm": 0}
+    other = with_lora(tiny("llama"))
+    mlp = other.base_model.model.model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager")
+    with lean_layers(other):
+        assert leans(other) == {"lora": 0, "norm": 1}  # the one that is compiled
