@@ -21,7 +21,7 @@ from .masks import refill_masks
 from .modes import adapter_state
 from .packed import InnerStep, layout_rows
 from .packing import PADDING, PackedLayout
-from .sharding import is_sharded
+from .sharding import is_sharded, tell_off
 from .state import AttackState
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ def _refusal(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) ->
     if state.own_rows.device.type not in RECORDERS:
         return f"it runs on {devices[0]}, which has no graphs"
     if is_sharded(pgd.model):
+        if pgd.capture_graph == "auto":
+            tell_off(pgd.model, "inner steps are not captured in CUDA graphs")
         return "its weights are sharded over ranks, which have to gather them in step"
     if others:
         return f"the term {others[0]!r} counts rows, and a graph's batches are filled up with rows"

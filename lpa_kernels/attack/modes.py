@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..ops.functional import no_autocast
 from .hooks import swapped
 from .lean import lean_layers
-from .sharding import at_rest, is_sharded
+from .sharding import at_rest, is_sharded, tell_off
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,10 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
 
     The parameters themselves stay as they are: data of another dtype would cost them their gradients' accumulators,
     and with these the hooks by which DDP keeps ranks together. On a device with captured graphs a copy stays where it
-    is for as long as the adapter lives. Sharded adapters are left alone: each pass gathers them anew.
+    is for as long as the adapter lives. Sharded adapters are left alone, which is said: each pass
+    gathers them anew.
     """
-    dtype = None if is_sharded(model) else weights_dtype(model)
+    dtype, sharded = weights_dtype(model), is_sharded(model)
     copies: dict[nn.Parameter, nn.Parameter] = {}
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -119,6 +120,9 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 for name, p in module._parameters.items():
                     if p is not None and p.requires_grad and p.dtype == torch.float32:
+                        if sharded:
+                            tell_off(model, f"adapters stay float32 in the inner loop, without copies in {dtype}")
+                            continue
                         if p not in copies:
                             copies[p] = _copy(p, dtype)
                         held.append((module, name, p))

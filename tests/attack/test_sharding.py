@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lpa_kernels.attack import LatentPGD, packed
+from lpa_kernels.attack import LatentPGD, capture, packed
 from lpa_kernels.attack.sharding import is_sharded
 from tests import ranks
 
@@ -81,9 +81,21 @@ def attack_both() -> None:
         for one, mean in zip(*grads, strict=True):
             dist.all_reduce(one)
             assert_close(mean.full_tensor(), one / 2, 1e-4)
-    assert "sharded over ranks: the head makes all of its" in " ".join(told)
     with pytest.raises(RuntimeError, match="capture_graph=True, but"):
         attack_with(shared, batch, BOTH, "packed", capture_graph=True)
+    assert [text.partition("over ranks: ")[2][:13] for text in told if "sharded" in text] == ["the head make"]
+    told.clear()
+    capture.RECORDERS["cpu"] = capture.cuda_graph  # this device has graphs, and half of the weights' precision
+    half = llama(lora=True, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    shared = shared_by_ranks(half)
+    for _ in range(2):
+        got = attack_with(shared, batch, BOTH, "packed")
+    assert got.captured.startswith("its weights are sharded")
+    assert [text.partition("over ranks: ")[2] for text in told if "sharded" in text] == [
+        "adapters stay float32 in the inner loop, without copies in torch.bfloat16",
+        "inner steps are not captured in CUDA graphs",
+    ]
     dist.barrier()
 
 
