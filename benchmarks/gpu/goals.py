@@ -93,7 +93,7 @@ def _runs(parts: Parts) -> list[tuple[str, str, str, str]]:
              if f and "seconds of 30 LPA steps" in f]  # fmt: skip
     memory = found(parts, "memory", "micro-batch 2")
     seconds = min(whole, default=None)
-    peak = memory["peak_reserved_gb"] if memory else None
+    peak = memory.get("peak_reserved_gb") if memory else None
     return [
         _row("30 LPA steps at batch 16, 8B: seconds", "<= 90 (75)", seconds, (seconds or 999) <= 90, f"{seconds}"),
         _row("8B at micro-batch 2: peak memory held, GB", "< 22", peak, (peak or 99) < 22, f"{peak}"),

@@ -73,17 +73,26 @@ def _cases(part: Part, floor: float | None, base: float | None) -> list[str]:
         values = case.get("found")
         if case["state"] != "done":
             plain[key] = {"": f"{case['state']}: {case.get('reason', '')}"}
-        elif any(isinstance(value, dict) for value in values.values()) and "versions" not in values:
-            own = {k: v for k, v in values.items() if isinstance(v, dict)}
-            rest = {k: v for k, v in values.items() if not isinstance(v, dict)}
-            lines += [f"**{key}**" + "".join(f"; {k} {_text(v)}" for k, v in rest.items()), "", *_rows(own), ""]
-        else:
-            plain[key] = {k: v for k, v in values.items() if not isinstance(v, dict)}
-            if "milliseconds" in values and base:
-                plain[key]["times conventional"] = base / values["milliseconds"]
-            if "milliseconds" in values and floor:
-                plain[key]["times the floor"] = values["milliseconds"] / floor
+            continue
+        rows = {name: value for name, value in values.items() if isinstance(value, dict)}
+        rest = {name: value for name, value in values.items() if not isinstance(value, dict | list) or _short(value)}
+        if rows and "versions" not in rows:
+            lines += [f"**{key}**" + "".join(f"; {name} {_text(value)}" for name, value in rest.items()), ""]
+            deeper = {name: value for name, value in rows.items() if all(isinstance(v, dict) for v in value.values())}
+            rows = {name: value for name, value in rows.items() if name not in deeper}
+            for table in (rows, *deeper.values()):
+                lines += [*_rows(table), ""] if table else []
+            continue
+        plain[key] = rest
+        if "milliseconds" in values and base:
+            plain[key]["times conventional"] = base / values["milliseconds"]
+        if "milliseconds" in values and floor:
+            plain[key]["times the floor"] = values["milliseconds"] / floor
     return [*(_rows(plain) if plain else []), "", *lines]
+
+
+def _short(value: Any) -> bool:
+    return isinstance(value, list) and len(value) < 16 and not any(isinstance(each, dict) for each in value)
 
 
 def _rows(rows: dict[str, dict[str, Any]]) -> list[str]:

@@ -165,6 +165,15 @@ def test_dry_run_of_the_cheap_pieces(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in report.RESULTS.iterdir()} == before
 
 
+def test_a_table_within_a_case(tmp_path: Path) -> None:
+    found = {"wall ms": 1.5, "products": {"ms": 1.0}, "longest": {"mm": {"ms": 0.5}}, "rounds": [1.0, 2.0]}
+    made(tmp_path, cases={"p": {"state": "done", "when": 0, "found": found}})
+    table = report.markdown(parts.collect(tmp_path, NAMES))
+    assert "**p**; wall ms 1.5; rounds 1, 2" in table
+    assert "| products | 1 |" in table
+    assert "| mm | 0.5 |" in table
+
+
 def test_every_piece_can_be_found() -> None:
     assert len(set(NAMES)) == len(NAMES)
     for each in PIECES:

@@ -1,0 +1,40 @@
+"""The tests pieces: a folder of tests with the GPU, a case a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .build import ROOT, command
+from .worker import Cases, Setting
+
+LIMIT = 400  # seconds a file
+QUICK = {"tests/ops": "test_reference.py", "tests/attack": "test_packing.py", "tests/compat": "test_own_loops.py",
+         "tests/lpa": "test_losses.py"}  # fmt: skip  # of a dry run
+
+
+def tests(path: str) -> dict[str, Any]:
+    """How many of a file's tests passed; a failure is an error that names some."""
+    workers = min(8, (os.cpu_count() or 1) // 2)
+    spread = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+    done = command([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "--tb=short", "-v", "--no-header",
+                    *spread, path], LIMIT)  # fmt: skip
+    text = done.stdout
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", text[-2000:])}
+    if done.returncode not in (0, 5):  # 5: no test is there
+        names = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+        raise RuntimeError(f"{counts}; {', '.join(names[:12])}")
+    return counts
+
+
+def suite(setting: Setting) -> Cases:
+    """The piece; argument: the folder."""
+    folder = ROOT / setting.argument
+    files = [folder / QUICK[setting.argument]] if setting.dry else sorted(folder.glob("test_*.py"))
+    for file in files:
+        name = str(Path(setting.argument) / file.name)
+        yield name, lambda name=name: tests(name)
