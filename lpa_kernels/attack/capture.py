@@ -23,6 +23,7 @@ from .packed import InnerStep, layout_rows
 from .packing import PADDING, PackedLayout
 from .sharding import is_sharded, tell_off
 from .state import AttackState
+from .walk import modules_of, parameters_of
 
 if TYPE_CHECKING:
     from .pgd import LatentPGD
@@ -135,7 +136,7 @@ def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) -> str:
 
 def _refusal(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) -> str:
     """Why the loop cannot be captured, as far as that is known beforehand; "" if it may be."""
-    devices = sorted({str(p.device) for p in pgd.model.parameters()})
+    devices = sorted({str(p.device) for p in parameters_of(pgd.model)})
     others = sorted(set(pgd.objective.terms) - {"toward", "away"})
     if layout is None:
         return "only the packed engine can be"
@@ -227,8 +228,10 @@ def _key(pgd: LatentPGD, inputs: list[Tensor]) -> object:
     objective = (repr(pgd.objective), pgd.merge_adapters, pgd.autocast)
     sites = tuple(id(site.module) for site in pgd.sites)
     attention = getattr(getattr(pgd.model, "config", None), "_attn_implementation", None)
-    weights = hash(tuple(t.data_ptr() for t in (*pgd.model.parameters(), *pgd.model.buffers())))
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pgd.model.modules())
+    modules = modules_of(pgd.model)
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+    weights = hash(tuple(t.data_ptr() for t in (*parameters_of(pgd.model), *buffers)))
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
     model = (attention, weights, hooks, adapter_state(pgd.model))
     shapes = tuple((tuple(t.shape), t.dtype) for t in inputs)
     return settings, objective, sites, model, shapes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import perturb
 from .sites import Site, hidden_of, with_hidden
+from .walk import modules_of
 
 Rows = Callable[[Tensor], Tensor | None]
 
@@ -120,7 +121,7 @@ def kept_for_recompute(model: nn.Module, context: Callable[[], AbstractContextMa
 @contextmanager
 def swapped(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
     """Within it, the attribute `name` of every module that has one of its own is what `change` makes of it."""
-    held = [(module, module.__dict__[name]) for module in model.modules() if name in module.__dict__]
+    held = [(module, module.__dict__[name]) for module in modules_of(model) if name in module.__dict__]
     try:
         for module, value in held:
             module.__dict__[name] = change(value)

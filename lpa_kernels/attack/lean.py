@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .walk import modules_of
+
 
 @contextmanager
 def lean_layers(model: nn.Module) -> Iterator[None]:
@@ -22,9 +24,9 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     """
     changed: list[tuple[nn.Module, Callable[..., Any]]] = []
     # compiled code guards on what a module's forward is, and would be compiled again at every attack
-    compiled = any(map(_compiled, model.modules()))
+    compiled = any(map(_compiled, modules_of(model)))
     try:
-        for module in () if compiled else model.modules():
+        for module in () if compiled else modules_of(model):
             lean = None if "forward" in module.__dict__ else _lean_forward(module)
             if lean is not None:
                 module.__dict__["forward"] = lean

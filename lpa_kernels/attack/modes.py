@@ -18,6 +18,7 @@ from ..ops.functional import no_autocast
 from .hooks import swapped
 from .lean import lean_layers
 from .sharding import at_rest, is_sharded, tell_off
+from .walk import modules_of, parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ _told: WeakSet[nn.Module] = WeakSet()  # models whose dropout leaves no checkpoi
 
 def adapter_state(model: nn.Module) -> object:
     """What else than weights an adapted model's results depend on: which adapters are on, merged, and how strong."""
-    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]  # models: a method
+    layers = [
+        m for m in modules_of(model) if isinstance(getattr(m, "disable_adapters", None), bool)
+    ]  # models: a method
     names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
     return tuple(tuple(str(getattr(layer, name, None)) for name in names) for layer in layers)
 
@@ -36,14 +39,14 @@ def adapter_state(model: nn.Module) -> object:
 def weights_dtype(model: nn.Module) -> torch.dtype | None:
     """The float dtype that most of the frozen weights have; None where nothing is frozen (full fine-tuning)."""
     sizes: Counter[torch.dtype] = Counter()
-    for p in model.parameters():
+    for p in parameters_of(model):
         if p.is_floating_point() and not p.requires_grad:
             sizes[p.dtype] += p.numel()
     return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _checkpointed(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    return [m for m in modules_of(model) if getattr(m, "gradient_checkpointing", False) is True]
 
 
 def _not_reentrant(checkpoint: Any) -> Any:
@@ -67,10 +70,10 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
     transformers asks for it; not where that flag would also switch on dropout. Reentrant checkpointing, which knows
     no gradient of anything but inputs, is exchanged for the other kind.
     """
-    training = [(m, m.training) for m in model.modules()]
+    training = [(m, m.training) for m in modules_of(model)]
     try:
         for module, _ in training:
-            module.training = False
+            module.__dict__["training"] = False  # where it is; `module.training =` looks everywhere else first
         checkpointed = _checkpointed(model)
         if checkpointed and _has_dropout(model):
             if model not in _told:
@@ -84,18 +87,18 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
                 module.training = True
         checkpointing = swapped(model, "_gradient_checkpointing_func", _not_reentrant)
         with at_rest(model), kept_flags(model), checkpointing:
-            for p in model.parameters():
+            for p in parameters_of(model):
                 p.requires_grad_(False)
             yield
     finally:
         for module, flag in training:
-            module.training = flag
+            module.__dict__["training"] = flag
 
 
 @contextmanager
 def kept_flags(model: nn.Module) -> Iterator[None]:
     """Every parameter wants a gradient afterwards if it did before, whatever happens within."""
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = [(p, p.requires_grad) for p in parameters_of(model)]
     try:
         yield
     finally:
@@ -117,7 +120,7 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         if dtype in (torch.float16, torch.bfloat16):  # no narrower one: float8 holds weights and computes nothing
-            for module in model.modules():
+            for module in modules_of(model):
                 for name, p in module._parameters.items():
                     if p is not None and p.requires_grad and p.dtype == torch.float32:
                         if sharded:
@@ -127,6 +130,8 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
                             copies[p] = _copy(p, dtype)
                         held.append((module, name, p))
                         module._parameters[name] = copies[p]
+            if copies:
+                torch._foreach_copy_([copy.data for copy in copies.values()], [p.data for p in copies])
         yield
     finally:
         for module, name, p in held:
@@ -134,12 +139,12 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Room for a copy of an adapter."""
     copy: nn.Parameter | None = _copies.get(p)
     if copy is None or (copy.dtype, copy.device, copy.shape) != (dtype, p.device, p.shape):
         copy = nn.Parameter(torch.empty_like(p.data, dtype=dtype), requires_grad=False)
         if p.device.type in KEPT_ON:
             _copies[p] = copy
-    copy.data.copy_(p.data)
     return copy
 
 
@@ -160,11 +165,11 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         ValueError: the model has no adapter that can be merged, or a weight under one is quantised, or another module's
             too.
     """
-    layers = [m for m in model.modules() if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
+    layers = [m for m in modules_of(model) if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
     if not layers:
         raise ValueError("merge_adapters=True, but the model has no adapter that peft can merge")
     layers = [layer for layer in layers if not layer.merged_adapters]
-    owners = Counter(_place(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    owners = Counter(_place(p) for m in modules_of(model) for p in m._parameters.values() if p is not None)
     for layer in layers:
         for name, p in layer.get_base_layer().named_parameters(recurse=False):  # type: ignore[operator]
             if (several := owners[_place(p)]) > 1:

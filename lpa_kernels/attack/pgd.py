@@ -26,6 +26,7 @@ from .packing import PackedLayout, pack, unshared
 from .probe import can_pack
 from .sites import Site, resolve_sites, site_widths
 from .state import AttackState
+from .walk import parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class LatentPGD:
     def widths(self) -> list[tuple[int, torch.device]]:
         """Width and device of each site, measured by one small pass of the model, once where it is."""
         known = _widths.setdefault(self.model, {})
-        where = tuple(site.name for site in self.sites), tuple(p.device for p in self.model.parameters())
+        where = tuple(site.name for site in self.sites), tuple(p.device for p in parameters_of(self.model))
         if where not in known:
             known[where] = site_widths(self.model, self.sites)
         self._warn_if_never_binding(max(width for width, _ in known[where]))

@@ -19,6 +19,7 @@ from .modes import adapter_state
 from .packing import CHOSEN, REJECTED, PackedLayout, pack, unshared
 from .sharding import is_sharded
 from .sites import decoder_layers
+from .walk import parameters_of
 
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
@@ -62,7 +63,7 @@ def can_pack(model: nn.Module, length: int = 0) -> Verdict:
     Args:
         length: the longest row that is to be run, for models whose positions change meaning beyond some length.
     """
-    devices = {str(parameter.device) for parameter in model.parameters()}
+    devices = {str(parameter.device) for parameter in parameters_of(model)}
     # A save notes things in the main rank's configuration alone, and where weights are sharded all ranks have to probe.
     config = None if _config(model) is None or is_sharded(model) else hash(str(vars(_config(model))))
     key = (config, frozenset(_dtypes(model)), frozenset(devices), str(_adapter(model)), adapter_state(model))
@@ -89,7 +90,7 @@ def _adapter(model: nn.Module) -> object:
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
-    return {parameter.dtype for parameter in model.parameters()}
+    return {parameter.dtype for parameter in parameters_of(model)}
 
 
 def _refusal(model: nn.Module) -> str:

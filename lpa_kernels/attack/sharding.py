@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .walk import modules_of
+
 logger = logging.getLogger(__name__)
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
@@ -20,7 +22,7 @@ def _groups(model: nn.Module) -> list[Any]:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in modules_of(model) if isinstance(module, FSDPModule)]
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lpa_kernels.attack import modes
 from lpa_kernels.attack.frozen import can_freeze
 from lpa_kernels.attack.modes import adapter_state, cast_adapters, frozen_eval, inner_mode, merged_adapters
 from lpa_kernels.attack.probe import can_pack
 from lpa_kernels.attack.reference import adapters_off
+from lpa_kernels.attack.walk import modules_of, parameters_of
 
 from .batches import assert_same, attack_with, llama, pairs, with_lora
+from .models import tiny
 
 SITES = ["embedding", "mlp:1"]
 ENGINES = ["packed", "reference"]
@@ -162,3 +165,13 @@ def test_a_verdict_goes_with_configuration_and_adapters() -> None:
         assert len(calls) > before
     model.base_model.model.config.is_causal = False
     assert not can_pack(model)
+
+
+def test_the_short_walk_meets_what_the_long_one_does() -> None:
+    shared = nn.Linear(2, 2)
+    twice = nn.Sequential(shared, nn.ModuleList([nn.Linear(2, 2), shared]), nn.Linear(2, 2))
+    twice[2].weight = shared.weight
+    twice.register_module("none", None)
+    for model in (twice, with_lora(tiny("qwen3"))):
+        assert list(map(id, modules_of(model))) == list(map(id, model.modules()))
+        assert list(map(id, parameters_of(model))) == list(map(id, model.parameters()))
