@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loop_cases import Shape
+from benchmarks.loop_cases import LORA, Shape
 
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -25,13 +25,16 @@ _TINY = {"vocab_size": 192, "hidden_size": 64, "intermediate_size": 96, "num_hid
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
          "initializer_range": 0.16}  # fmt: skip  # attention scores spread as at width 4096 with 0.02
 PROMPT, REJECTED, CHOSEN = 130, 6, 8
+BATCH = 16  # pairs an LPA step
+LORA_ON, RANK = LORA["target_modules"], LORA["r"]
 
 
 def shape(family: str, pairs: int, dry: bool) -> Shape:
     """LPA's sites and lengths at a micro-batch of `pairs`; bf16 weights and float32 adapters of rank 64."""
     config = _CONFIGS[family] | (_TINY if dry else {})
     depth = config["num_hidden_layers"]
-    layers = dict.fromkeys(layer * depth // 32 for layer in (8, 16, 24, 30))
+    # never the last block, which 30 of 32 is not either
+    layers = dict.fromkeys(min(layer * depth // 32, depth - 2) for layer in (8, 16, 24, 30))
     sites = ("embedding", *(f"mlp:{layer}" for layer in layers))
     lengths = (10, 3, 5) if dry else (PROMPT, REJECTED, CHOSEN)
     name = (
@@ -41,8 +44,9 @@ def shape(family: str, pairs: int, dry: bool) -> Shape:
 
 
 @cache
-def counted(family: str, pairs: int, dry: bool) -> dict[str, Any]:
-    """What one inner step and one update of the packed engine are: floating-point operations, tokens, planned memory.
+def counted(family: str, pairs: int, dry: bool, merged: bool = False) -> dict[str, Any]:
+    """What one inner step and one micro-batch of an update are: floating-point operations, tokens, and planned memory
+    of LPA steps of 16 pairs.
 
     Counted on the meta device by the code that runs. Operations of products and attention, two for a multiplication
     and an addition, each as it is: head over the rows that are scored, the last block's feed-forward over these alone.
@@ -53,15 +57,38 @@ def counted(family: str, pairs: int, dry: bool) -> dict[str, Any]:
     from lpa.plan import PlanShape, estimate
 
     own = shape(family, pairs, dry)
-    args = LPAConfig(tempfile.gettempdir(), report_to=[], use_cpu=True, lpa_steps=1, sites=list(own.sites),
-                     per_device_train_batch_size=pairs, gradient_accumulation_steps=1)  # fmt: skip
+    parts = max(BATCH // pairs, 1)
+    args = LPAConfig(
+        tempfile.gettempdir(), report_to=[], use_cpu=True, lpa_steps=1, sites=list(own.sites), merge_adapters=merged,
+        per_device_train_batch_size=pairs, gradient_accumulation_steps=parts,
+    )  # fmt: skip
     completion = (own.rejected + own.chosen) // 2  # as many tokens and labels
     found = estimate(AutoConfig.for_model(family, **own.config), args, PlanShape(own.prompt, completion),
                      dtype=own.dtype, attn_implementation="sdpa")  # fmt: skip
     return {
-        "FLOP": found.attack_flops / args.steps,
-        "FLOP of an update": found.defence_flops / args.defence_steps,
+        "FLOP": found.attack_flops / args.steps / parts,
+        "FLOP of an update": found.defence_flops / args.defence_steps / parts,
         "weights": found.total,
         "tokens": found.tokens,
         "planned peak GB": round(found.peak.total() / 1e9, 2),
     }
+
+
+def public_work(family: str, pairs: int, dry: bool) -> float:
+    """Floating-point operations of one iteration of the public loop: both texts whole, the head over every token."""
+    from transformers import AutoConfig
+
+    from lpa.plan.shapes import build
+
+    own = shape(family, pairs, dry)
+    config = AutoConfig.for_model(family, **own.config)
+    model = build(config, dtype=own.dtype, attn_implementation="sdpa")
+    embedding = model.get_input_embeddings().weight
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p is not embedding)
+    lora = sum(sum(m.weight.shape) for name, m in model.named_modules() if name.rpartition(".")[2] in LORA_ON) * RANK
+    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    total = 0.0
+    for length in (own.prompt + own.rejected, own.prompt + own.chosen):
+        # forward and backward by the inputs are two products each; attention's are two and five
+        total += pairs * (4 * length * (matrices + lora) + 14 * length**2 * heads)
+    return total

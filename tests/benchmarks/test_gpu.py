@@ -174,6 +174,25 @@ def test_a_table_within_a_case(tmp_path: Path) -> None:
     assert "| mm | 0.5 |" in table
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_is_counted_without_memory() -> None:
+    """Against what the tiny shape's products are, written out."""
+    from benchmarks.gpu.counts import Rates, counts
+    from benchmarks.gpu.shapes import _TINY
+
+    got = counts("llama", 2, merged=True, rates=Rates(1e12, 1e12, 1e-6), dry=True)
+    width, gate, heads, keys = _TINY["hidden_size"], _TINY["intermediate_size"], 64, 32
+    block = width * (2 * heads + 2 * keys + 3 * gate)
+    tokens, scored, depth = 2 * 16, 2 * 8, _TINY["num_hidden_layers"]  # 10 + 3 + 5, less the last label of each text
+    whole = 4 * tokens * (depth * block - 3 * width * gate)  # the last feed-forward is run on what is scored
+    products = whole + 4 * scored * (3 * width * gate + width * _TINY["vocab_size"])
+    attention = 14 * 2 * 16 * 16 * heads * depth
+    assert got["FLOP"] == pytest.approx(products + attention, rel=0.01)
+    assert got["launches"]["products"] == 2 * (7 * depth + 1)
+    assert got["launches"]["this package's ops"] == 3 + 1 + 1  # a site each, the loss, the update
+    assert got["launches"]["attention"] == 2 * depth
+
+
 def test_every_piece_can_be_found() -> None:
     assert len(set(NAMES)) == len(NAMES)
     for each in PIECES:
