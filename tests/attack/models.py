@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB, WIDTH, DEPTH, WINDOW = 101, 32, 4, 6
+# Where models and batches of these tests are: on a GPU if there is one.
+DEVICE = os.environ.get("LPA_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _GLU = {**_HEADS, "intermediate_size": 48}
@@ -138,7 +141,13 @@ def implementations(family: str) -> tuple[str, ...]:
 
 
 def tiny(
-    family: str, *, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    family: str,
+    *,
+    attn: str = "eager",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str = DEVICE,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """A random model of the family in eval mode: width 32, 4 layers, vocabulary 101, no special tokens.
 
@@ -176,4 +185,4 @@ def tiny(
                 parameter.copy_(noise * 0.2)
             else:
                 parameter.add_(noise * 0.05)
-    return model.to(dtype).eval()
+    return model.to(dtype).to(device).eval()

@@ -19,26 +19,31 @@ from lpa_kernels.attack.packing import pack
 from lpa_kernels.attack.trim import scored_tokens
 
 from .batches import RAGGED, assert_same, attack_with, llama, pairs, with_lora
-from .models import tiny
+from .models import DEVICE, tiny
 
 SITES = ["embedding", "mlp:1"]
 SMALL, LARGER = [(6, 4, 3, 0), (4, 2, 5, 0)], [(7, 3, 4, 0), (3, 5, 1, 0)]  # of one bucket
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
-    """Stands in for CUDA graphs: replays by running the step again on its own tensors. Lists what was recorded."""
+@pytest.fixture(params=["stand-in", *(["graphs"] if DEVICE == "cuda" else [])])
+def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """CUDA graphs, and what stands in for them: it replays by running the step again on its own tensors.
+
+    Lists what was recorded.
+    """
     steps: list[Callable[[], None]] = []
 
     def record(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
         steps.append(step)
+        if request.param == "graphs":
+            return capture.cuda_graph(step, restore)
         for _ in range(2):  # as a warm-up does, and it must leave no trace
             restore()
             step()
         return step
 
-    monkeypatch.setitem(capture.RECORDERS, "cpu", record)
-    monkeypatch.setattr(modes, "KEPT_ON", {"cpu"})
+    monkeypatch.setitem(capture.RECORDERS, DEVICE, record)
+    monkeypatch.setattr(modes, "KEPT_ON", {DEVICE})
     return steps
 
 
@@ -191,7 +196,7 @@ def test_the_cache_is_bounded_and_dies_with_the_model(recorded: list[Any], monke
     monkeypatch.setattr(capture, "GRAPHS", 2)
     # no reference to the model, as a CUDA graph has none
     record = lambda step, restore: recorded.append(step()) or (lambda: None)  # noqa: E731
-    monkeypatch.setitem(capture.RECORDERS, "cpu", record)
+    monkeypatch.setitem(capture.RECORDERS, DEVICE, record)
     model = llama()
     # three steps are used all the time, so that four, not they, make room for five
     for steps, graphs in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
@@ -226,6 +231,7 @@ def test_what_cannot_be_captured(reason: str, options: dict[str, Any], recorded:
     assert not recorded
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU")
 def test_the_cpu_has_no_graphs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     model = llama()
@@ -248,7 +254,7 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
         step()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setitem(capture.RECORDERS, "cpu", fail)
+    monkeypatch.setitem(capture.RECORDERS, DEVICE, fail)
     model = llama()
     assert attack_with(model, pairs(), SITES, "packed").captured == capture.ONCE
     for _ in range(2):
@@ -295,7 +301,7 @@ def test_padding_keeps_every_token_in_its_place() -> None:
     assert torch.equal(
         wide.input_ids.flatten()[wide.row_tokens[:deltas][there]], layout.input_ids.flatten()[layout.row_tokens[there]]
     )
-    back = torch.arange(rows * width)[wide.token_rows >= 0]
+    back = torch.arange(rows * width, device=DEVICE)[wide.token_rows >= 0]
     assert sorted(back.tolist()) == sorted(wide.row_tokens[wide.row_tokens >= 0].tolist())
     assert torch.equal(wide.labels[:labels], layout.labels)
     assert bool((wide.labels[labels:] == -100).all())
@@ -318,7 +324,7 @@ def test_the_tokens_that_are_scored_have_a_shape_that_goes_by_the_bucket() -> No
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_merged_weights_are_where_they_were(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modes, "KEPT_ON", {"cpu"} if graphs else set())
+    monkeypatch.setattr(modes, "KEPT_ON", {DEVICE} if graphs else set())
     model = llama(lora=True)
     base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     where = base.data_ptr()
@@ -327,10 +333,47 @@ def test_merged_weights_are_where_they_were(graphs: bool, monkeypatch: pytest.Mo
     assert base.data_ptr() == where
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_cuda_graphs(attn: str) -> None:
-    model = with_lora(tiny("qwen3", attn=attn)).cuda()
-    for sizes, seed in ((SMALL, 1), (LARGER, 2), (SMALL, 3)):
-        check(model, pairs(sizes, "all", seed).to("cuda"))
-    assert len(capture._captured[model]) == 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs(dtype: torch.dtype, attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are in use: the default recorder, float32 adapters on weights of half precision, training between."""
+    monkeypatch.setitem(capture.RECORDERS, "cuda", capture.cuda_graph)
+    model = with_lora(tiny("qwen3", attn=attn, dtype=dtype))
+    for merged in (False, True):
+        for sizes, seed in ((SMALL, 1), (LARGER, 2), (SMALL, 3)):
+            options = {"merge_adapters": merged, "capture_graph": True}
+            batch = pairs(sizes, "all", seed)
+            if dtype == torch.float32:
+                check(model, batch, merge_adapters=merged)
+            else:  # padding rounds otherwise
+                got = attack_with(model, batch, SITES, "packed", **options)
+                want = attack_with(model, batch, SITES, "packed", merge_adapters=merged, capture_graph=False)
+                assert got.losses[0]["total"] == pytest.approx(want.losses[0]["total"], rel=0.02)
+                assert got.losses[-1]["total"] < got.losses[0]["total"]
+            with torch.no_grad():  # in place, as an optimiser does: the graph's copies are made anew
+                for name, p in model.named_parameters():
+                    if "lora_B" in name:
+                        p.mul_(1.1)
+    assert len(capture._captured[model]) == 2
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(capture.RECORDERS, "cuda", capture.cuda_graph)
+    model = llama()
+    waits: list[float] = []
+
+    def wait(module: Any, args: Any, out: torch.Tensor) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            waits.append(float(out.sum()))  # not permitted
+
+    model.model.norm.register_forward_hook(wait)
+    before = torch.cuda.current_stream()
+    attack_with(model, pairs(), SITES, "packed", capture_graph="auto")
+    found = attack_with(model, pairs(), SITES, "packed", capture_graph="auto")
+    assert "the capture failed" in found.captured
+    assert torch.cuda.current_stream() == before
+    assert_same(found, attack_with(model, pairs(), SITES, "packed", capture_graph=False))
+    torch.randn(3, device="cuda")  # the generator still works
+    assert attack_with(llama(), pairs(), SITES, "packed", capture_graph=True).captured == "yes"

@@ -16,7 +16,7 @@ from lpa_kernels.attack.trim import trimmable
 from lpa_kernels.ops.reference import NORMS, RULES
 
 from .batches import PLAIN, RAGGED, assert_close, assert_same, attack_with, llama, pairs, with_lora
-from .models import DEPTH, PACKS, STANDS_APART, implementations, tiny
+from .models import DEPTH, DEVICE, PACKS, STANDS_APART, implementations, tiny
 
 EVERY_FAMILY = [(family, attn) for family in PACKS for attn in implementations(family)]
 SITES = ["embedding", "mlp:1", "block:2"]
@@ -345,7 +345,7 @@ def test_rows_that_no_label_depends_on_stay(options: dict[str, Any], rule: str) 
         return
     still = options | {"steps": 1, "step_size": 1e-12, "weight_decay": 0.0}
     start = attack_with(shared_llama(), batch, SITES, "packed", seed=5, **still)
-    position = torch.arange(batch.attack_mask.shape[1])
+    position = torch.arange(batch.attack_mask.shape[1], device=DEVICE)
     last = torch.stack([(mask * position).amax(1) for mask in (batch.rejected_mask, batch.chosen_mask)]).amax(0)
     unused = batch.attack_mask & (position >= last[:, None])
     assert unused.any()
@@ -428,33 +428,31 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs CUDA"))])  # fmt: skip
 @pytest.mark.parametrize("options", [
     {}, {"coefs": {"dpo": 1.0}}, {"clip_grad": 0.1, "l2_penalty": 0.1, "stop_below": 1.0}, {"norm": "l2_sequence"},
     {"relative": True, "coefs": {"toward": 1.0, "kl": 0.1}},
 ], ids=["plain", "dpo", "clip, penalty, stop", "sequence", "relative, kl"])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_no_step_waits(family: str, options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_lora(tiny(family, attn="sdpa")).to(device)
+def test_no_step_waits(family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_lora(tiny(family, attn="sdpa"))
     original, steps = packed.InnerStep.__call__, []
 
     def guarded(step: packed.InnerStep) -> None:
         if steps:  # the first makes the masks
-            if device == "cuda":
+            if DEVICE == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 with NoWaiting():
                     original(step)
             finally:
-                if device == "cuda":
+                if DEVICE == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
         else:
             original(step)
         steps.append(1)
 
     monkeypatch.setattr(packed.InnerStep, "__call__", guarded)
-    attack_with(model, pairs().to(device), ["embedding", "mlp:1"], "packed", capture_graph=False, **options)
+    attack_with(model, pairs(), ["embedding", "mlp:1"], "packed", capture_graph=False, **options)
     assert len(steps) == 3
 
 

@@ -12,7 +12,7 @@ from lpa_kernels.attack.lean import _FrozenLora, _FrozenNorm, lean_layers
 from lpa_kernels.attack.modes import inner_mode
 
 from .batches import llama, with_lora
-from .models import VOCAB, implementations, tiny
+from .models import DEVICE, VOCAB, implementations, tiny
 
 
 def leans(model: nn.Module) -> dict[str, int]:
@@ -51,7 +51,7 @@ def test_norm_against_autograd() -> None:
 def test_families(family: str, norms: int) -> None:
     """Plain weights, weights to which 1 is added (gemma), norms of each head (qwen3); layer norms stay as they are."""
     model = with_lora(tiny(family, attn=implementations(family)[-1]), lora_dropout=0.0)
-    ids = torch.arange(12).view(2, 6) % VOCAB
+    ids = torch.arange(12, device=DEVICE).view(2, 6) % VOCAB
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         hidden = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -110,9 +110,9 @@ def test_other_layers_run_as_they_are(kind: str) -> None:
     model = with_lora(tiny("llama"), use_dora=kind == "dora")
     model.requires_grad_(False)
     ODD.get(kind, lambda model: None)(model)
-    layer, x = layer_of(model), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    layer, x = layer_of(model), torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
-    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=kind == "autocast"):
         for lean in (False, True):
             torch.manual_seed(0)  # for dropout
             if lean:
@@ -151,7 +151,7 @@ def test_no_token_at_all() -> None:
     model = with_lora(tiny("llama"))
     model.requires_grad_(False)
     with lean_layers(model):
-        assert layer_of(model)(torch.zeros(0, 32)).shape == (0, 32)
+        assert layer_of(model)(torch.zeros(0, 32, device=DEVICE)).shape == (0, 32)
 
 
 def test_weights_of_zero_prove_nothing() -> None:

@@ -29,7 +29,7 @@ from lpa_kernels.attack.masks import packed_masks
 from lpa_kernels.attack.packing import pack
 from lpa_kernels.attack.sites import decoder_layers, hidden_of, in_block, resolve_sites, with_hidden
 
-from .models import DEPTH, PACKS, VOCAB, WIDTH, WINDOW, implementations, tiny
+from .models import DEPTH, DEVICE, PACKS, VOCAB, WIDTH, WINDOW, implementations, tiny
 
 EVERY_FAMILY = [(family, attn) for family in PACKS for attn in implementations(family)]
 
@@ -45,7 +45,7 @@ def ragged_batch() -> PairBatch:
     ids[1, torch.arange(3), shared] = (ids[0, torch.arange(3), shared] + 1) % VOCAB
     labels = (position >= starts[:, None]) & (position < ends[..., None])
     attack = torch.rand(3, 20, generator=draw) < 0.8
-    return PairBatch(ids[0], labels[0], ids[1], labels[1], attack)
+    return PairBatch(ids[0], labels[0], ids[1], labels[1], attack).to(DEVICE)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Perturbation:
     def __post_init__(self) -> None:
         rows = int(self.batch.attack_mask.sum())
         draw = torch.Generator().manual_seed(2)
-        self.deltas = [torch.randn(rows, WIDTH, generator=draw).mul(0.3).requires_grad_() for _ in range(2)]
+        self.deltas = [torch.randn(rows, WIDTH, generator=draw).mul(0.3).to(DEVICE).requires_grad_() for _ in range(2)]
 
     @contextmanager
     def at(self, rows: Tensor) -> Iterator[None]:
@@ -88,7 +88,7 @@ def separately(model: nn.Module, batch: PairBatch, perturbation: Perturbation) -
         for pair in range(len(batch)):
             labels = [p for p in range(1, mask.shape[1]) if mask[pair, p]]
             length = labels[-1] + 1
-            rows = torch.full((length,), -1)
+            rows = torch.full((length,), -1, device=DEVICE)
             grid = batch.grid[pair, :length]
             rows[: len(grid)] = grid
             with perturbation.at(rows):
@@ -109,7 +109,7 @@ def compare(model: nn.Module) -> int:
     leaves = [*perturbation.deltas, *(p for p in model.parameters() if p.requires_grad)]
 
     def gradients(logits: Tensor) -> tuple[Tensor, ...]:
-        direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+        direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         return torch.autograd.grad((logits.log_softmax(-1) * direction).sum(), leaves)
 
     with perturbation.at(layout.token_rows):  # the backward too: checkpointing runs the hooks again
@@ -171,7 +171,7 @@ def config_of(attn: str) -> LlamaConfig:
 def ask(create: Callable[..., Any], attn: str, layout: Any, dtype: torch.dtype = torch.float32) -> Any:
     return create(
         config=config_of(attn),
-        inputs_embeds=torch.zeros(*layout.shape, 4, dtype=dtype),
+        inputs_embeds=torch.zeros(*layout.shape, 4, dtype=dtype, device=DEVICE),
         attention_mask=layout.attention_mask,
         past_key_values=None,
         position_ids=layout.position_ids,
@@ -224,7 +224,7 @@ def test_patterns_of_one_kind_are_told_apart() -> None:
     with packed_masks(layout):
         for window in (2, 5, 2):
             config.sliding_window = window
-            embeds = torch.zeros(*layout.shape, 4)
+            embeds = torch.zeros(*layout.shape, 4, device=DEVICE)
             seen.append(create_sliding_window_causal_mask(config, embeds, layout.attention_mask, None))
     assert seen[0] is seen[2]
     assert not torch.equal(seen[0], seen[1])
@@ -268,8 +268,8 @@ def test_other_threads_get_the_librarys_masks() -> None:
 
 def test_what_cannot_be_packed_is_refused() -> None:
     layout = pack(ragged_batch())
-    embeds, two = torch.zeros(*layout.shape, 4), layout.attention_mask
-    by_index = torch.ones(layout.shape, dtype=torch.bool)
+    embeds, two = torch.zeros(*layout.shape, 4, device=DEVICE), layout.attention_mask
+    by_index = torch.ones(layout.shape, dtype=torch.bool, device=DEVICE)
     with packed_masks(layout):
         with pytest.raises(ValueError, match="shape"):
             create_causal_mask(config_of("sdpa"), embeds[:, 1:], two[:, 1:], None)

@@ -17,7 +17,7 @@ from lpa_kernels.attack.reference import adapters_off
 from lpa_kernels.attack.walk import modules_of, parameters_of
 
 from .batches import assert_same, attack_with, llama, pairs, with_lora
-from .models import tiny
+from .models import DEVICE, tiny
 
 SITES = ["embedding", "mlp:1"]
 ENGINES = ["packed", "reference"]
@@ -75,10 +75,11 @@ def test_a_parameter_of_two_modules_has_one_copy() -> None:
 
 def test_copies_are_kept_for_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(llama().to(torch.bfloat16))
+    monkeypatch.setattr(modes, "KEPT_ON", set())
     with cast_adapters(model):
         pass
     assert not any(p in modes._copies for p in model.parameters())
-    monkeypatch.setattr(modes, "KEPT_ON", {"cpu"})
+    monkeypatch.setattr(modes, "KEPT_ON", {DEVICE})
     seen = []
     for _ in range(2):
         with cast_adapters(model):

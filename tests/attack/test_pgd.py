@@ -14,7 +14,7 @@ from lpa_kernels.attack.modes import cast_adapters, inner_mode, merged_adapters,
 from lpa_kernels.ops import registry
 
 from .batches import PLAIN, assert_close, assert_same, attack_with, llama, pairs, with_lora
-from .models import WIDTH, tiny
+from .models import DEVICE, WIDTH, tiny
 
 SITES = ["embedding", "mlp:1"]
 ENGINES = ["packed", "reference"]
@@ -49,7 +49,7 @@ def test_it_beats_a_random_delta_of_the_same_norm(engine: str) -> None:
     draw = torch.Generator().manual_seed(0)
     best = start
     for _ in range(20):
-        noise = [torch.randn(d.shape, generator=draw) for d in found.deltas_by_row]
+        noise = [torch.randn(d.shape, generator=draw).to(d.device) for d in found.deltas_by_row]
         own = found.deltas_by_row
         found.deltas_by_row = [n * (d.norm(dim=1) / n.norm(dim=1))[:, None] for n, d in zip(noise, own, strict=True)]
         with found.applied():
@@ -370,7 +370,7 @@ def test_merged_adapters(engine: str) -> None:
 def test_autocast_outside_has_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     want = attack_with(model, pairs(), SITES, "packed")
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
         assert_same(attack_with(model, pairs(), SITES, "packed"), want, losses=0, deltas=0)
     with inner_mode(model, autocast=torch.bfloat16):
         assert model(input_ids=pairs().rejected_ids).logits.dtype == torch.bfloat16
@@ -533,7 +533,7 @@ def test_a_part_with_nothing_to_do_is_as_in_the_whole(engine: str, options: dict
             getattr(batch, name)[row] = False
     pgd = LatentPGD(model, SITES, engine=engine, steps=3, step_size=0.02, epsilon=0.1, **options)
     whole, start = pgd.attack(batch), 0
-    sums = {name: torch.zeros(3) for name in ("toward", "away")}
+    sums = {name: torch.zeros(3, device=DEVICE) for name in ("toward", "away")}
     for row in range(len(batch)):
         own = batch.part(row, row + 1)
         if row < len(EMPTY):

@@ -18,7 +18,7 @@ from lpa_kernels.attack.head import plain_head, selected_logits, selected_rows
 from lpa_kernels.attack.packing import PackedLayout, pack
 from lpa_kernels.attack.probe import can_pack
 
-from .models import FAMILIES, PACKS, STANDS_APART, WINDOW, implementations, tiny
+from .models import DEVICE, FAMILIES, PACKS, STANDS_APART, WINDOW, implementations, tiny
 from .test_masks import ragged_batch
 
 REASONS = {
@@ -64,7 +64,7 @@ def test_every_family_is_judged() -> None:
 
 
 def everything_visible(layout: PackedLayout) -> Tensor:
-    return torch.ones(*layout.shape, layout.shape[1], dtype=torch.bool)
+    return torch.ones(*layout.shape, layout.shape[1], dtype=torch.bool, device=DEVICE)
 
 
 def chosen_sees_rejected(layout: PackedLayout) -> Tensor:
@@ -100,7 +100,7 @@ def test_windows_by_index_are_refused(family: str, dtype: torch.dtype, monkeypat
     evaluate = masks._evaluate
 
     def by_index(layout: PackedLayout, pattern: Callable[..., Tensor]) -> Tensor:
-        index = torch.arange(layout.shape[1]).expand(layout.shape)
+        index = torch.arange(layout.shape[1], device=DEVICE).expand(layout.shape)
         return evaluate(replace(layout, position_ids=index), pattern)
 
     monkeypatch.setattr(masks, "_evaluate", by_index)
@@ -115,7 +115,7 @@ def test_windows_by_index_are_refused(family: str, dtype: torch.dtype, monkeypat
 def test_positions_that_run_on_are_refused(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     def running(batch: PairBatch) -> PackedLayout:
         layout = pack(batch)
-        return replace(layout, position_ids=torch.arange(layout.shape[1]).expand(layout.shape))
+        return replace(layout, position_ids=torch.arange(layout.shape[1], device=DEVICE).expand(layout.shape))
 
     monkeypatch.setattr(probe, "pack", running)
     assert "differ from separate passes" in can_pack(tiny(family, dtype=dtype)).reason
@@ -123,7 +123,7 @@ def test_positions_that_run_on_are_refused(family: str, dtype: torch.dtype, monk
 
 def own_mask(config: Any, inputs_embeds: Tensor, *_: Any, **__: Any) -> Tensor:
     length = inputs_embeds.shape[1]
-    mask = torch.full((length, length), torch.finfo(inputs_embeds.dtype).min).triu(1)
+    mask = torch.full((length, length), torch.finfo(inputs_embeds.dtype).min, device=DEVICE).triu(1)
     return mask.expand(inputs_embeds.shape[0], 1, length, length)
 
 

@@ -8,7 +8,7 @@ LAYERS = {False: "model.layers", True: "base_model.model.model.layers"}
 
 
 def small_model(lora=True, seed=0, family="llama"):
-    model = tiny(family, seed=seed)
+    model = tiny(family, seed=seed, device="cpu")
     if not lora:
         return model
     from peft import LoraConfig, get_peft_model

@@ -118,7 +118,7 @@ def test_relative_lr_is_a_share_of_the_radius_and_the_callers_setting_is_left_al
 
 
 def test_defaults_are_the_public_ones():
-    model = tiny("llama")
+    model = tiny("llama", device="cpu")
     attack = EmbeddingSpaceAttack(weights_of(model), response_key="x", tokenizer=None)
     assert (attack.iters, attack.opt_config) == (8, {"type": "sign", "lr": 0.01})
     torch.testing.assert_close(attack.eps, 0.01 * attack.embedding_norm)
@@ -140,7 +140,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_only_the_rows_of_targets_reach_the_head():
-    model, data, sizes = tiny("llama"), batch(), []
+    model, data, sizes = tiny("llama", device="cpu"), batch(), []
     handle = model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape))
     make(model).attack(model, *data)
     handle.remove()
@@ -149,7 +149,7 @@ def test_only_the_rows_of_targets_reach_the_head():
 
 
 def test_low_precision_embeddings_get_a_perturbation_of_their_dtype():
-    model, data = tiny("llama", dtype=torch.bfloat16), batch()
+    model, data = tiny("llama", dtype=torch.bfloat16, device="cpu"), batch()
     attack = make(model)
     result = attack.attack(model, *data)
     assert {result[0].dtype, result[1].dtype} == {torch.bfloat16}
@@ -159,14 +159,14 @@ def test_low_precision_embeddings_get_a_perturbation_of_their_dtype():
 
 
 def test_no_steps_change_nothing():
-    model = tiny("llama")
+    model = tiny("llama", device="cpu")
     result = make(model, iters=0).attack(model, *batch())
     assert result[3:] == ([], [])
     assert not result[1].any()
 
 
 def test_bad_input_is_named(caplog):
-    model = tiny("llama")
+    model = tiny("llama", device="cpu")
     with pytest.raises(ValueError, match="init_type='prefix'"):
         make(model, init_type="prefix")
     with pytest.raises(NotImplementedError, match="suffix"):
@@ -183,7 +183,7 @@ def test_bad_input_is_named(caplog):
 
 
 def test_the_head_is_put_back_after_an_error():
-    model = tiny("llama")
+    model = tiny("llama", device="cpu")
     with pytest.raises(RuntimeError, match="inside"), rows_before_head(model, torch.tensor([0])):
         raise RuntimeError("inside")
     assert not model.lm_head._forward_pre_hooks
