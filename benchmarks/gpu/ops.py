@@ -46,6 +46,7 @@ def replayed(run: Callable[[], object]) -> float:
 
 def group(cases: list[Case], rounds: int, ceiling: float) -> dict[str, Any]:
     """One group of cases."""
+    torch._dynamo.reset()  # or a compiled function would take this group's shapes for dynamic ones
     found = measure(cases, rounds, ceiling)
     if device() == "cuda":
         for case in cases:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -199,8 +199,11 @@ def _record(source: InnerStep, lower: Replay | None) -> Captured | str:
     if lower is not None:
         lower.output = output
     captured = Captured(_inputs(step, lower), state, layout, output, lambda: None)
+    device = state.own_rows.device
     try:
-        captured.replay = RECORDERS[state.own_rows.device.type](step, lambda: _fill(captured, given))
+        # a graph is of the current device's work, which need not be the model's
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            captured.replay = RECORDERS[device.type](step, lambda: _fill(captured, given))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -358,6 +358,12 @@ def test_cuda_graphs(dtype: torch.dtype, attn: str, monkeypatch: pytest.MonkeyPa
     assert len(capture._captured[model]) == 2
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_graph_is_of_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(capture.RECORDERS, "cuda", capture.cuda_graph)
+    check(llama().to("cuda:1"), pairs())
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(capture.RECORDERS, "cuda", capture.cuda_graph)
