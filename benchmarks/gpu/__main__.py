@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ def main() -> int:
             print(f"{piece.name:16} {piece.minutes:3.0f} min  {piece.about}")
         return 0
     begun = time.time()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and the worker is ended on the way
     if args.device == "cuda" and set(args.pieces) != {"report"} and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --dry tries the pieces without one")
     wanted = args.pieces or [*NAMES, "report"]

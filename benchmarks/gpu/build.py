@@ -20,8 +20,12 @@ FOUND = 99  # compute-sanitizer's exit code for errors of the program under it
 
 def command(words: list[str], timeout: float, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command's output, also in this piece's log."""
-    done = subprocess.run(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          timeout=timeout, env={**os.environ, **environment})  # fmt: skip
+    try:
+        done = subprocess.run(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=timeout, env={**os.environ, **environment})  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        print((late.stdout or b"").decode("utf-8", "replace"), flush=True)
+        raise RuntimeError(f"{words[0]} had not ended after {timeout:.0f} s") from late
     print(done.stdout, flush=True)
     return done
 

@@ -65,7 +65,33 @@ def _ops(parts: Parts) -> list[tuple[str, str, str, str]]:
         value = None if least is None else shares[least]
         rows.append(_row(f"{op}: least share of the copy's bandwidth beyond the L2", ">= 0.85 (0.90)", value,
                          (value or 0) >= 0.85, f"{value or 0:.2f}, {least[0] if least else ''}"))  # fmt: skip
-    return rows
+    return rows + _launches(parts) + _beside(parts)
+
+
+def _own(parts: Parts) -> list[tuple[str, str, dict[str, Any]]]:
+    """(group, way, what was found) of this package's own ways."""
+    cases = {n: c["found"] for n, c in parts.get("ops", {}).get("cases", {}).items() if c["state"] == "done"}
+    return [(name, way, row) for name, found in cases.items() for way, row in found.items() if way.startswith("ours")]
+
+
+def _launches(parts: Parts) -> list[tuple[str, str, str, str]]:
+    small = {(name, way): row["launches"] for name, way, row in _own(parts)
+             if "launches" in row and "meets the goal" not in row and not name.startswith("linear")}  # fmt: skip
+    most = max(small, key=small.__getitem__, default=None)
+    value = None if most is None else float(small[most])
+    text = "" if most is None else f"at most {small[most]}, {most[0]}, {most[1]}"
+    return [_row("small ops: launches", "1", value, value == 1, text)]
+
+
+def _beside(parts: Parts) -> list[tuple[str, str, str, str]]:
+    """CUDA C++ by Triton, where both have run."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, way, row in _own(parts):
+        rows.setdefault(name, {})[way] = row["milliseconds"]
+    ratios = {name: own["ours (native)"] / own["ours (triton)"] for name, own in rows.items()
+              if {"ours (native)", "ours (triton)"} <= own.keys()}  # fmt: skip
+    text = "; ".join(f"{ratio:.2f}, {name}" for name, ratio in ratios.items())
+    return [("CUDA C++'s time by Triton's", "", text or NONE, "")]
 
 
 def _inner(parts: Parts) -> list[tuple[str, str, str, str]]:

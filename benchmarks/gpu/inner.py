@@ -89,12 +89,14 @@ def timed(make: Callable[[], Callable[[], Any]], own: Shape, steps: int, rounds:
         begin = synchronized()
         result = run()
         found["first attack s"] = round(synchronized() - begin, 3)  # with captures, compilations, probes
-        taken = []
+        taken, host = [], time.process_time()
         for _ in range(rounds):
             begin = synchronized()
             result = run()
             taken.append((synchronized() - begin) / steps * 1e3)
+        host = (time.process_time() - host) / rounds / steps * 1e3  # waiting for the device is part of it
         found |= {"milliseconds": statistics.median(taken), "rounds": [round(t, 3) for t in taken]}
+        found["host ms"] = round(host, 3)
         if isinstance(result, LatentAttack):
             found |= {"captured": result.captured, "last loss": result.losses[-1]["total"]}
         else:
@@ -112,6 +114,14 @@ def way(name: str, own: Shape, dry: bool, rounds: int) -> dict[str, Any]:
         return timed(lambda: ours(own, STEPS, **chosen.options), own, STEPS, rounds)
 
 
+def single(own: Shape, dry: bool) -> dict[str, Any]:
+    """Milliseconds of an attack of one step: beside a step of many, what an attack costs before and after its steps."""
+    if not torch.cuda.is_available():
+        raise Skip("CUDA graphs need a GPU")
+    found = timed(lambda: ours(own, 1, **WAYS["packed, captured"].options), own, 1, 3)
+    return {"an attack of one step, ms": found["milliseconds"], "captured": found["captured"]}
+
+
 def inner(setting: Setting) -> Cases:
     """The piece; argument: FAMILY-PAIRS."""
     family, pairs = setting.argument.split("-")
@@ -125,6 +135,7 @@ def inner(setting: Setting) -> Cases:
 
     # what the goals are made of comes first
     yield CONVENTIONAL, public
+    yield "one step, captured", lambda: single(own, dry)
     for name in ("packed", "packed, captured", "packed, merged, captured", "packed, merged", "reference engine",
                  "reference engine, compiled blocks"):  # fmt: skip
         if not dry or "compiled" not in name or setting.argument == "llama-16":  # a dry run tries compiling once

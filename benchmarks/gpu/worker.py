@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
@@ -61,7 +62,7 @@ def work(target: str, setting: Setting, path: Path, stop: float, begun: float) -
         parts.write(path, part)
 
     part["finished"] = False
-    since = time.time()
+    since, parent = time.time(), os.getppid()
     try:
         given: Cases = getattr(import_module(module), function)(setting)
         for key, run in given:
@@ -69,8 +70,8 @@ def work(target: str, setting: Setting, path: Path, stop: float, begun: float) -
             if old is not None and (old["state"] == "done" or old["when"] >= begun):
                 continue
             since = time.time()
-            if since > stop:
-                print(f"no time left for {key!r}", flush=True)
+            if since > stop or os.getppid() != parent:
+                print(f"no time left for {key!r}" if since > stop else "what had started this is gone", flush=True)
                 return 0
             print(f"--- {key}", flush=True)
             cases[key] = {"state": "running", "when": since}

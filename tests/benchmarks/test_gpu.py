@@ -165,6 +165,23 @@ def test_dry_run_of_the_cheap_pieces(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in report.RESULTS.iterdir()} == before
 
 
+def test_goals_of_the_ops(tmp_path: Path) -> None:
+    made(tmp_path)
+    large = {"ours (triton)": {"milliseconds": 1.0, "share_of_copy": 0.91, "meets the goal": True, "launches": 1},
+             "ours (native)": {"milliseconds": 1.2, "share_of_copy": 0.7, "meets the goal": False, "launches": 1},
+             "torch.compile": {"milliseconds": 2.0, "share_of_copy": 0.4}}  # fmt: skip
+    cases = {"pgd_update_ large": large, "token_loss_ small": {"ours (triton)": {"milliseconds": 0.1, "launches": 2}}}
+    part = {"device": "cuda", "dry": False, "date": "2000-01-02", "status": "done", "cases": {
+            name: {"state": "done", "when": 0, "found": found} for name, found in cases.items()}}  # fmt: skip
+    parts.write(parts.path_of(tmp_path, "ops"), part)
+    rows = {row["goal"]: row for row in report.record(parts.collect(tmp_path, NAMES))["goals"]}
+    share = rows["pgd_update_: least share of the copy's bandwidth beyond the L2"]
+    assert (share["outcome"], share["met"]) == ("0.91, pgd_update_ large", "yes")  # the backend that is in use
+    assert rows["perturb: least share of the copy's bandwidth beyond the L2"]["outcome"] == "not measured"
+    assert (rows["small ops: launches"]["outcome"][:9], rows["small ops: launches"]["met"]) == ("at most 2", "no")
+    assert rows["CUDA C++'s time by Triton's"]["outcome"] == "1.20, pgd_update_ large"
+
+
 def test_a_table_within_a_case(tmp_path: Path) -> None:
     found = {"wall ms": 1.5, "products": {"ms": 1.0}, "longest": {"mm": {"ms": 0.5}}, "rounds": [1.0, 2.0]}
     made(tmp_path, cases={"p": {"state": "done", "when": 0, "found": found}})
@@ -188,7 +205,7 @@ def test_a_step_is_counted_without_memory() -> None:
     products = whole + 4 * scored * (3 * width * gate + width * _TINY["vocab_size"])
     attention = 14 * 2 * 16 * 16 * heads * depth
     assert got["FLOP"] == pytest.approx(products + attention, rel=0.01)
-    assert got["launches"]["products"] == 2 * (7 * depth + 1)
+    assert got["launches"]["products"] - 2 * (7 * depth + 1) in (0, 1)  # older transformers rotate by one of their own
     assert got["launches"]["this package's ops"] == 3 + 1 + 1  # a site each, the loss, the update
     assert got["launches"]["attention"] == 2 * depth
 
