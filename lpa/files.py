@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,22 +80,18 @@ def writing(what: str, folder: Path, lost: str = "") -> Iterator[None]:
         yield
     except WriteError:
         raise
-    except (OSError, RuntimeError, _safetensors_error()) as error:
+    except Exception as error:  # torch, safetensors and tokenizers each raise kinds of their own
         reason = _reason(error, folder)
         if reason is None:
             raise
         raise WriteError(f"cannot write {what} in {folder}: {reason}{lost and '; '}{lost}") from error
 
 
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
-
-
 def _reason(error: Exception, folder: Path) -> str | None:
     """Why writing failed, in plain words; None where the error is about something else."""
     number = getattr(error, "errno", None)
+    if number is None and (written := re.search(r"\(os error (\d+)\)", str(error))):  # by Rust
+        number = int(written[1])
     if number == errno.EFBIG or "File too large" in str(error):
         return "a file is larger than this process may write (ulimit -f)"
     try:
@@ -104,9 +101,10 @@ def _reason(error: Exception, folder: Path) -> str | None:
     full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full or (free is not None and free < _NEARLY_FULL):
         return "no space is left" + ("" if free is None else f" ({free / 1e6:.1f} MB free)")
-    if number == errno.EROFS or isinstance(error, PermissionError):
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"it cannot be written to ({error})"
-    return f"{error}" if isinstance(error, OSError) or "write" in str(error).lower() else None
+    about_it = number is not None or isinstance(error, OSError)
+    return f"{error}" if about_it or (isinstance(error, RuntimeError) and "write" in str(error).lower()) else None
 
 
 def writable(folder: Path) -> bool:
