@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to try the code and measure nothing")
     parser.add_argument("--again", action="store_true", help="run pieces that are done once more, from the start")
+    parser.add_argument("--no-retry", action="store_true", help="leave pieces that failed as they are")
     parser.add_argument("--minutes", type=float, help="for all pieces together; nothing is begun in the last one")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="all parts in one file, renewed after every piece")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="parts of an earlier run's bundle")
@@ -60,7 +61,7 @@ def main() -> int:
     own = [*args.pieces, *(["--dry"] if args.dry else []), *(["--device", "cpu"] if args.device == "cpu" else [])]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *own])
     stop = begun + 60 * (args.minutes - 1) if args.minutes else float("inf")
-    options = Options(args.out, args.device, args.dry, args.again, stop, command)
+    options = Options(args.out, args.device, args.dry, args.again, not args.no_retry, stop, command)
     bundled = (lambda: parts.bundle(args.out, NAMES, args.bundle)) if args.bundle else (lambda: None)
     found = run_all([piece for piece in PIECES if piece.name in wanted], options, bundled)
     bundled()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from benchmarks.op_cases import copy_bandwidth, scale_bandwidth, seconds
+from lpa.card import versions as package_versions
 
 from .worker import Cases, Setting
 
-PACKAGES = ("transformers", "peft", "accelerate", "triton", "liger-kernel")
 SMI = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "temperature.gpu",
        "power.draw", "power.limit", "memory.total", "memory.used")  # fmt: skip
 
@@ -42,14 +42,11 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Of Python, torch, CUDA and what else results depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = package_versions()
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    with suppress(PackageNotFoundError):
+        found["liger-kernel"] = version("liger-kernel")
     return found
 
 

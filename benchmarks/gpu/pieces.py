@@ -10,7 +10,13 @@ _PROFILE = "where a packed inner step's time goes, by kernel"
 _VARIANTS = "compiled blocks, fused norms, attention: each against the packed engine"
 PIECES = [
     Piece("ceilings", f"{_IN}.machine:ceilings", 2, "versions, clocks, the rate of a copy and of a bf16 product"),
-    Piece("build", f"{_IN}.build:build", 5, "csrc for this GPU: registers, spills, and whether its ops are there"),
+    Piece(
+        "build",
+        f"{_IN}.build:build",
+        5,
+        "csrc for this GPU: registers, spills, and whether its ops are there",
+        leaves="lpa_kernels/ops/_native.so",
+    ),
     Piece("tests-ops", f"{_IN}.suite:suite", 8, "tests/ops on the GPU", "tests/ops"),
     Piece("tests-attack", f"{_IN}.suite:suite", 8, "tests/attack on the GPU", "tests/attack"),
     Piece("inner-llama-16", f"{_IN}.inner:inner", 8, _INNER, "llama-16"),

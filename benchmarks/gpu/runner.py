@@ -29,6 +29,7 @@ class Piece:
     Attributes:
         target: MODULE:FUNCTION, which gives the cases from a `Setting`. argument: what that is told beside.
         minutes: its time limit on a GPU. about: what it does, in a few words.
+        leaves: a file that it makes for later pieces: where that is not, it is not done, whatever a bundle says.
     """
 
     name: str
@@ -36,16 +37,22 @@ class Piece:
     minutes: float
     about: str
     argument: str = ""
+    leaves: str = ""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How pieces are run: where the parts go, on what, and when to begin nothing more (seconds since 1970)."""
+    """How pieces are run: where the parts go, on what, and when to begin nothing more (seconds since 1970).
+
+    Attributes:
+        again: run what is done once more. retry: try what failed again.
+    """
 
     out: Path
     device: str = "cpu"
     dry: bool = False
     again: bool = False
+    retry: bool = True
     stop: float = float("inf")
     command: str = ""
 
@@ -64,10 +71,13 @@ def run_piece(piece: Piece, options: Options) -> str:
     """Run a piece, or the cases of it that are not done; returns its status."""
     path = parts.path_of(options.out, piece.name)
     part = parts.read(path)
-    if options.again or part is None or _where(part) != (options.device, options.dry):
+    gone = piece.leaves and not Path(piece.leaves).exists()
+    if options.again or gone or part is None or _where(part) != (options.device, options.dry):
         part = {"cases": {}}
     elif part.get("status") == "done":
         return "done before"
+    elif part.get("status", "").startswith("failed") and not options.retry:
+        return "failed before"
     begun = time.time()
     if begun > options.stop:
         return "not begun: no time left"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def test_a_piece_that_is_done_is_not_run_again(tmp_path: Path) -> None:
     assert calls(tmp_path) == ["a", "b"]
     assert part_of(tmp_path, "plain")["cases"]["b"]["found"] == {"name": "b"}
     assert run_piece(piece("plain"), Options(tmp_path, again=True)) == "done"
+    gone = replace(piece("plain"), leaves=str(tmp_path / "gone"))
+    assert run_piece(gone, options) == "done"  # on another machine what it had made is not there
     assert run_piece(piece("plain"), Options(tmp_path, dry=True)) == "done"  # a measured part is not a dry one
-    assert calls(tmp_path) == ["a", "b"] * 3
+    assert calls(tmp_path) == ["a", "b"] * 4
     assert not list(tmp_path.glob("*.new"))
 
 
@@ -58,6 +61,7 @@ def test_a_broken_device_costs_one_case_and_only_that_is_tried_again(tmp_path: P
     assert "illegal memory access" in found["cases"]["second"]["reason"]
     assert found["log"].count("+ ") >= 2  # the third one had a process of its own
     assert calls(tmp_path) == ["first", "third"]
+    assert run_piece(piece("broken"), Options(tmp_path, retry=False)) == "failed before"
     (tmp_path / "mended").touch()
     assert run_piece(piece("broken"), Options(tmp_path)) == "done"
     assert calls(tmp_path) == ["first", "third", "second"]
