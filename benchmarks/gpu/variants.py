@@ -19,8 +19,7 @@ from benchmarks.loop_cases import Shape, model_of, ours
 from lpa_kernels.attack import pgd
 from lpa_kernels.attack.packing import pack
 
-from .compiled import compiled_blocks
-from .inner import STEPS, timed
+from .inner import STEPS, blocks, timed
 from .shapes import shape
 from .worker import Cases, Setting, Skip
 
@@ -123,10 +122,6 @@ def eager_attention(own: Shape, dry: bool) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-def blocks(own: Shape, dry: bool) -> AbstractContextManager[None]:
-    return compiled_blocks(model_of(own), own.sites, "aot_eager" if dry else "inductor")
-
-
 @dataclass(frozen=True)
 class Variant:
     """One change.
@@ -157,6 +152,9 @@ VARIANTS = {
     "torch's fused norms": Variant(
         (0.88, 0.85), "a bf16 norm moves some 48 times its input's bytes, forward and backward; fused, 6 times",
         torch_norms,
+    ),
+    "torch's fused norms, merged adapters": Variant(
+        (0.82, 0.67), "both, without a compiler", torch_norms, (("merge_adapters", True),)
     ),
     "Liger's norms": Variant((0.88, 0.85), "as torch's", liger_norms),
     "Liger's norms, rotary embedding, SwiGLU": Variant(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import parts, report, runner
+from benchmarks.gpu.goals import FAMILIES
 from benchmarks.gpu.pieces import NAMES, PIECES
 from benchmarks.gpu.runner import Options, Piece, run_piece
 
@@ -212,6 +213,22 @@ def test_a_step_is_counted_without_memory() -> None:
     assert got["launches"]["products"] - 2 * (7 * depth + 1) in (0, 1)  # older transformers rotate by one of their own
     assert got["launches"]["this package's ops"] == 3 + 1 + 1  # a site each, the loss, the update
     assert got["launches"]["attention"] == 2 * depth
+
+
+def test_the_page_has_every_piece_variant_and_count() -> None:
+    from benchmarks.gpu.variants import VARIANTS
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for name, variant in VARIANTS.items():
+        row = "| {} | {:.2f}, {:.2f} | {} |".format(name, *variant.expected, variant.why)
+        assert row in page or name == "as it is", row
+    for name in NAMES:
+        assert f"`{name}`" in page or f"`-{name.rpartition('-')[2]}`" in page, name
+    for name, step in json.loads((report.RESULTS / "counts-8b.json").read_text())["steps"].items():
+        family, _, rest = name.partition(", ")
+        row = next(line for line in page.splitlines() if line.startswith(f"| {FAMILIES[family]}, {rest} |"))
+        assert f"| {step['FLOP'] / 1e12:.1f} | {step['FLOP of the public loop'] / 1e12:.1f} |" in row
+        assert row.endswith(f"| {step['ms by the assumed rates']['step']:.1f} |")
 
 
 def test_every_piece_can_be_found() -> None:
