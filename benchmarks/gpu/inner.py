@@ -37,7 +37,7 @@ class Way:
 
 
 def blocks(own: Shape, dry: bool) -> AbstractContextManager[None]:
-    """Compiled blocks, once the engine has asked the model what it asks one time: those shapes would be compiled too."""
+    """Compiled blocks, after the engine has asked the model what it asks once: those shapes need no compiling."""
     ours(own, 1, engine="packed", capture_graph=False)()
     return compiled_blocks(model_of(own), own.sites, "aot_eager" if dry else "inductor")
 
