@@ -32,6 +32,9 @@ def record(found: dict[str, Part]) -> dict[str, Any]:
     kept = {}
     for name, part in found.items():
         cases = {key: {k: v for k, v in case.items() if k != "when"} for key, case in part["cases"].items()}
+        for case in cases.values():
+            if "reason" in case:
+                case["reason"] = _without_folders(case["reason"])
         kept[name] = {"command": part.get("command"), "date": part.get("date"), "status": part.get("status"),
                       "seconds": part.get("seconds"), "cases": cases}  # fmt: skip
     keys = ("goal", "wanted", "outcome", "met")
@@ -42,6 +45,11 @@ def record(found: dict[str, Part]) -> dict[str, Any]:
         "goals": [dict(zip(keys, row, strict=True)) for row in goals.goals(found)],
         "pieces": kept,
     }
+
+
+def _without_folders(text: str) -> str:
+    """A message with the names of files alone, where it has whole paths."""
+    return re.sub(r"(?<![\w.])(?:/[\w.+@-]+)+/(?=[\w.+@-])", "", text)
 
 
 def markdown(found: dict[str, Part]) -> str:
@@ -72,7 +80,7 @@ def _cases(part: Part, floor: float | None, base: float | None) -> list[str]:
     for key, case in part["cases"].items():
         values = case.get("found")
         if case["state"] != "done":
-            plain[key] = {"": f"{case['state']}: {case.get('reason', '')}"}
+            plain[key] = {"": f"{case['state']}: {_without_folders(case.get('reason', ''))}"}
             continue
         rows = {name: value for name, value in values.items() if isinstance(value, dict)}
         rest = {name: value for name, value in values.items() if not isinstance(value, dict | list) or _short(value)}

@@ -187,6 +187,20 @@ def test_goals_of_the_ops(tmp_path: Path) -> None:
     assert rows["CUDA C++'s time by Triton's"]["outcome"] == "1.20, pgd_update_ large"
 
 
+def test_a_variant_may_be_the_fastest_and_folders_are_left_out(tmp_path: Path) -> None:
+    made(tmp_path)
+    inner(tmp_path, conventional=60.0, packed=30.0)
+    found = {"compiled": {"state": "done", "when": 0, "found": {"milliseconds": 12.0}},
+             "broken": {"state": "failed", "when": 0, "reason": "no file /home/someone/a.py, 3/4 of it"}}  # fmt: skip
+    parts.write(parts.path_of(tmp_path, "variants-llama-16"), {"device": "cuda", "dry": False, "date": "2000-01-02",
+                "status": "failed", "cases": found})  # fmt: skip
+    held = report.record(parts.collect(tmp_path, NAMES))
+    outcome = {row["goal"]: row["outcome"] for row in held["goals"]}
+    assert outcome["Llama-3-8B, micro-batch 16: times the conventional loop"] == "5.00, packed, variant: compiled"
+    assert held["pieces"]["variants-llama-16"]["cases"]["broken"]["reason"] == "no file a.py, 3/4 of it"
+    assert "someone" not in report.markdown(parts.collect(tmp_path, NAMES))
+
+
 def test_a_table_within_a_case(tmp_path: Path) -> None:
     found = {"wall ms": 1.5, "products": {"ms": 1.0}, "longest": {"mm": {"ms": 0.5}}, "rounds": [1.0, 2.0]}
     made(tmp_path, cases={"p": {"state": "done", "when": 0, "found": found}})
