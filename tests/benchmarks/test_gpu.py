@@ -79,7 +79,7 @@ def test_a_crash_is_told_and_the_next_case_goes_on(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_a_case_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "GRACE", 0.5)
-    assert run_piece(piece("hang", seconds=4), Options(tmp_path)) == "failed: 1 of 2 cases"
+    assert run_piece(piece("hang", seconds=3), Options(tmp_path)) == "failed: 1 of 2 cases"
     found = part_of(tmp_path, "hang")
     assert found["cases"]["hang"]["reason"] == "timeout"
     assert "now it sleeps" in found["log"]
