@@ -1,4 +1,4 @@
-"""The tests pieces: a folder of tests with the GPU, a case a file."""
+"""The tests pieces: folders and files of tests with the GPU, a case a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from .build import ROOT, command
@@ -32,9 +31,10 @@ def tests(path: str) -> dict[str, Any]:
 
 
 def suite(setting: Setting) -> Cases:
-    """The piece; argument: the folder."""
-    folder = ROOT / setting.argument
-    files = [folder / QUICK[setting.argument]] if setting.dry else sorted(folder.glob("test_*.py"))
-    for file in files:
-        name = str(Path(setting.argument) / file.name)
-        yield name, lambda name=name: tests(name)
+    """The piece; argument: folders and files."""
+    for given in setting.argument.split():
+        path = ROOT / given
+        files = [path / QUICK.get(given, "")] if setting.dry or path.is_file() else sorted(path.glob("test_*.py"))
+        for file in files:
+            name = str(file.relative_to(ROOT))
+            yield name, lambda name=name: tests(name)

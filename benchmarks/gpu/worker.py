@@ -66,6 +66,7 @@ def work(target: str, setting: Setting, path: Path, stop: float, begun: float) -
     try:
         given: Cases = getattr(import_module(module), function)(setting)
         for key, run in given:
+            cases.pop("setup", None)
             old = cases.get(key)
             if old is not None and (old["state"] == "done" or old["when"] >= begun):
                 continue
@@ -92,8 +93,6 @@ def work(target: str, setting: Setting, path: Path, stop: float, begun: float) -
         traceback.print_exc()
         settle("setup", "failed", since, reason=_short(error))
         return 1
-    else:
-        cases.pop("setup", None)
     part["finished"] = True
     parts.write(path, part)
     return 0
