@@ -62,6 +62,13 @@ def _has_dropout(model: nn.Module) -> bool:
     return any("drop" in key and isinstance(v, float) and v > 0 for key, v in values.items())
 
 
+def _set_training(module: nn.Module, flag: bool) -> None:
+    if "training" in module.__dict__:
+        module.__dict__["training"] = flag  # plain assignment looks everywhere else first, at thousands of modules
+    else:  # a scripted module has it elsewhere
+        module.training = flag
+
+
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode and no parameter that wants a gradient; every module's and parameter's own flag comes back.
@@ -73,7 +80,7 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
     training = [(m, m.training) for m in modules_of(model)]
     try:
         for module, _ in training:
-            module.__dict__["training"] = False  # where it is; `module.training =` looks everywhere else first
+            _set_training(module, False)
         checkpointed = _checkpointed(model)
         if checkpointed and _has_dropout(model):
             if model not in _told:
@@ -92,7 +99,7 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, flag in training:
-            module.__dict__["training"] = flag
+            _set_training(module, flag)
 
 
 @contextmanager

@@ -176,3 +176,14 @@ def test_the_short_walk_meets_what_the_long_one_does() -> None:
     for model in (twice, with_lora(tiny("qwen3"))):
         assert list(map(id, modules_of(model))) == list(map(id, model.modules()))
         assert list(map(id, parameters_of(model))) == list(map(id, model.parameters()))
+
+
+def test_a_scripted_module_is_in_eval_mode_too() -> None:
+    model = llama()
+    model.model.layers[1].mlp.add_module("drop", torch.jit.script(nn.Dropout(0.5)))
+    model.train()
+    drop = model.model.layers[1].mlp.drop
+    with frozen_eval(model):
+        assert torch.equal(drop(torch.ones(8)), torch.ones(8))
+    assert drop.training
+    assert not torch.equal(drop(torch.ones(64)), torch.ones(64))
