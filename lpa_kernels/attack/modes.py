@@ -29,9 +29,8 @@ _told: WeakSet[nn.Module] = WeakSet()  # models whose dropout leaves no checkpoi
 
 def adapter_state(model: nn.Module) -> object:
     """What else than weights an adapted model's results depend on: which adapters are on, merged, and how strong."""
-    layers = [
-        m for m in modules_of(model) if isinstance(getattr(m, "disable_adapters", None), bool)
-    ]  # models: a method
+    # a model has a method of that name
+    layers = [m for m in modules_of(model) if isinstance(getattr(m, "disable_adapters", None), bool)]
     names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
     return tuple(tuple(str(getattr(layer, name, None)) for name in names) for layer in layers)
 
