@@ -203,7 +203,10 @@ class LPAConfig(TrainingArguments):
                 raise ValueError(f"{told}: weights must not be negative, and one of them must be above 0")
             pair = {name: coefs[f"{prefix}{name}_coef"] for name in PAIR_TERMS}
             if any(pair.values()):
-                Objective(coefs=pair, beta=self.preference_beta)  # refuses what cannot be mixed
+                try:
+                    Objective(coefs=pair, beta=self.preference_beta)
+                except ValueError as error:  # what cannot be mixed
+                    raise ValueError(f"{told}: {error}") from error
         if self.kl == "public" and self.normaliser != "micro":
             raise ValueError("kl='public' is a mean of one micro-batch; it needs normaliser='micro'")
         if self.merge_adapters and not self.lora:
