@@ -5,8 +5,11 @@
 A run is a real one (LPATrainer, two inner steps, two updates) on rows of exactly the planned lengths. What Python and
 the libraries take by themselves is measured by the same run on a tiny model.
 
+Cases of several ranks run over gloo; each rank's memory is watched from the start of training on, when the weights are
+where they belong, and the most that any had counts. Two LPA steps, so that DDP's buckets are there in an attack.
+
 A plan is of tensors. glibc keeps much of what was freed unless large blocks are mapped one by one: the check is made so
-(MALLOC_MMAP_THRESHOLD_), and each run's peak with glibc's defaults is noted beside.
+(MALLOC_MMAP_THRESHOLD_), and the peak with glibc's defaults is noted beside where there is one process.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,14 +59,39 @@ CASES = {
     "deep, all weights": case(DEEP, 96, 8, 4, lora=False),
     "neox": case(NEOX, 128, 16, 8),
 }
+for name, more in {"DDP": {}, "FSDP2": {"fsdp": True}}.items():
+    ranks = {"ranks": 2}
+    CASES |= {
+        f"idle, {name}": case(NOTHING, 8, 4, 1, lpa_steps=2, **more) | ranks,
+        f"wide, {name}": case(WIDE, 128, 16, 4, lpa_steps=2, **more) | ranks,
+        f"wide, merged, {name}": case(WIDE, 64, 8, 4, 1, lpa_steps=2, merge_adapters=True, **more) | ranks,
+        f"deep, all weights, {name}": case(DEEP, 96, 8, 4, lpa_steps=2, lora=False, **more) | ranks,
+    }
 
 
 def settings_of(case: dict[str, Any], folder: str) -> Any:
     from lpa import LPAConfig
 
-    fixed = {"steps": 2, "defence_steps": 2, "lpa_steps": 1, "use_cpu": True, "save_strategy": "no",
+    fixed: dict[str, Any] = {"steps": 2, "defence_steps": 2, "lpa_steps": 1, "use_cpu": True, "save_strategy": "no",
              "disable_tqdm": True, "report_to": []}  # fmt: skip
     return LPAConfig(folder, **(fixed | case["settings"]))
+
+
+def from_here_on(trainer: Any) -> None:
+    """Have the process's peak memory be that of training alone. Linux alone."""
+    from transformers import TrainerCallback
+
+    class Reset(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    trainer.add_callback(Reset())
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held since the last reset."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def configuration(case: dict[str, Any]) -> Any:
@@ -81,9 +111,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from lpa import LPATrainer
-    from lpa.card import peak_memory_gb
     from lpa.models import load
     from lpa.plan import PlanShape
+    from tests.lpa.jobs import allow_fsdp
 
     attention = case.get("attn_implementation")
     torch.manual_seed(0)
@@ -107,8 +137,15 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         config = settings_of(case, folder)
         data = Dataset.from_dict({"number": list(range(64))})
         extra = {"benign_dataset": data, "benign_collator": benign} if {"sft", "kl"} & set(config.coefs) else {}
-        LPATrainer(model, config, data, None, data_collator=pairs, **extra).train()
-    return {"bytes": int((peak_memory_gb() or 0) * 1e9), "seconds": round(time.time() - begun, 1)}
+        if config.fsdp:
+            allow_fsdp(config)
+        trainer = LPATrainer(model, config, data, None, data_collator=pairs, **extra)
+        del model
+        if "ranks" in case:
+            from_here_on(trainer)
+        trainer.train()
+        assert trainer.is_fsdp_enabled == bool(config.fsdp)
+    return {"bytes": peak_bytes(), "seconds": round(time.time() - begun, 1)}
 
 
 def planned(case: dict[str, Any]) -> dict[str, Any]:
@@ -122,28 +159,47 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
         PlanShape(**case["shape"]),
         dtype=torch.float32,
         attn_implementation=case.get("attn_implementation"),
+        ranks=case.get("ranks", 1),
     )
     return {"phase": found.peak_phase, "parts": dict(found.peak), "bytes": found.peak.total()}
 
 
 def _run(name: str, environment: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.check_plan", "--case", name]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment)
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    world = CASES[name].get("ranks", 1)
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        port = str(it.getsockname()[1])
+    runs = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}  # fmt: skip
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment | place))
+    texts = [run.communicate()[0] for run in runs]
+    if failed := [run.returncode for run in runs if run.returncode]:
+        raise RuntimeError(f"{name} failed with {failed}")
+    found: list[dict[str, Any]] = [json.loads(text.splitlines()[-1]) for text in texts]
+    return max(found, key=lambda one: one["bytes"])
+
+
+def idle(name: str) -> str:
+    """The case that tells what Python and the libraries take in this one."""
+    kind = name.rpartition(", ")[2]
+    return f"idle, {kind}" if "ranks" in CASES[name] else "idle"
 
 
 def as_table(record: dict[str, Any]) -> str:
     """The record in Markdown, GB of 10^9 bytes."""
-    process = record["process_bytes"]
     lines = ["| case | planned | measured | error | with Python and libraries | measured with glibc's defaults |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for name, found in record["cases"].items():
-        if name != "idle":
+        if name != idle(name):
+            process = record["process_bytes"][idle(name)]
             own = (found["measured"]["bytes"] - process) / 1e9
-            plain = (found["measured_glibc_defaults"]["bytes"] - process) / 1e9
+            plain = found.get("measured_glibc_defaults")
+            defaults = f"{(plain['bytes'] - process) / 1e9:.3f}" if plain else "-"
             lines.append(f"| {name} | {found['planned']['bytes'] / 1e9:.3f} | {own:.3f} | {found['error']:+.1%} | "
-                         f"{found['error_with_process']:+.1%} | {plain:.3f} |")  # fmt: skip
+                         f"{found['error_with_process']:+.1%} | {defaults} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -163,31 +219,32 @@ def main() -> None:
     from lpa.card import versions
 
     results: dict[str, Any] = {}
-    for name in dict.fromkeys(["idle", *options.only]):
-        plain, mapped = (_run(name, threshold) for threshold in ({}, MAPPED))
-        plan = planned(CASES[name])
-        if name == "idle":
-            process, plain_process = (run["bytes"] - plan["bytes"] for run in (mapped, plain))
+    processes: dict[str, int] = {}
+    for name in dict.fromkeys(each for only in options.only for each in (idle(only), only)):
+        mapped, plan = _run(name, MAPPED), planned(CASES[name])
+        if name == idle(name):
+            processes[name] = mapped["bytes"] - plan["bytes"]
+        process = processes[idle(name)]
         error = plan["bytes"] / (mapped["bytes"] - process) - 1
         error_of_all = (plan["bytes"] + process) / mapped["bytes"] - 1
-        error_plain = (plan["bytes"] + plain_process) / plain["bytes"] - 1
         results[name] = CASES[name] | {
             "planned": plan,
             "measured": mapped,
-            "measured_glibc_defaults": plain,
             "error": round(error, 4),
             "error_with_process": round(error_of_all, 4),
-            "error_with_process_glibc_defaults": round(error_plain, 4),
         }
+        if "ranks" not in CASES[name]:
+            results[name]["measured_glibc_defaults"] = _run(name, {})
         print(
             f"{name:30} planned {plan['bytes'] / 1e9:6.3f} GB + {process / 1e9:.3f} of Python and libraries, "
-            f"measured {mapped['bytes'] / 1e9:6.3f}; error {error:+.1%}, of all {error_of_all:+.1%}; by glibc's "
-            f"defaults {plain['bytes'] / 1e9:6.3f} GB; {mapped['seconds']} and {plain['seconds']} s",
+            f"measured {mapped['bytes'] / 1e9:6.3f}; error {error:+.1%}, of all {error_of_all:+.1%}; "
+            f"{mapped['seconds']} s",
             flush=True,
         )
     if options.out:
-        record = {"command": f"python -m benchmarks.check_plan --out {options.out}", "versions": versions(),
-                  "environment": MAPPED, "process_bytes": process, "cases": results}  # fmt: skip
+        command = shlex.join(["python", "-m", "benchmarks.check_plan", *sys.argv[1:]])
+        record = {"command": command, "versions": versions(), "environment": MAPPED, "process_bytes": processes,
+                  "cases": results}  # fmt: skip
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -24,15 +24,17 @@ def run(arguments: Sequence[str]) -> int:
     parser = train.parser("lpa plan", "Tell memory and work of a run of lpa train, which takes the same options.")
     for flag, (name, text) in LENGTHS.items():
         parser.add_argument(f"--{flag}", type=int, default=getattr(PlanShape, name), help=text)
+    parser.add_argument("--ranks", type=int, default=1, help="Ranks that run it, by DDP or with --fsdp by FSDP2; batch "
+                        "sizes are each rank's, as for lpa train.")  # fmt: skip
     if len(given) < len(arguments):
         parser.print_help()
         return 0
     values = train.parsed(parser, given)
     shape = PlanShape(**{name: values.pop(flag) for flag, (name, _) in LENGTHS.items()})
-    return _plan(values, shape)
+    return _plan(values, shape, values.pop("ranks"))
 
 
-def _plan(values: dict[str, Any], shape: Any) -> int:
+def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
@@ -55,10 +57,12 @@ def _plan(values: dict[str, Any], shape: Any) -> int:
         attn_implementation=options.attn_implementation,
         quantized=quantized,
         trust_remote_code=options.trust_remote_code,
+        ranks=ranks,
     )
+    by = f" on each of {ranks} ranks ({'FSDP2' if args.fsdp else 'DDP'})" if ranks > 1 else ""
     print(f"{options.model}: {args.lpa_steps} LPA steps of {args.gradient_accumulation_steps} x "
-          f"{args.per_device_train_batch_size} pairs, {args.steps} inner steps and {args.defence_steps} updates each; "
-          f"prompts of {shape.prompt} tokens, completions of {shape.completion}\n")  # fmt: skip
+          f"{args.per_device_train_batch_size} pairs{by}, {args.steps} inner steps and {args.defence_steps} updates "
+          f"each; prompts of {shape.prompt} tokens, completions of {shape.completion}\n")  # fmt: skip
     print(as_text(found))
     print(f"\n{ASSUMPTIONS}")
     return 0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from lpa_kernels.attack import LatentAttack, PairBatch, packed
+from lpa_kernels.attack import LatentAttack, PairBatch, modes, packed
 from lpa_kernels.attack.head import selected_logits
 from lpa_kernels.attack.modes import inner_mode
 from lpa_kernels.attack.packed import InnerStep
@@ -32,9 +32,12 @@ from ..measure import attack_of
 from ..prepare import add_adapters
 from .ledger import Ledger
 from .shapes import PlanShape, build, laid_out, quantize, to_meta
+from .sharding import Shards, shared
 
-# "copies": weights saved from merging, and adapters in the weights' dtype, for the inner loop
-PARTS = ("weights", "adapters", "copies", "gradients", "optimiser", "perturbations", "logits", "activations")
+# "copies": weights saved from merging, and adapters in the weights' dtype, for the inner loop. Of several ranks alone:
+# "buckets", in which DDP adds up gradients, and "gathered", what FSDP2 has whole at a time.
+PARTS = ("weights", "adapters", "copies", "gradients", "buckets", "optimiser", "gathered", "perturbations", "logits",
+         "activations")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ def estimate(
     attn_implementation: str | None = None,
     quantized: str | None = None,
     trust_remote_code: bool = False,
+    ranks: int = 1,
 ) -> Estimate:
-    """Memory and floating-point work of a run.
+    """Memory of one rank and floating-point work of a run.
 
     Args:
         config: a configuration of transformers.
@@ -84,6 +88,7 @@ def estimate(
         shape: of its rows.
         dtype: of the weights; by default the configuration's.
         quantized: one of `FOUR_BIT`, `FOUR_BIT_NESTED`, `EIGHT_BIT`, or None.
+        ranks: that run it, by DDP or, with `args.fsdp`, FSDP2.
 
     Raises:
         ValueError: a setting that the plan does not know.
@@ -97,6 +102,8 @@ def estimate(
     optim = str(getattr(args.optim, "value", args.optim))
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ValueError(f"optim={optim!r} is not planned; plan adamw_torch")
+    if ranks < 1 or (args.fsdp and ranks == 1):
+        raise ValueError(f"ranks={ranks} must be at least {2 if args.fsdp else 1}{' with fsdp' if args.fsdp else ''}")
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     model = build(config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     total = sum(p.numel() for p in model.parameters())
@@ -107,12 +114,13 @@ def estimate(
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.enable_input_require_grads()
-    return _DryRun(model, args, shape or PlanShape()).estimate(total)
+    return _DryRun(model, args, shape or PlanShape(), ranks).estimate(total)
 
 
 class _DryRun:
-    def __init__(self, model: Any, args: LPAConfig, shape: PlanShape) -> None:
-        self.model, self.args, self.shape = model, args, shape
+    def __init__(self, model: Any, args: LPAConfig, shape: PlanShape, ranks: int) -> None:
+        self.model, self.args, self.shape, self.ranks = model, args, shape, ranks
+        self.sharers = ranks if args.fsdp else 1  # of a weight
         self.size, self.micro = args.per_device_train_batch_size, args.gradient_accumulation_steps
         self.packed = (model.config._attn_implementation or "sdpa") in ("eager", "sdpa")
         self.batch = shape.pairs(self.size, args.attack_on)
@@ -131,10 +139,17 @@ class _DryRun:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         own = {id(p) for p in trained}
         others = [p for p in self.model.parameters() if id(p) not in own]
-        self.ledger.add((*others, *self.model.buffers()), "weights")
-        self.ledger.add(trained, "adapters" if self.args.lora else "weights")
+        with self.ledger.kind("weights"):
+            self.ledger.add((*self.model.buffers(), *(p for p in others if not shared(p))))
+        with self.ledger.kind("weights", self.sharers):
+            self.ledger.add(others)
+        with self.ledger.kind("adapters" if self.args.lora else "weights", self.sharers):
+            self.ledger.add(trained)
+        shards = Shards(self.model, self.ledger, self.ranks) if self.args.fsdp else None
+        self.settle = shards.settle if shards else lambda: None
         phases: dict[str, Counter[str]] = {"weights": self.ledger.kinds.copy()}
         with _on_meta(), self.ledger:
+            buckets = self._buckets(trained)
             # the last micro-batch of an LPA step: the others have their perturbations and gradients
             kept = self._of_other_micro_batches(trained)
             moments = [] if self.args.reset_optimizer else self._moments(trained)
@@ -144,9 +159,9 @@ class _DryRun:
                 phases["attack"] = self.ledger.peak
             moments = moments or self._moments(trained)
             phases["defence"] = self._defence(deltas)
-            del kept, moments
+            del kept, moments, buckets
         args = self.args
-        passes = args.lpa_steps * self.micro * args.world_size
+        passes = args.lpa_steps * self.micro * self.ranks
         rows, length = self.layout.shape
         return Estimate(
             phases,
@@ -169,18 +184,21 @@ class _DryRun:
         """One inner step, with all that stays over the steps; returns the perturbations."""
         self.ledger.mark()
         with ExitStack() as stack:
-            with self.ledger.kind("copies"):
+            sharded = mock.patch.object(modes, "is_sharded", return_value=bool(self.args.fsdp))
+            with self.ledger.kind("copies", self.sharers), sharded:
                 stack.enter_context(inner_mode(self.model, self.args.merge_adapters))
             with self.ledger.kind("perturbations"):
                 state = to_meta(AttackState(self.pgd, self.batch, (1.0, 1.0)))
                 state.steps = self.args.steps
             head = self.model.get_output_embeddings()
             large = self.layout.labels.shape[0] * head.weight.shape[0] >= packed.CHUNK_FROM
-            step = InnerStep(self.pgd, state, self.meta, self.packed, large and type(head) is nn.Linear)
+            chunked = large and type(head) is nn.Linear and not self.args.fsdp
+            step = InnerStep(self.pgd, state, self.meta, self.packed, chunked)
             step.last, step.needed = self._trimmed()
             step.prepare()
             with self._counted("attack"):
                 step()
+            self.settle()
             return state.finish(self.pgd, self.batch, Plan("packed"), "")
 
     def _trimmed(self) -> tuple[nn.Module | None, Tensor | None]:
@@ -195,7 +213,7 @@ class _DryRun:
         return module, scored_tokens(self.layout).to("meta")
 
     def _of_other_micro_batches(self, trained: list[nn.Parameter]) -> list[Tensor]:
-        """Their perturbations; the gradients are put where they belong."""
+        """Their perturbations; the gradients are put where they belong, whole: FSDP2 scatters the last one's alone."""
         if self.micro > 1:
             with self.ledger.kind("gradients"):
                 for p in trained:
@@ -207,8 +225,14 @@ class _DryRun:
             return [torch.empty(rows, width, device="meta") for _ in range(self.micro - 1)
                     for width, _ in self.pgd.widths()]  # fmt: skip
 
+    def _buckets(self, trained: list[nn.Parameter]) -> list[Tensor]:
+        if self.ranks == 1 or self.args.fsdp:
+            return []
+        with self.ledger.kind("buckets"):
+            return [torch.empty_like(p) for p in trained]
+
     def _moments(self, trained: list[nn.Parameter]) -> list[Tensor]:
-        with self.ledger.kind("optimiser"):
+        with self.ledger.kind("optimiser", self.sharers):
             return [torch.empty_like(p) for p in trained for _ in range(2)]
 
     def _defence(self, attacks: list[LatentAttack]) -> Counter[str]:
@@ -237,6 +261,7 @@ class _DryRun:
                 part, _ = benign_terms(model, rows, coefs, 1.0, "standard", base[0] if base else None)
                 total = total + part
             total.backward()
+            self.settle()
         return self.ledger.peak
 
     def _benign(self) -> Any:

@@ -34,6 +34,7 @@ class Ledger(TorchDispatchMode):
         self._total = self._most = 0
         self.flops = 0.0
         self._kind: str | None = None
+        self._ranks = 1
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,19 +44,20 @@ class Ledger(TorchDispatchMode):
         return result
 
     @contextmanager
-    def kind(self, name: str) -> Iterator[None]:
-        """What is made within is of this kind."""
-        held, self._kind = self._kind, name
+    def kind(self, name: str, ranks: int = 1) -> Iterator[None]:
+        """What is made within is of this kind, and shared by so many ranks."""
+        held = self._kind, self._ranks
+        self._kind, self._ranks = name, ranks
         try:
             yield
         finally:
-            self._kind = held
+            self._kind, self._ranks = held
 
     def mark(self) -> None:
         """Look for the highest moment from here on."""
         self._most, self.peak = self._total, self.kinds.copy()
 
-    def add(self, tensors: Iterable[Tensor], kind: str | None = None) -> None:
+    def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of tensors that are not counted yet."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -64,10 +66,10 @@ class Ledger(TorchDispatchMode):
             key = storage._cdata
             if key in self._alive and self._alive[key][0]() is storage:
                 continue
-            name = kind or self._kind
+            name = self._kind
             if name is None:
                 name = "logits" if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "activations"
-            size = storage.nbytes()
+            size = -(-storage.nbytes() // self._ranks)
             self._alive[key] = (weakref.ref(storage, lambda _, key=key: self._end(key)), name, size)  # type: ignore[misc]
             self._count(name, size)
 

@@ -42,6 +42,6 @@ ASSUMPTIONS = """\
 Assumed: every row is as long as said; one pass for both completions where attention is eager or sdpa; fused attention
 for sdpa; the plain PyTorch ops (those for GPUs keep fewer copies of the logits); no part of the model run once for all
 inner steps; AdamW.
-Of one process: with several, DDP's buckets come on top and FSDP's shards take off; neither is planned.
+Of one rank, which sends nothing but by NCCL: gloo copies what it sends.
 Not in it: what Python, libraries and a GPU's driver take; what an allocator keeps beyond the tensors (with glibc's
 defaults much, docs/scale.md); loading; measuring before and after. No GPU was measured."""

@@ -127,6 +127,49 @@ def test_weights_in_fewer_bits_take_less() -> None:
         assert found.peak["activations"] > 0
 
 
+def test_ddp_adds_its_buckets() -> None:
+    args = LPAConfig("x", use_cpu=True, lora_r=4)
+    one, two = (estimate(LlamaConfig(**CONFIG), args, SHAPE, dtype=torch.float32, ranks=ranks) for ranks in (1, 2))
+    for phase in ("attack", "defence"):
+        assert two.phases[phase] - one.phases[phase] == {"buckets": 4 * one.trained}
+        assert two.phases[phase].total() == one.phases[phase].total() + 4 * one.trained
+    assert two.attack_flops == 2 * one.attack_flops
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_fsdp_shares_what_stays_and_gathers_unit_by_unit(lora: bool, checkpointed: bool) -> None:
+    """Most is whole in the backward pass of the last block, beside the head's weights until then, or at the head."""
+    settings = {"lora": lora, "gradient_checkpointing": checkpointed, "lora_r": 4, "reset_optimizer": False}
+
+    def planned(ranks: int, **more: Any) -> Any:
+        args = LPAConfig("x", use_cpu=True, fsdp=ranks > 1, **(settings | more))
+        return estimate(LlamaConfig(**CONFIG), args, SHAPE, dtype=torch.float32, ranks=ranks)
+
+    one, four = planned(1), planned(4)
+    static = ["weights", "optimiser"] + ["adapters"] * lora
+    for phase in ("attack", "defence"):
+        for part in static:
+            assert four.phases[phase][part] == pytest.approx(one.phases[phase][part] / 4, rel=0.01), (phase, part)
+    # those of earlier micro-batches wait to be scattered with the last one's
+    assert four.phases["attack"]["gradients"] == one.phases["attack"]["gradients"] == 4 * one.trained
+    assert one.trained <= four.phases["defence"]["gradients"] <= 4 * one.trained
+    head = 4 * 300 * 64
+    block = (4 * (one.total + (one.trained if lora else 0)) - 2 * head - 4 * 64) // 4
+    for phase in ("attack", "defence"):
+        assert 2 * min(head, block) <= four.phases[phase]["gathered"] <= 2 * (head + block), phase
+    tied = {"tie_word_embeddings": True}
+    args = LPAConfig("x", use_cpu=True, fsdp=True, lora_r=4)
+    found = estimate(LlamaConfig(**CONFIG, **tied), args, SHAPE, dtype=torch.float32, ranks=4)
+    assert found.peak["gathered"] >= head  # whole all the time
+
+
+def test_ranks_that_make_no_sense_are_refused() -> None:
+    for ranks, fsdp, least in ((0, False, "1"), (1, True, "2 with fsdp")):
+        with pytest.raises(ValueError, match=f"ranks={ranks} must be at least {least}"):
+            estimate(LlamaConfig(**CONFIG), LPAConfig("x", use_cpu=True, fsdp=fsdp), SHAPE, ranks=ranks)
+
+
 def test_checkpointing_offloading_and_shorter_rows_take_less() -> None:
     def peak(shape: PlanShape = SHAPE, **settings: Any) -> Counter[str]:
         args = LPAConfig("x", use_cpu=True, lora_r=4, **settings)
@@ -159,6 +202,10 @@ def test_the_command_needs_no_more_than_a_configuration(tmp_path: Path, capsys: 
         assert f"\n{part}" in told
     assert "prompts of 20 tokens, completions of 8" in told
     assert "No GPU was measured" in told
+    assert cli.main(["plan", "--model", str(tmp_path), "--ranks", "8", "--fsdp", "--lora_r", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "\ngathered" in told
+    assert "on each of 8 ranks (FSDP2)" in told
     assert cli.main(["plan", "--model", str(tmp_path), "--engine", "reference"]) == 1
     assert "is not planned" in capsys.readouterr().err
 
