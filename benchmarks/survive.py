@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from lpa.card import versions
 from lpa.checkpoint import MANIFEST, checkpoints, damage, last_good
 from lpa.files import write_text
-from tests.lpa import jobs
+from tests.lpa import jobs, test_settings
 from tests.lpa.test_hostile import cells, test_no_cell_ends_its_turn_or_changes_the_template
 from tests.ranks import Ranks, run
 
@@ -305,6 +305,17 @@ class Trial:
         draws(given(prompt=cells, rejected=cells, chosen=cells)(check))()
         return {"times": tried}
 
+    def random_settings(self, times: int) -> dict[str, Any]:
+        """Settings drawn at random: refused by name, or trained, by both engines to the same finite weights."""
+        seen: Counter[str] = Counter()
+        draws = settings(
+            max_examples=times, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        folder, _ = self.new()
+        draws(given(test_settings.choices())(lambda setting: test_settings.check(folder, setting, seen)))()
+        return {"times": seen.total(), "what": dict(seen)}
+
     def _unharmed(self, folder: Path, diary: Path, lost: Counter[int]) -> None:
         assert not [path for path in checkpoints(folder) if damage(path)]
         lost[doing(diary)[1] - last_step(folder)] += 1
@@ -327,13 +338,34 @@ class Trial:
         return found
 
 
+def as_table(record: dict[str, Any]) -> str:
+    """The tries of a record that may lose something, in Markdown."""
+    lines = ["| what | times | while, or how | only the step in flight lost | nothing lost | more lost | final weights "
+             "differ by |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, found in record.items():
+        if isinstance(found, dict) and "steps_lost" in found:
+            lost = Counter({int(steps): count for steps, count in found["steps_lost"].items()})
+            how = ", ".join(
+                f"{kind} {count}" for kind, count in sorted((found.get("while") or found.get("what", {})).items())
+            )
+            lines.append(f"| {name} | {found['times']} | {how or '-'} | {lost[1]} | {lost[0]} | "
+                         f"{lost.total() - lost[0] - lost[1]} | {found['difference']:.2g} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="on one rank; the other counts follow from it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="names in the report, of the tries to make; by default all")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a record, and try nothing")
     options = parser.parse_args()
+    if options.table or not options.out:
+        if not options.table:
+            parser.error("give --out or --table")
+        print(as_table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
     few = max(1, options.kills // 5)
     about = {"command": shlex.join(["python", "-m", "benchmarks.survive", *sys.argv[1:]]), "versions": versions(),
              "machine": platform.machine(), "lpa_steps": STEPS}  # fmt: skip
@@ -356,6 +388,7 @@ def main() -> None:
             "memory runs out on one of two ranks": lambda: trial.short_of_memory(2 * few, world=2),
             "ranks": trial.more_ranks,
             "hostile cells": lambda: trial.hostile(100 * few),
+            "random settings": lambda: trial.random_settings(10 * few),
         }.items():
             if name in report or (options.only and name not in options.only):
                 continue
