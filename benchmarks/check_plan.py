@@ -194,7 +194,8 @@ def as_table(record: dict[str, Any]) -> str:
              "|---|---|---|---|---|---|"]  # fmt: skip
     for name, found in record["cases"].items():
         if name != idle(name):
-            process = record["process_bytes"][idle(name)]
+            nothing = record["cases"][idle(name)]
+            process = nothing["measured"]["bytes"] - nothing["planned"]["bytes"]
             own = (found["measured"]["bytes"] - process) / 1e9
             plain = found.get("measured_glibc_defaults")
             defaults = f"{(plain['bytes'] - process) / 1e9:.3f}" if plain else "-"

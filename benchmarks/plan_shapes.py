@@ -35,16 +35,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4-bit, checkpointed": {"gradient_checkpointing": True, "quantized": FOUR_BIT},
     "4-bit, checkpointed, 16 x 1 pairs": {"gradient_checkpointing": True, "quantized": FOUR_BIT,
                                           "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
+    "checkpointed, each of 8 ranks by FSDP2, 2 x 1 pairs": {
+        "gradient_checkpointing": True, "fsdp": True, "ranks": 8, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
 
 def planned(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     own = dict(settings)
-    quantized = own.pop("quantized", None)
+    quantized, ranks = own.pop("quantized", None), own.pop("ranks", 1)
     args = LPAConfig(tempfile.gettempdir(), report_to=[], **own)
     found = estimate(
         LlamaConfig(**MODELS[model]), args, PlanShape(), dtype=torch.bfloat16, attn_implementation="sdpa",
-        quantized=quantized,
+        quantized=quantized, ranks=ranks,
     )  # fmt: skip
     return {
         "settings": settings,
@@ -58,7 +61,8 @@ def planned(model: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_table(results: dict[str, dict[str, Any]]) -> str:
-    parts = ("weights", "adapters", "copies", "gradients", "optimiser", "perturbations", "logits", "activations")
+    parts = ("weights", "adapters", "copies", "gradients", "optimiser", "gathered", "perturbations", "logits",
+             "activations")  # fmt: skip
     lines = [f"| | peak, GB | {' | '.join(parts)} | 10^15 operations |", "|---" * (len(parts) + 3) + "|"]
     for name, found in results.items():
         cells = [gigabytes(found["parts"].get(part, 0)) for part in parts]

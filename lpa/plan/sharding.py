@@ -63,8 +63,9 @@ class _Unit:
     def _gather(self) -> None:
         if not self.whole:
             with self.shards.ledger.kind("gathered"):
-                size = sum(p.numel() for p in self.parameters)
-                self.shards.buffer = torch.empty(size, dtype=self.parameters[0].dtype, device="meta")
+                self.shards.buffer = torch.empty(
+                    sum(p.nbytes for p in self.parameters), dtype=torch.uint8, device="meta"
+                )
                 self.whole = [torch.empty_like(p, requires_grad=False) for p in self.parameters]
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
