@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 PART = ".part"  # ends the names of what is not yet whole
 _NEARLY_FULL = 1 << 20  # bytes left on a disk: torch and safetensors do not always say why they failed
 
@@ -99,7 +101,9 @@ def _reason(error: Exception, folder: Path) -> str | None:
     except OSError:
         free = None
     full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full or (free is not None and free < _NEARLY_FULL):
+    # of a bug in what is written these are not
+    vague = isinstance(error, (OSError, RuntimeError)) or type(error) in (Exception, SafetensorError)
+    if full or (vague and free is not None and free < _NEARLY_FULL):
         return "no space is left" + ("" if free is None else f" ({free / 1e6:.1f} MB free)")
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"it cannot be written to ({error})"

@@ -141,21 +141,21 @@ class MemoryLimit:
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise error
         largest = max(len(part.pairs) for part in parts)
-        told = str(error).splitlines()[0] if str(error) else "out of memory"
+        said = str(error).splitlines()[0] if str(error) else "out of memory"
         if self.why_not:
             raise torch.OutOfMemoryError(
                 f"out of memory in the {doing}, with {largest} pairs at once, and {self.why_not}; halve "
                 "per_device_train_batch_size and double gradient_accumulation_steps, which keeps the batches as they "
-                f"are, those of a resumed run too ({told})"
+                f"are, those of a resumed run too ({said})"
             ) from error
         if largest == 1:
             tokens = max(part.pairs.rejected_ids.shape[1] for part in parts)
             raise torch.OutOfMemoryError(
                 f"out of memory in the {doing} with a single pair of up to {tokens} tokens; use "
                 "gradient_checkpointing=True, load_in_4bit=True, fewer lora_targets, shorter rows or a larger device "
-                f"(lpa plan tells what a run needs) ({told})"
+                f"(lpa plan tells what a run needs) ({said})"
             ) from error
-        logger.warning("out of memory in the %s with %d pairs at once (%s)", doing, largest, told)
+        logger.warning("out of memory in the %s with %d pairs at once (%s)", doing, largest, said)
         return largest
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,8 +64,10 @@ def reduce_gradients(wrapper: nn.Module, module: nn.Module) -> None:
     Backward passes of the inner module go past DDP, so that a rank which breaks one off leaves no other waiting. Here
     one whose gradients are all 0 goes through it: DDP averages what a weight's `grad` holds once all of it is there.
     """
-    if not isinstance(wrapper, DistributedDataParallel):
+    if wrapper is module:
         return
+    if not isinstance(wrapper, DistributedDataParallel):  # else every rank would train for itself
+        raise RuntimeError(f"gradients cannot be averaged through {type(wrapper).__name__}; use DDP or FSDP2 alone")
     held = module.__dict__.get("forward")
     used = [p for p in module.parameters() if p.grad is not None]
     # DDP prepares its exchange in its own forward, which has to call the module's
@@ -79,17 +81,25 @@ def reduce_gradients(wrapper: nn.Module, module: nn.Module) -> None:
             module.__dict__["forward"] = held
 
 
-def check_sharding(trainer: Any) -> None:
-    """Refuse the kinds of FSDP that a latent attack cannot run under, and tell where none is used though asked for.
+def check_engine(trainer: Any) -> None:
+    """Refuse what of accelerate a latent attack cannot run under, and tell where FSDP is not used though asked for.
 
     Raises:
-        ValueError: FSDP1, or FSDP's own activation checkpointing.
+        ValueError: a compiled model, an engine other than DDP and FSDP2, or FSDP's own activation checkpointing.
     """
+    state = trainer.accelerator.state
+    if (backend := state.dynamo_plugin.backend) != DynamoBackend.NO:
+        raise ValueError(
+            f"accelerate is to compile the model ({backend.value}), and a compiled one does not see the hooks that "
+            "perturb it; set dynamo_backend to no in accelerate's configuration, and unset ACCELERATE_DYNAMO_BACKEND"
+        )
+    if state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"{state.distributed_type.value} is not supported; use DDP, or FSDP2 to share the weights")
     if not trainer.is_fsdp_enabled:
         if trainer.args.fsdp:
             logger.warning("--fsdp: accelerate shards over several accelerators alone; every rank has all weights here")
         return
-    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin = state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"FSDP version {plugin.fsdp_version} flattens the weights, which the attack's hooks have no part in; use "

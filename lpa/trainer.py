@@ -27,7 +27,7 @@ from .microbatch import MemoryLimit, MicroBatch, free_memory
 from .models import check_head
 from .prepare import add_adapters, benign_as_tokens, pairs_as_tokens, warn_if_small
 from .progress import LPAProgress
-from .ranks import check_sharding, reduce_gradients
+from .ranks import check_engine, reduce_gradients
 from .record import StepRecord
 from .sampler import LPABatchSampler
 
@@ -124,7 +124,7 @@ class LPATrainer(DurableTrainer):
             self.add_callback(LPAProgress())
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
         warn_if_small(len(dataset), self.batch_size)
-        check_sharding(self)
+        check_engine(self)
         self._pgd: LatentPGD | None = attack_of(self.model, args)  # now, for what it says of unknown sites
         self._micro: list[list[MicroBatch]] = []  # each in parts, one where memory is enough
         self._memory = MemoryLimit(
@@ -250,11 +250,11 @@ class LPATrainer(DurableTrainer):
 
     def _make_room(self, model: nn.Module) -> None:
         assert self._record is not None
-        self._micro = [[part for micro in parts for part in micro.split(self._memory.size)] for parts in self._micro]
         self._record.forget_defence()
         model.zero_grad(set_to_none=True)
         capture.forget(self.model)
         free_memory()
+        self._micro = [[part for micro in parts for part in micro.split(self._memory.size)] for parts in self._micro]
 
     def _attack_parts(self, parts: Sequence[MicroBatch]) -> None:
         assert self._record is not None
@@ -293,6 +293,7 @@ class LPATrainer(DurableTrainer):
         return self._pgd
 
     def _attack(self, micro: MicroBatch) -> None:
+        self._ask_base_model(micro)  # first: where an attack fails, its passes are the last that other ranks wait for
         seed = self._seed(micro, 0)
         torch.manual_seed(seed)
         if self.objective is not None and self.args.steps:
@@ -301,19 +302,22 @@ class LPATrainer(DurableTrainer):
                 micro.attack = self.pgd.attack(micro.pairs, self._normalisers(micro)[:2], part=True)
             except FloatingPointError as error:
                 raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
-        kl = micro.benign is not None and "kl" in self.args.coefs
-        if kl or self._refers:
-            with torch.no_grad(), self._base_model() as base:
-                if kl and micro.benign is not None:
-                    micro.base = micro.benign.logits(base, at=self.args.kl == "public")
-                if self._refers and self.objective is not None:
-                    micro.reference = reference_gap(self.pgd, base, micro.pairs, self.objective)
         if micro.attack is not None:
             assert self._record is not None
             self._record.add_attack(micro.attack, micro.share)
         if self.args.offload_attacks:
             micro.to_host()
         micro.attacked = True
+
+    def _ask_base_model(self, micro: MicroBatch) -> None:
+        kl = micro.benign is not None and "kl" in self.args.coefs
+        if not kl and not self._refers:
+            return
+        with torch.no_grad(), self._base_model() as base:
+            if kl and micro.benign is not None:
+                micro.base = micro.benign.logits(base, at=self.args.kl == "public")
+            if self._refers and self.objective is not None:
+                micro.reference = reference_gap(self.pgd, base, micro.pairs, self.objective)
 
     @contextmanager
     def _base_model(self) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from lpa import LPAConfig, LPATrainer
+from lpa_kernels import LatentPGD
 from tests.lpa import faults as faulty
 from tests.lpa.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
@@ -89,14 +90,15 @@ def train(folder: Path, settings: dict[str, Any], resume: bool = False) -> None:
 def fail(folder: Path, settings: dict[str, Any]) -> None:
     """Train; in the second LPA step the attack of the last rank finds a loss that is not finite."""
     trainer = trainer_of(folder, **settings)
-    attack = trainer._attack
+    attack = LatentPGD.attack
 
-    def failing(micro: Any) -> None:
-        attack(micro)
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        found = attack(*args, **kwargs)
         if trainer.lpa_step == 1 and trainer.args.process_index == trainer.args.world_size - 1:
-            raise FloatingPointError("LPA step 2: the adversary's loss is nan at inner step 0")
+            raise FloatingPointError("the adversary's loss is nan at inner step 0")
+        return found
 
-    trainer._attack = failing  # type: ignore[method-assign]
+    LatentPGD.attack = failing  # type: ignore[method-assign]
     trainer.train()
 
 

@@ -65,7 +65,8 @@ def test_a_sharded_run_says_what_to_set_and_goes_on_so(tmp_path: Path) -> None:
     jobs.train(whole, settings | {"fsdp": False})
     folder = tmp_path / "run"
     running = ranks.Ranks(jobs.run_out, folder, settings, [(1, "forward", {5})], folder=folder, world=2)
-    running.processes[1].join()
+    running.processes[1].join(120)
+    assert running.processes[1].exitcode == 1
     running.processes[0].kill()
     assert "out of memory in the update, with 2 pairs at once, and rank 1 cannot halve them while" in running.text(1)
     assert "halve per_device_train_batch_size and double gradient_accumulation_steps" in running.text(1)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lpa.cli import main
+from lpa.ranks import reduce_gradients
 from tests import ranks
 from tests.lpa import jobs
 
@@ -65,11 +66,22 @@ def test_two_ranks_train_the_weights_that_one_trains(tmp_path: Path, case: str) 
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_one_rank_that_fails_stops_all_with_its_message(tmp_path: Path, fsdp: bool) -> None:
-    running = ranks.Ranks(jobs.fail, tmp_path, {"fsdp": fsdp, "save_strategy": "steps"}, folder=tmp_path, world=2)
+    settings = {"fsdp": fsdp, "save_strategy": "steps", "kl_coef": 0.3}  # the base model's passes are collective too
+    running = ranks.Ranks(jobs.fail, tmp_path, settings, folder=tmp_path, world=2)
     assert running.finish() == [1, 1]  # and not None: nobody waits
     assert "FloatingPointError: LPA step 2: the adversary's loss is nan" in running.text(1)
     assert "RankError: rank 1: LPA step 2: the adversary's loss is nan" in running.text(0)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_what_would_train_every_rank_for_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(ValueError, match=r"accelerate is to compile the model \(EAGER\).*dynamo_backend to no"):
+        jobs.trainer_of(tmp_path)
+    module = torch.nn.Linear(1, 1)
+    reduce_gradients(module, module)
+    with pytest.raises(RuntimeError, match="cannot be averaged through Sequential"):
+        reduce_gradients(torch.nn.Sequential(module), module)
 
 
 def test_a_stop_of_one_rank_stops_and_saves_all(tmp_path: Path) -> None:
