@@ -71,9 +71,7 @@ def trainer_captured(trainer: Any) -> str:
     """Whether the last attacks were replayed, from what the engine remembers of the model."""
     from lpa_kernels.attack import capture
 
-    graphs = capture._captured.get(trainer.model, {})
-    reasons = [graph for graph in graphs.values() if isinstance(graph, str)]
-    return reasons[0] if reasons else ("yes" if graphs else "no")
+    return capture._off.get(trainer.model) or ("yes" if capture._captured.get(trainer.model) else "no")
 
 
 def run(setting: Setting) -> Cases:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -34,6 +34,7 @@ YES = "yes"
 GRAPHS = 8  # kept for a model; the one that was used longest ago goes first
 GRAPH_BYTES = 1 << 30  # of their inputs, in all; the one in use stays, however large
 ONCE = "a batch of its shape is captured when a second one comes"
+OUT_OF_MEMORY = "memory ran out for a CUDA graph, which keeps memory of its own"
 WARM_UP = 3  # steps before a capture, for what is set up at a first call: kernels, workspaces, allocations
 
 # From a step and what puts its inputs back, a function that runs the step again. One entry a device that has graphs.
@@ -57,9 +58,14 @@ class Captured:
     replay: Callable[[], None]
 
 
-_captured: WeakKeyDictionary[nn.Module, OrderedDict[object, Captured | str]] = WeakKeyDictionary()
+_captured: WeakKeyDictionary[nn.Module, OrderedDict[object, Captured]] = WeakKeyDictionary()
+_off: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why a model's steps are captured no more
 _seen: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # hashes of keys that have come once
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+class CaptureError(RuntimeError):
+    """A step could not be captured; the message says why."""
 
 
 class _Pool:
@@ -75,7 +81,12 @@ _streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
 
 
 def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of `step`, after some steps on a side stream; `restore` before each, for they change the state."""
+    """A CUDA graph of `step`, after some steps on a side stream; `restore` before each, for they change the state.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for it beside what is held.
+        RuntimeError: the step cannot be captured.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     pool = _pools.get(device)
     if pool is None:  # torch refuses to capture into one whose graphs have all died
@@ -85,24 +96,40 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
     side, recording = _streams[device]
     current = torch.cuda.current_stream()
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            restore()
-            step()
-    current.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                restore()
+                step()
+    finally:  # after an error too: what is left in that stream's queue writes to memory that is given away then
+        current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # thread_local: what a data loader's thread does on the device meanwhile is none of this capture's business.
     # The outer context: a capture that fails at its end would leave its own stream the current one.
-    with (
-        torch.cuda.stream(current),
-        torch.cuda.graph(graph, pool=pool.handle, stream=recording, capture_error_mode="thread_local"),
-    ):
-        step()
+    try:
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=pool.handle, stream=recording, capture_error_mode="thread_local"),
+        ):
+            step()
+    except Exception as error:
+        _end_allocation(device, pool)
+        if isinstance(error.__context__, torch.OutOfMemoryError):  # and then the capture could not be ended either
+            raise error.__context__ from None
+        raise
 
     def replay(_: _Pool = pool) -> None:
         graph.replay()
 
     return replay
+
+
+def _end_allocation(device: torch.device, pool: _Pool) -> None:
+    """What torch leaves out where `capture_end` throws: the pool would go on taking what is allocated, its memory
+    would never be given back, and emptying the cache or another capture would be an internal error."""
+    with suppress(RuntimeError):  # torch has done it, or the capture had not begun
+        torch._C._cuda_endAllocateToPool(device.index, pool.handle)
+        torch._C._cuda_releasePool(device.index, pool.handle)
 
 
 RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
@@ -111,26 +138,52 @@ RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
 def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) -> str:
     """The inner loop by replays, if it can be: `YES`, or why it has not been run.
 
+    Under "auto" a capture that failed, or for which memory ran out, is the model's last until `forget`.
+
     Args:
         layout: of the packed engine, None for the others.
 
     Raises:
         RuntimeError: capture_graph=True and it cannot.
+        torch.OutOfMemoryError: capture_graph=True and there is no memory for it.
     """
     if pgd.capture_graph is False:
         return "capture_graph=False"
-    reason = _refusal(pgd, state, layout)
+    reason = _off.get(pgd.model) or _refusal(pgd, state, layout)
     if not reason:
         assert layout is not None
-        reason = _run(pgd, state, layout)
+        reason = _try(pgd, state, layout)
     if not reason:
         return YES
     if pgd.capture_graph is True:
-        raise RuntimeError(f"capture_graph=True, but {reason}")
+        raise RuntimeError(_error(reason))
     told = _told.setdefault(pgd.model, set())
     if reason not in told:
         told.add(reason)
         logger.info("the inner loop of %s is not captured: %s", type(pgd.model).__name__, reason)
+    return reason
+
+
+def _error(reason: str) -> str:
+    return f'capture_graph=True, but {reason}; capture_graph="auto" runs the plain loop then'
+
+
+def _try(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
+    """`_run`; where a capture fails, no more of this model, and its graphs' memory is let go of."""
+    try:
+        return _run(pgd, state, layout)
+    except torch.OutOfMemoryError as error:
+        if pgd.capture_graph is True:  # a smaller batch may have room for a graph
+            raise torch.OutOfMemoryError(f"{_error(OUT_OF_MEMORY)}: {error}") from error
+        reason = OUT_OF_MEMORY
+    except CaptureError as error:
+        reason = str(error)
+    # here, where no traceback holds their tensors any more
+    forget(pgd.model)
+    _off[pgd.model] = reason
+    if pgd.capture_graph == "auto":
+        _told.setdefault(pgd.model, set()).add(reason)
+        logger.warning("inner loops of %s are captured no more: %s", type(pgd.model).__name__, reason)
     return reason
 
 
@@ -173,8 +226,6 @@ def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
         while len(graphs) > GRAPHS or (len(graphs) > 1 and _bytes(graphs.values()) > GRAPH_BYTES):
             graphs.popitem(last=False)
         found = graphs[key]
-        if isinstance(found, str):
-            return found
         if lower is not None:
             lower.output = found.lower
         _fill(found, inputs)
@@ -184,12 +235,16 @@ def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
     return ""
 
 
-def _bytes(graphs: Iterable[Captured | str]) -> int:
-    return sum(t.numel() * t.element_size() for g in graphs if isinstance(g, Captured) for t in g.inputs)
+def _bytes(graphs: Iterable[Captured]) -> int:
+    return sum(t.numel() * t.element_size() for graph in graphs for t in graph.inputs)
 
 
-def _record(source: InnerStep, lower: Replay | None) -> Captured | str:
-    """A copy of the step, captured; or why that failed."""
+def _record(source: InnerStep, lower: Replay | None) -> Captured:
+    """A copy of the step, captured.
+
+    Raises:
+        CaptureError: it cannot be. torch.OutOfMemoryError: there is no memory for it.
+    """
     state, layout = source.state.padded(source.state.rows), _changed(source.layout, Tensor.clone)
     step = InnerStep(source.pgd, state, layout, True, source.chunked)
     step.weights = None if source.weights is None else source.weights.clone()
@@ -207,7 +262,7 @@ def _record(source: InnerStep, lower: Replay | None) -> Captured | str:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        return f"the capture failed: {error}"
+        raise CaptureError(f"the capture failed: {error}") from error
     return captured
 
 
@@ -254,8 +309,9 @@ def _lower_blocks(pgd: LatentPGD, step: InnerStep) -> Iterator[Replay | None]:
 
 
 def forget(model: nn.Module) -> None:
-    """Let go of a model's graphs and of the memory that they hold."""
+    """Let go of a model's graphs, of the memory that they hold, and of what is known of captures that failed."""
     _captured.pop(model, None)
+    _off.pop(model, None)
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class LatentPGD:
         beta, label_smoothing, reference_free, threshold: see `Objective`.
         merge_adapters: merge LoRA into the weights for the inner loop (weights come back bit for bit).
         capture_graph: capture one step in a CUDA graph and replay it: True (an error where that is impossible), False,
-            or "auto" (where possible; `LatentAttack.captured` says why not).
+            or "auto" (where possible; `LatentAttack.captured` says why not; after a failure not again for this model).
         autocast: a dtype to run the model under autocast in; by default none, whatever is active outside.
 
     Raises:

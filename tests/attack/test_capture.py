@@ -178,6 +178,41 @@ def test_a_pool_ends_with_its_last_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     assert used() is not pools[0]
 
 
+def test_a_capture_that_cannot_be_ended_gives_its_pool_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's `capture_end` may throw before it has stopped to allocate in the pool."""
+
+    class Graph:
+        def __enter__(self) -> None:
+            calls.append("begin")
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("capture_end")
+
+    calls: list[Any] = []
+    streams = MagicMock(), MagicMock()
+    monkeypatch.setattr(capture, "_streams", {torch.device("cuda", 3): streams})
+    for name in ("current_stream", "stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock(name=name))
+    torch.cuda.stream.return_value.__exit__.return_value = False
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: Graph())
+    for name in ("end", "release"):
+        full = {"end": "_cuda_endAllocateToPool", "release": "_cuda_releasePool"}[name]
+        monkeypatch.setattr(torch._C, full, lambda *pool, name=name: calls.append((name, *pool)))
+    step = MagicMock(side_effect=[None] * capture.WARM_UP + [torch.OutOfMemoryError("no room")])
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        capture.cuda_graph(step, lambda: None)
+    assert calls == ["begin", ("end", 3, (0, 7)), ("release", 3, (0, 7))]
+    with pytest.raises(RuntimeError, match="capture_end"):
+        capture.cuda_graph(lambda: None, lambda: None)
+    # an error while warming up: the stream of the plain loop waits for what that has begun
+    torch.cuda.current_stream.return_value.wait_stream.reset_mock()
+    with pytest.raises(ValueError, match="in the step"):
+        capture.cuda_graph(MagicMock(side_effect=ValueError("in the step")), lambda: None)
+    torch.cuda.current_stream.return_value.wait_stream.assert_called_once_with(streams[0])
+
+
 def test_weights_that_move_or_change(recorded: list[Any]) -> None:
     """A change in place is seen by a replay; other memory needs another capture."""
     model = llama()
@@ -244,25 +279,52 @@ def test_the_cpu_has_no_graphs(caplog: pytest.LogCaptureFixture) -> None:
         attack_with(model, pairs(), SITES, "packed", capture_graph="yes")
 
 
-def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The plain loop runs instead, from the start; the same shape is not tried again."""
-    caplog.set_level("INFO")
+FAILURES = [
+    (RuntimeError("operation not permitted when stream is capturing"),
+     "the capture failed: operation not permitted when stream is capturing"),
+    (torch.OutOfMemoryError("tried to allocate 2 GiB"), capture.OUT_OF_MEMORY),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "reason"), FAILURES, ids=["not permitted", "out of memory"])
+def test_a_capture_that_fails(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plain loop runs instead, from the start; no shape is tried again, and earlier graphs are let go of."""
     tries = []
 
-    def fail(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
+    def record(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
         tries.append(1)
         step()
-        raise RuntimeError("operation not permitted when stream is capturing")
+        if len(tries) > 1:
+            raise error
+        return lambda: None
 
-    monkeypatch.setitem(capture.RECORDERS, DEVICE, fail)
+    monkeypatch.setitem(capture.RECORDERS, DEVICE, record)
     model = llama()
+    attack_with(model, pairs(RAGGED), SITES, "packed", capture_graph=True)
+    assert len(capture._captured[model]) == 1
     assert attack_with(model, pairs(), SITES, "packed").captured == capture.ONCE
-    for _ in range(2):
-        found = attack_with(model, pairs(), SITES, "packed")
-        assert found.captured == "the capture failed: operation not permitted when stream is capturing"
-        assert_same(found, attack_with(model, pairs(), SITES, "packed", capture_graph=False), losses=0, deltas=0)
-    assert len(tries) == 1
-    assert sum("not captured: the capture failed" in record.message for record in caplog.records) == 1
+    for sizes in (SMALL, SMALL, RAGGED, RAGGED):
+        found = attack_with(model, pairs(sizes), SITES, "packed")
+        assert found.captured == reason
+        plain = attack_with(model, pairs(sizes), SITES, "packed", capture_graph=False)
+        assert_same(found, plain, losses=0, deltas=0)
+        assert model not in capture._captured
+    assert len(tries) == 2
+    assert [r.levelname for r in caplog.records if f"captured no more: {reason}" in r.message] == ["WARNING"]
+    capture.forget(model)  # as the trainer does for a smaller micro-batch
+    attack_with(model, pairs(), SITES, "packed")
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize(("error", "reason"), FAILURES, ids=["not permitted", "out of memory"])
+def test_a_capture_that_was_asked_for_and_fails(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an error of the same kind, so that a trainer halves the micro-batch where memory ran out."""
+    monkeypatch.setitem(capture.RECORDERS, DEVICE, MagicMock(side_effect=error))
+    said = f'capture_graph=True, but {reason}; capture_graph="auto" runs the plain loop then'
+    with pytest.raises(type(error), match=said):
+        attack_with(llama(), pairs(), SITES, "packed", capture_graph=True)
 
 
 def test_the_unshared_path_is_not_captured(recorded: list[Any]) -> None:
@@ -382,4 +444,5 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.Mo
     assert torch.cuda.current_stream() == before
     assert_same(found, attack_with(model, pairs(), SITES, "packed", capture_graph=False))
     torch.randn(3, device="cuda")  # the generator still works
+    torch.cuda.empty_cache()
     assert attack_with(llama(), pairs(), SITES, "packed", capture_graph=True).captured == "yes"
