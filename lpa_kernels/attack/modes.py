@@ -118,8 +118,7 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
 
     The parameters themselves stay as they are: data of another dtype would cost them their gradients' accumulators,
     and with these the hooks by which DDP keeps ranks together. On a device with captured graphs a copy stays where it
-    is for as long as the adapter lives. Sharded adapters are left alone, which is said: each pass
-    gathers them anew.
+    is for as long as the adapter lives. Sharded adapters are left alone, which is said: each pass gathers them anew.
     """
     dtype, sharded = weights_dtype(model), is_sharded(model)
     copies: dict[nn.Parameter, nn.Parameter] = {}
