@@ -14,7 +14,7 @@ from torch import Tensor
 from lpa_kernels.attack import LatentAttack, PairBatch
 
 from .losses import BenignBatch
-from .ranks import told
+from .ranks import from_all
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,7 @@ class MemoryLimit:
     def __init__(self, accelerator: Any, size: int, why_not: str = "", awaited: bool = False) -> None:
         self.accelerator, self.size, self.why_not, self.awaited = accelerator, size, why_not, awaited
         if awaited:
-            self.why_not = (
-                f"rank {accelerator.process_index} cannot halve them while others wait for its weights (FSDP2)"
-            )
+            self.why_not = "it cannot halve them while other ranks wait for its weights (FSDP2)"
 
     def attempt(
         self, doing: str, work: Callable[[Sequence[MicroBatch]], T], micro: Sequence[Sequence[MicroBatch]]
@@ -129,7 +127,7 @@ class MemoryLimit:
                 if self.awaited and not isinstance(other, FloatingPointError):  # that comes after an attack's last pass
                     raise
                 failed = other
-        short = [int(size) for size in told(self.accelerator, failed, too_many) if size]
+        short = [int(size) for size in from_all(self.accelerator, too_many, failed) if size]
         if not short:
             return found
         self.size = (min(short) + 1) // 2
@@ -142,18 +140,19 @@ class MemoryLimit:
             raise error
         largest = max(len(part.pairs) for part in parts)
         said = str(error).splitlines()[0] if str(error) else "out of memory"
-        if self.why_not:
-            raise torch.OutOfMemoryError(
-                f"out of memory in the {doing}, with {largest} pairs at once, and {self.why_not}; halve "
-                "per_device_train_batch_size and double gradient_accumulation_steps, which keeps the batches as they "
-                f"are, those of a resumed run too ({said})"
-            ) from error
+        where = f" on rank {self.accelerator.process_index}" if self.awaited else ""
         if largest == 1:
             tokens = max(part.pairs.rejected_ids.shape[1] for part in parts)
             raise torch.OutOfMemoryError(
-                f"out of memory in the {doing} with a single pair of up to {tokens} tokens; use "
+                f"out of memory in the {doing}{where} with a single pair of up to {tokens} tokens; use "
                 "gradient_checkpointing=True, load_in_4bit=True, fewer lora_targets, shorter rows or a larger device "
                 f"(lpa plan tells what a run needs) ({said})"
+            ) from error
+        if self.why_not:
+            raise torch.OutOfMemoryError(
+                f"out of memory in the {doing}{where}, with {largest} pairs at once, and {self.why_not}; halve "
+                "per_device_train_batch_size and double gradient_accumulation_steps, which keeps the batches as they "
+                f"are, those of a resumed run too ({said})"
             ) from error
         logger.warning("out of memory in the %s with %d pairs at once (%s)", doing, largest, said)
         return largest

@@ -20,7 +20,7 @@ class RankError(RuntimeError):
     """Another rank has failed; the message is its own."""
 
 
-def told(accelerator: Any, error: Exception | None, value: float) -> list[float]:
+def from_all(accelerator: Any, value: float, error: Exception | None = None) -> list[float]:
     """Every rank's `value`. Every rank must call it at the same point of its work.
 
     Raises:
@@ -40,8 +40,8 @@ def told(accelerator: Any, error: Exception | None, value: float) -> list[float]
 
 
 def agree(accelerator: Any, error: Exception | None = None, stop: bool = False) -> bool:
-    """Whether any rank wants to stop; raises as `told`."""
-    return any(told(accelerator, error, stop))
+    """Whether any rank wants to stop; raises as `from_all`."""
+    return any(from_all(accelerator, stop, error))
 
 
 def from_main(accelerator: Any, find: Callable[[], T]) -> T:

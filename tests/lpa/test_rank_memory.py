@@ -68,7 +68,7 @@ def test_a_sharded_run_says_what_to_set_and_goes_on_so(tmp_path: Path) -> None:
     running.processes[1].join(120)
     assert running.processes[1].exitcode == 1
     running.processes[0].kill()
-    assert "out of memory in the update, with 2 pairs at once, and rank 1 cannot halve them while" in running.text(1)
+    assert "out of memory in the update on rank 1, with 2 pairs at once, and it cannot halve them" in running.text(1)
     assert "halve per_device_train_batch_size and double gradient_accumulation_steps" in running.text(1)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     halved = settings | {"per_device_train_batch_size": 1, "micro_batches": 8}
