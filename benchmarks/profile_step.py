@@ -39,13 +39,13 @@ GROUPS = {
 }
 # The same of kernels on a GPU, by words in their names; the first that fits.
 KERNELS = {
+    "compiled": ("triton_",),  # Inductor's, which are named after all the operations that they fuse
     "attention": ("fmha", "flash", "attention", "sdpa"),
     "this package's kernels": ("_perturb", "_update", "update_kernel", "_scan_part", "_finish_part", "_row"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas", "gemv", "wgmma"),
     "copies, casts, indexing": ("copy", "memcpy", "memset", "fill", "cat", "index", "scatter", "gather"),
     "softmax and losses": ("softmax", "logsumexp", "nll", "cross_entropy"),
     "norms": ("norm", "rms"),
-    "compiled": ("triton",),
     "elementwise and sums": ("elementwise", "reduce", "sum", "silu", "mul", "add"),
 }
 

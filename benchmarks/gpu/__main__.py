@@ -6,7 +6,7 @@ where the device is the CPU or the run is dry.
 
     python -m benchmarks.gpu --list                               what there is
     python -m benchmarks.gpu --minutes 9 --bundle parts.json      begin nothing after 8 minutes; all parts in one file
-    python -m benchmarks.gpu --from parts.json                    go on from there on another machine
+    python -m benchmarks.gpu --from parts.json                    go on from there on another such machine
     python -m benchmarks.gpu report --from parts.json             the report alone
     python -m benchmarks.gpu --device cpu --dry --out runs/dry    try every piece on tiny shapes
 """

@@ -15,6 +15,7 @@ import torch
 from benchmarks.op_cases import copy_bandwidth, scale_bandwidth, seconds
 from lpa.card import versions as package_versions
 
+from .origin import commit
 from .worker import Cases, Setting
 
 SMI = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "temperature.gpu",
@@ -29,15 +30,6 @@ def smi() -> dict[str, str]:
     done = subprocess.run(query, capture_output=True, text=True, timeout=60)
     values = [value.strip() for value in done.stdout.splitlines()[0].split(",")] if done.returncode == 0 else []
     return dict(zip(SMI, values, strict=True)) if len(values) == len(SMI) else {}
-
-
-def commit() -> str | None:
-    """The commit of the code, where git is at hand."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=30)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def versions() -> dict[str, str]:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import goals, parts
+from . import goals, origin, parts
 from .parts import Part
 
+KEPT = ("command", "date", "gpu", "torch", "commits", "status", "seconds")  # of a part, beside its cases
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -23,7 +24,9 @@ def why_not(found: dict[str, Part]) -> str:
     other = [name for name, part in found.items() if part.get("device") != "cuda"]
     if other:
         return f"{', '.join(other)} ran on {found[other[0]].get('device')}"
-    return "" if goals.found(found, "ceilings", "machine") else "the piece ceilings, which names the GPU, is missing"
+    if not goals.found(found, "ceilings", "machine"):
+        return "the piece ceilings, which names the GPU, is missing"
+    return origin.mixed(found)
 
 
 def record(found: dict[str, Part]) -> dict[str, Any]:
@@ -32,24 +35,25 @@ def record(found: dict[str, Part]) -> dict[str, Any]:
     kept = {}
     for name, part in found.items():
         cases = {key: {k: v for k, v in case.items() if k != "when"} for key, case in part["cases"].items()}
-        for case in cases.values():
-            if "reason" in case:
-                case["reason"] = _without_folders(case["reason"])
-        kept[name] = {"command": part.get("command"), "date": part.get("date"), "status": part.get("status"),
-                      "seconds": part.get("seconds"), "cases": cases}  # fmt: skip
+        kept[name] = _without_folders({key: part.get(key) for key in KEPT} | {"cases": cases})
     keys = ("goal", "wanted", "outcome", "met")
     return {
         "date": max((part.get("date", "") for part in found.values()), default=""),
         "machine": machine,
+        "commits": origin.commits(found),
         "dry": any(part.get("dry") for part in found.values()),
         "goals": [dict(zip(keys, row, strict=True)) for row in goals.goals(found)],
         "pieces": kept,
     }
 
 
-def _without_folders(text: str) -> str:
-    """A message with the names of files alone, where it has whole paths."""
-    return re.sub(r"(?<![\w.])(?:/[\w.+@-]+)+/(?=[\w.+@-])", "", text)
+def _without_folders(value: Any) -> Any:
+    """The same with the names of files alone, where its messages have whole paths."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return re.sub(r"(?<![\w.])(?:/[\w.+@-]+)+/(?=[\w.+@-])", "", value) if isinstance(value, str) else value
 
 
 def markdown(found: dict[str, Part]) -> str:
@@ -62,15 +66,16 @@ def markdown(found: dict[str, Part]) -> str:
         f"# {machine.get('gpu') or 'No GPU'}, {held['date']}",
         "",
         *(["**A dry run: tiny shapes, no measurement.**", ""] if held["dry"] else []),
-        f"Driver {told.get('driver_version', 'unknown')}; {versions}; commit {machine.get('commit') or 'unknown'}.",
+        f"Driver {told.get('driver_version', 'unknown')}; {versions}; commit {' and '.join(held['commits'])}.",
         f"When it began: SM clock {told.get('clocks.sm', '?')} of {told.get('clocks.max.sm', '?')}, memory clock "
         f"{told.get('clocks.mem', '?')}, power {told.get('power.draw', '?')} of {told.get('power.limit', '?')}.",
         "",
         *_table(("goal", "wanted", "outcome", "met"), [tuple(row.values()) for row in held["goals"]]),
         "",
     ]
-    for name, part in found.items():
-        lines += [f"## {name}", "", f"`{part.get('command')}`, {part.get('date')}: {part.get('status')}", ""]
+    for name, part in held["pieces"].items():
+        of = f", commit {' and '.join(origin.commits({name: part}))}" if len(held["commits"]) > 1 else ""
+        lines += [f"## {name}", "", f"`{part['command']}`, {part['date']}{of}: {part['status']}", ""]
         lines += _cases(part, goals.floor_ms(found, name), goals.ways(found, name).get(goals.CONVENTIONAL))
     return "\n".join(lines)
 
@@ -80,7 +85,7 @@ def _cases(part: Part, floor: float | None, base: float | None) -> list[str]:
     for key, case in part["cases"].items():
         values = case.get("found")
         if case["state"] != "done":
-            plain[key] = {"": f"{case['state']}: {_without_folders(case.get('reason', ''))}"}
+            plain[key] = {"": f"{case['state']}: {case.get('reason', '')}"}
             continue
         rows = {name: value for name, value in values.items() if isinstance(value, dict)}
         rest = {name: value for name, value in values.items() if not isinstance(value, dict | list) or _short(value)}

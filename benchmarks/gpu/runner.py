@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from . import parts
+from .origin import commit, deciding, origin
 from .parts import Part
 from .worker import AGAIN
 
@@ -72,7 +72,11 @@ def run_piece(piece: Piece, options: Options) -> str:
     path = parts.path_of(options.out, piece.name)
     part = parts.read(path)
     gone = piece.leaves and not Path(piece.leaves).exists()
-    if options.again or gone or part is None or _where(part) != (options.device, options.dry):
+    here = origin(options.device, options.dry)
+    if part is not None and deciding(part) != here:
+        print(f"{piece.name}: begun anew, what there is was made by {deciding(part)}", flush=True)
+        part = None
+    if options.again or gone or part is None:
         part = {"cases": {}}
     elif part.get("status") == "done":
         return "done before"
@@ -82,8 +86,9 @@ def run_piece(piece: Piece, options: Options) -> str:
     if begun > options.stop:
         return "not begun: no time left"
     limit = min(begun + 60 * piece.minutes, options.stop)
-    part |= {"piece": piece.name, "device": options.device, "dry": options.dry, "command": options.command,
-             "date": time.strftime("%Y-%m-%d"), "status": "running"}  # fmt: skip
+    commits = list(dict.fromkeys([*part.get("commits", []), commit()]))  # a part is gone on with at any
+    part |= here | {"piece": piece.name, "commits": commits, "command": options.command,
+                    "date": time.strftime("%Y-%m-%d"), "status": "running"}  # fmt: skip
     parts.write(path, part)
     log = options.out / f"{piece.name}.log"
     log.unlink(missing_ok=True)
@@ -103,10 +108,6 @@ def run_piece(piece: Piece, options: Options) -> str:
     part["log"] = parts.tail(log)
     parts.write(path, part)
     return part["status"]
-
-
-def _where(part: Part) -> tuple[Any, Any]:
-    return part.get("device"), part.get("dry")
 
 
 def _status(part: Part, ended: str) -> str:

@@ -43,6 +43,7 @@ def hang(setting: Setting) -> Cases:
 
     def sleep() -> dict[str, Any]:
         print("now it sleeps", flush=True)
+        (setting.out / "asleep").touch()
         time.sleep(600)
         return {}
 

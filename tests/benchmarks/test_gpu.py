@@ -9,14 +9,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from benchmarks.gpu import parts, report, runner
+from benchmarks.gpu import origin, parts, report, runner
 from benchmarks.gpu.goals import FAMILIES
 from benchmarks.gpu.pieces import NAMES, PIECES
 from benchmarks.gpu.runner import Options, Piece, run_piece
+from benchmarks.profile_step import KERNELS, group_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +60,30 @@ def test_a_piece_that_is_done_is_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_part_of_another_machine_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_piece(piece("plain"), Options(tmp_path)) == "done"
+    before = part_of(tmp_path, "plain")
+    assert (before["gpu"], before["torch"], before["commits"]) == (None, torch.__version__, [origin.commit()])
+    monkeypatch.setattr(runner, "commit", lambda: "another")
+    assert run_piece(piece("plain"), Options(tmp_path)) == "done before"
+    monkeypatch.setattr(origin, "gpu", lambda device: "Example GPU")
+    assert run_piece(piece("plain"), Options(tmp_path)) == "done"
+    assert "begun anew" in capsys.readouterr().out
+    assert (part_of(tmp_path, "plain")["gpu"], part_of(tmp_path, "plain")["commits"]) == ("Example GPU", ["another"])
+    parts.write(parts.path_of(tmp_path, "plain"), before | {"gpu": "Example GPU", "torch": "1.0"})
+    assert run_piece(piece("plain"), Options(tmp_path)) == "done"
+    assert calls(tmp_path) == ["a", "b"] * 3
+    parts.write(
+        parts.path_of(tmp_path, "plain"), part_of(tmp_path, "plain") | {"status": "running", "commits": ["old"]}
+    )
+    run_piece(piece("plain"), Options(tmp_path))  # gone on with, at a later commit
+    assert part_of(tmp_path, "plain")["commits"] == ["old", "another"]
+    assert calls(tmp_path) == ["a", "b"] * 3
+
+
+@pytest.mark.usefixtures("here")
 def test_a_broken_device_costs_one_case_and_only_that_is_tried_again(tmp_path: Path) -> None:
     assert run_piece(piece("broken"), Options(tmp_path)) == "failed: 1 of 3 cases"
     found = part_of(tmp_path, "broken")
@@ -78,8 +106,24 @@ def test_a_crash_is_told_and_the_next_case_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_a_case_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "GRACE", 0.5)
-    assert run_piece(piece("hang", seconds=3), Options(tmp_path)) == "failed: 1 of 2 cases"
+    """The clock is set forward to the limit once the case hangs, however long the process took to get there."""
+    late = [0.0]
+
+    class Process(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            assert 0 < timeout <= 600 + runner.GRACE
+            while not (tmp_path / "asleep").exists():
+                assert self.poll() is None
+                time.sleep(0.02)
+            late[0] = timeout
+            return super().wait(0.1)
+
+    names = {name: getattr(subprocess, name) for name in ("STDOUT", "TimeoutExpired")}
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(Popen=Process, **names))
+    monkeypatch.setattr(runner, "time", SimpleNamespace(time=lambda: time.time() + late[0], strftime=time.strftime))
+    assert run_piece(piece("hang", seconds=600), Options(tmp_path)) == "failed: 1 of 2 cases"
     found = part_of(tmp_path, "hang")
     assert found["cases"]["hang"]["reason"] == "timeout"
     assert "now it sleeps" in found["log"]
@@ -110,20 +154,21 @@ def test_a_bundle_is_gone_on_with_elsewhere(tmp_path: Path) -> None:
 
 MACHINE = {"gpu": "NVIDIA Example 80GB", "versions": {"torch": "2.0"}, "nvidia-smi": {"driver_version": "1.2"}}
 
+HERE = {"device": "cuda", "dry": False, "gpu": MACHINE["gpu"], "torch": "2.0", "commits": ["c0ffee"], "status": "done"}
+
 
 def made(out: Path, **changes: Any) -> None:
     cases = {"machine": {"state": "done", "when": 0, "found": MACHINE},
              "bf16 product": {"state": "done", "when": 0, "found": {"TFLOP/s": 100.0}}}  # fmt: skip
-    part = {"piece": "ceilings", "device": "cuda", "dry": False, "date": "2000-01-02", "status": "done",
-            "log": "/somebody's/folder", "command": "c", "cases": cases}  # fmt: skip
+    part = HERE | {"piece": "ceilings", "date": "2000-01-02", "log": "/somebody's/folder", "command": "c",
+                   "cases": cases}  # fmt: skip
     parts.write(parts.path_of(out, "ceilings"), part | changes)
 
 
-def inner(out: Path, **milliseconds: float) -> None:
+def inner(out: Path, piece: str = "inner-llama-16", **milliseconds: float) -> None:
     cases: dict[str, Any] = {"work": {"state": "done", "when": 0, "found": {"FLOP": 1e12}}}
     cases |= {name: {"state": "done", "when": 0, "found": {"milliseconds": ms}} for name, ms in milliseconds.items()}
-    parts.write(parts.path_of(out, "inner-llama-16"), {"device": "cuda", "dry": False, "date": "2000-01-03",
-                "status": "done", "cases": cases})  # fmt: skip
+    parts.write(parts.path_of(out, piece), HERE | {"date": "2000-01-03", "cases": cases})
 
 
 def test_the_report_of_a_gpu_goes_to_the_results(tmp_path: Path) -> None:
@@ -143,6 +188,30 @@ def test_the_report_of_a_gpu_goes_to_the_results(tmp_path: Path) -> None:
     assert goals["30 LPA steps at batch 16, 8B: seconds"]["outcome"] == "not measured"
     table = written.with_suffix(".md").read_text()
     assert "| packed_captured |  | 14 | 4.286 | 1.4 |" in table
+    assert table.count("commit c0ffee") == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [("gpu", "NVIDIA Other"), ("gpu", None), ("torch", "2.1")])
+def test_parts_of_several_machines_are_no_results(tmp_path: Path, key: str, value: Any) -> None:
+    made(tmp_path)
+    parts.write(parts.path_of(tmp_path, "ops"), HERE | {"date": "2000-01-02", "cases": {}, key: value})
+    results = tmp_path / "results"
+    results.mkdir()
+    told = report.write(tmp_path, NAMES, results)
+    assert f"the parts differ in their {key} ({HERE[key]}: ceilings; {value or 'unknown'}: ops)" in told
+    assert not list(results.iterdir())
+
+
+def test_commits_are_shown_where_they_differ(tmp_path: Path) -> None:
+    made(tmp_path)
+    parts.write(
+        parts.path_of(tmp_path, "ops"), HERE | {"date": "2000-01-02", "cases": {}, "commits": ["c0ffee", "b0b"]}
+    )
+    table = report.markdown(parts.collect(tmp_path, NAMES))
+    assert "; commit c0ffee and b0b." in table
+    assert "2000-01-02, commit c0ffee: done" in table
+    assert "2000-01-02, commit c0ffee and b0b: done" in table
+    assert report.record(parts.collect(tmp_path, NAMES))["pieces"]["ops"]["commits"] == ["c0ffee", "b0b"]
 
 
 @pytest.mark.parametrize(("changes", "why"), [({"dry": True}, "ceilings ran dry"), ({"device": "cpu"}, "ran on cpu")])
@@ -176,7 +245,7 @@ def test_goals_of_the_ops(tmp_path: Path) -> None:
              "ours (native)": {"milliseconds": 1.2, "share_of_copy": 0.7, "meets the goal": False, "launches": 1},
              "torch.compile": {"milliseconds": 2.0, "share_of_copy": 0.4}}  # fmt: skip
     cases = {"pgd_update_ large": large, "token_loss_ small": {"ours (triton)": {"milliseconds": 0.1, "launches": 2}}}
-    part = {"device": "cuda", "dry": False, "date": "2000-01-02", "status": "done", "cases": {
+    part = HERE | {"date": "2000-01-02", "cases": {
             name: {"state": "done", "when": 0, "found": found} for name, found in cases.items()}}  # fmt: skip
     parts.write(parts.path_of(tmp_path, "ops"), part)
     rows = {row["goal"]: row for row in report.record(parts.collect(tmp_path, NAMES))["goals"]}
@@ -187,16 +256,21 @@ def test_goals_of_the_ops(tmp_path: Path) -> None:
     assert rows["CUDA C++'s time by Triton's"]["outcome"] == "1.20, pgd_update_ large"
 
 
-def test_a_variant_may_be_the_fastest_and_folders_are_left_out(tmp_path: Path) -> None:
+def test_a_variant_meets_no_goal_and_folders_are_left_out(tmp_path: Path) -> None:
     made(tmp_path)
     inner(tmp_path, conventional=60.0, packed=30.0)
+    inner(tmp_path, "inner-llama-8", conventional=60.0, packed=40.0)
     found = {"compiled": {"state": "done", "when": 0, "found": {"milliseconds": 12.0}},
              "broken": {"state": "failed", "when": 0, "reason": "no file /home/someone/a.py, 3/4 of it"}}  # fmt: skip
-    parts.write(parts.path_of(tmp_path, "variants-llama-16"), {"device": "cuda", "dry": False, "date": "2000-01-02",
-                "status": "failed", "cases": found})  # fmt: skip
+    skipped = {"date": "2000-01-02", "cases": found, "status": "skipped: there is no /home/someone/tool"}
+    parts.write(parts.path_of(tmp_path, "variants-llama-16"), HERE | skipped)
     held = report.record(parts.collect(tmp_path, NAMES))
-    outcome = {row["goal"]: row["outcome"] for row in held["goals"]}
-    assert outcome["Llama-3-8B, micro-batch 16: times the conventional loop"] == "5.00, packed, variant: compiled"
+    rows = {row["goal"]: (row["wanted"], row["outcome"], row["met"]) for row in held["goals"]}
+    goal = "Llama-3-8B, micro-batch 16: times the conventional loop"
+    assert rows[goal] == (">= 3", "2.00, packed", "no")
+    assert rows[f"{goal}, by what is only tried"] == ("", "5.00, compiled", "")
+    assert rows["Llama-3-8B, micro-batch 8: times the conventional loop"] == ("", "1.50, packed", "")
+    assert held["pieces"]["variants-llama-16"]["status"] == "skipped: there is no tool"
     assert held["pieces"]["variants-llama-16"]["cases"]["broken"]["reason"] == "no file a.py, 3/4 of it"
     assert "someone" not in report.markdown(parts.collect(tmp_path, NAMES))
 
@@ -208,6 +282,39 @@ def test_a_table_within_a_case(tmp_path: Path) -> None:
     assert "**p**; wall ms 1.5; rounds 1, 2" in table
     assert "| products | 1 |" in table
     assert "| mm | 0.5 |" in table
+
+
+@pytest.mark.parametrize(("kernel", "group"), [
+    ("triton_poi_fused__to_copy_add_mul_3", "compiled"),
+    ("triton_red_fused__softmax_index_mean_pow_rsqrt_0", "compiled"),
+    ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies, casts, indexing"),
+    ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
+    ("_update_norms_kernel", "this package's kernels"),
+])  # fmt: skip
+def test_the_kind_of_a_kernel(kernel: str, group: str) -> None:
+    """A compiled kernel is named after all that it fuses."""
+    assert group_of(kernel.lower(), KERNELS) == group
+
+
+def test_each_kernel_takes_the_longest_of_its_three() -> None:
+    from benchmarks.gpu.counts import Rates, Traffic
+
+    with torch.device("meta"):
+        table, tokens = torch.empty(1000, 64, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.long)
+        a, large = torch.empty(8, 64), torch.empty(1 << 20)
+    with (traffic := Traffic()):
+        F.embedding(tokens, table)
+        large.exp()
+        a @ a.T
+    assert traffic.kernels == {
+        ("the rest", 0, 4 * 8 + 2 * 4 * 64 * 2): 1,  # what it takes of the table, not the table
+        ("the rest", 0, 2 * 4 << 20): 1,
+        ("products", 2 * 8 * 64 * 8, 4 * (2 * 8 * 64 + 64)): 1,
+    }
+    times = Rates(flops=1e9, bandwidth=1e12, launch=5e-6).times(1e6, traffic)
+    # a launch and 8.39 us of bytes, each by itself; 8.19 us of operations
+    assert times == {"floor": 1.0, "products": 0.01, "the rest": 0.01, "step": 0.02}
+    assert Rates(1e12, 1e15, 1.0).times(1e12, traffic)["the rest"] == 2000
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -238,7 +345,11 @@ def test_the_page_has_every_piece_variant_and_count() -> None:
         assert row in page or name == "as it is", row
     for name in NAMES:
         assert f"`{name}`" in page or f"`-{name.rpartition('-')[2]}`" in page, name
-    for name, step in json.loads((report.RESULTS / "counts-8b.json").read_text())["steps"].items():
+    steps = json.loads((report.RESULTS / "counts-8b.json").read_text())["steps"]
+    states = [steps[f"{family}, 16 pairs"]["GB"]["the rest"] * 1e9 / depth / (16 * 142 * 4096 * 2)
+              for family, depth in (("llama", 32), ("qwen3", 36))]  # fmt: skip
+    assert "as {:.0f}\nof its hidden states in bf16 have (Qwen3: {:.0f})".format(*states) in page
+    for name, step in steps.items():
         family, _, rest = name.partition(", ")
         row = next(line for line in page.splitlines() if line.startswith(f"| {FAMILIES[family]}, {rest} |"))
         assert f"| {step['FLOP'] / 1e12:.1f} | {step['FLOP of the public loop'] / 1e12:.1f} |" in row
