@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.counts --out benchmarks/results/counts-8b.json
 
 The code that runs is run, on tensors without memory. Bytes are those of every operation's inputs and outputs, as eager
-PyTorch reads and writes them; this package's ops count what their kernels must move.
+PyTorch reads and writes them, and of a gather those that it takes; this package's ops count what their kernels must
+move.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from .machine import versions
 from .shapes import counted, public_work
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
-ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
+# products of queries, keys, values and their gradients in each
+ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu": 2,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 5,
+}
+GATHERS = ("embedding", "gather", "index", "index_select")
 
 
 def size(tensor: Tensor) -> int:
@@ -38,28 +44,47 @@ def size(tensor: Tensor) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Within it, bytes and launches of every operation that is no view, by kind."""
+    """Within it, every operation that is no view, by kind, floating-point operations and bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
-        self.launches: Counter[str] = Counter()
-        self.products: Counter[tuple[int, int]] = Counter()  # (operations, bytes) of one -> how many
+        self.kernels: Counter[tuple[str, int, int]] = Counter()  # (kind, operations, bytes) of one -> how many
         self.own = False  # within one of this package's ops
         self.inside = False  # within an inner step
+
+    @property
+    def bytes(self) -> Counter[str]:
+        """By kind."""
+        found: Counter[str] = Counter()
+        for (kind, _, number), many in self.kernels.items():
+            found[kind] += number * many
+        return found
+
+    @property
+    def launches(self) -> Counter[str]:
+        """By kind."""
+        found: Counter[str] = Counter()
+        for (kind, _, _), many in self.kernels.items():
+            found[kind] += many
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
-        moved = [t for t in tree_leaves((args, kwargs or {}, result)) if isinstance(t, Tensor)]
-        if not (self.own or func.is_view or not moved or name.startswith(("empty", "new_empty", "_unsafe_view"))):
-            kind = "products" if name in PRODUCTS else "attention" if name in ATTENTION else "the rest"
-            number = sum(map(size, moved))
-            self.bytes[kind] += number
-            self.launches[kind] += 1
-            if kind == "products":
-                a, b = [t for t in args if isinstance(t, Tensor)][-2:]
-                self.products[2 * a.numel() * b.shape[-1], number] += 1
+        given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
+        moved = [*given, *(t for t in tree_leaves(result) if isinstance(t, Tensor))]
+        if self.own or func.is_view or not moved or name.startswith(("empty", "new_empty", "_unsafe_view")):
+            return result
+        kind, work, number = "the rest", 0, sum(map(size, moved))
+        if name in PRODUCTS:
+            a, b = given[-2:]
+            kind, work = "products", 2 * a.numel() * b.shape[-1]
+        elif name in ATTENTION:
+            query, key = given[1:3] if name.endswith("backward") else given[:2]
+            kind, work = "attention", 2 * ATTENTION[name] * query.numel() * key.shape[-2]
+        elif name in GATHERS:
+            number -= max(size(given[0]) - size(result), 0)
+        self.kernels[kind, work, number] += 1
         return result
 
     def count(self, op: str, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,8 +100,7 @@ class Traffic(TorchDispatchMode):
             # written where they are: delta and its moments; the logits
             again = [t for t in args[:3] if t is not None] if op == "pgd_update_" else [args[0]] * (op == "token_loss_")
             if self.inside and not self.own:
-                self.bytes["this package's ops"] += sum(map(size, [*tensors, *again]))
-                self.launches["this package's ops"] += 1
+                self.kernels["this package's ops", 0, sum(map(size, [*tensors, *again]))] += 1
             return result
 
         return run
@@ -128,16 +152,11 @@ class Rates:
     launch: float
 
     def times(self, work: float, traffic: Traffic) -> dict[str, float]:
-        """Milliseconds: every kernel takes the longest of its operations, its bytes and a launch."""
-        products = sum(
-            number * max(flop / self.flops, size / self.bandwidth, self.launch)
-            for (flop, size), number in traffic.products.items()
-        )
-        rest = {
-            kind: max(traffic.bytes[kind] / self.bandwidth, traffic.launches[kind] * self.launch)
-            for kind in traffic.bytes if kind != "products"
-        }  # fmt: skip
-        found = {"floor": work / self.flops, "products": products, **rest, "step": products + sum(rest.values())}
+        """Milliseconds: each kernel takes the longest of its operations, its bytes and a launch."""
+        found = dict.fromkeys(("products", *traffic.bytes), 0.0)
+        for (kind, flop, number), many in traffic.kernels.items():
+            found[kind] += many * max(flop / self.flops, number / self.bandwidth, self.launch)
+        found = {"floor": work / self.flops, **found, "step": sum(found.values())}
         return {kind: round(seconds * 1e3, 2) for kind, seconds in found.items()}
 
 

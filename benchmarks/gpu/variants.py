@@ -147,18 +147,18 @@ VARIANTS = {
         "not weights; LoRA's sums no longer ride on its products", blocks,
     ),
     "compiled blocks, merged adapters": Variant(
-        (0.76, 0.55), "the same without LoRA's products and sums", blocks, (("merge_adapters", True),)
+        (0.70, 0.55), "the same without LoRA's products and sums", blocks, (("merge_adapters", True),)
     ),
     "torch's fused norms": Variant(
-        (0.88, 0.85), "a bf16 norm moves some 48 times its input's bytes, forward and backward; fused, 6 times",
+        (0.83, 0.83), "a bf16 norm moves some 60 times its input's bytes, forward and backward; fused, 5 times",
         torch_norms,
     ),
     "torch's fused norms, merged adapters": Variant(
-        (0.82, 0.67), "both, without a compiler", torch_norms, (("merge_adapters", True),)
+        (0.76, 0.67), "both, without a compiler", torch_norms, (("merge_adapters", True),)
     ),
-    "Liger's norms": Variant((0.88, 0.85), "as torch's", liger_norms),
+    "Liger's norms": Variant((0.83, 0.83), "as torch's", liger_norms),
     "Liger's norms, rotary embedding, SwiGLU": Variant(
-        (0.82, 0.75), "beside the norms, half of the gate's bytes and five sixths of the rotation's", liger_all
+        (0.77, 0.75), "beside the norms, half of the gate's bytes and five sixths of the rotation's", liger_all
     ),
     "merged adapters": Variant(
         (0.94, 0.80), "LoRA is 2% of the operations, but its sums read and write every output and gradient once more; "
