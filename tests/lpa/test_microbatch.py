@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lpa import LPATrainer
-from lpa_kernels.attack import LatentPGD, PairBatch
+from lpa_kernels.attack import LatentPGD, PairBatch, capture, modes
 from tests.lpa.faults import failing, run_out
 from tests.lpa.test_trainer import assert_same, logged, trainer_of, weights
 from tests.lpa.tiny import rows
@@ -53,6 +53,28 @@ def test_a_step_that_runs_out_of_memory_is_that_of_smaller_micro_batches(
     for name in ("attack_toward_first", "attack_away_last", "defence_toward", "defence_dpo", "defence_kl",
                  "defence_total", "norm/embedding", "boundary_fraction"):  # fmt: skip
         assert logged(trainer)[0].get(name) == pytest.approx(logged(small)[0].get(name), abs=1e-5), name
+
+
+@pytest.mark.parametrize(("graphs", "left"), [("auto", 2), ("on", 1)])
+def test_memory_that_runs_out_for_a_graph(
+    tmp_path: Path, graphs: str, left: int, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Only where graphs are asked for are micro-batches halved to make room for them."""
+    tries: list[int] = []
+
+    def record(step: Any, restore: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return step
+
+    trainer = of_size(tmp_path, 2, engine="packed", capture_graph=graphs, lpa_steps=2)
+    device = next(trainer.model.parameters()).device.type
+    monkeypatch.setitem(capture.RECORDERS, device, record)
+    monkeypatch.setattr(modes, "KEPT_ON", {device})
+    trainer.train()
+    assert trainer._memory.size == left
+    assert (len(tries) > 1, capture.OUT_OF_MEMORY in caplog.text) == (graphs == "on", True)
 
 
 def test_earlier_micro_batches_of_the_update_are_made_again(tmp_path: Path) -> None:
