@@ -192,6 +192,7 @@ class Trial:
     def damages(self, times: int) -> dict[str, Any]:
         """Damage the newest checkpoint of a whole run in some way, and train its last steps again."""
         kinds: Counter[str] = Counter()
+        lost: Counter[int] = Counter()
         worst = 0.0
         for _ in range(times):
             folder, diary = self.new()
@@ -216,11 +217,14 @@ class Trial:
                 assert path.name in found or (found and path.name == MANIFEST), (kind, path)
             kinds[kind] += 1
             worst = max(worst, self.to_the_end(folder, diary))
+            again = {int(line.split()[1]) for line in diary.read_text().splitlines() if line.startswith("attack")}
+            lost[len(again)] += 1
             told = (folder / "logs" / "rank-0.log").read_text()
             assert kind.startswith("nothing") or f"{newest} is damaged and left out: " in told
             shutil.rmtree(folder)
         assert worst == 0, worst
-        return {"times": times, "what": dict(kinds), "difference": worst, "steps_lost": {"1": times}}
+        return {"times": times, "what": dict(kinds), "difference": worst,
+                "steps_lost": {str(n): c for n, c in sorted(lost.items())}}  # fmt: skip
 
     def full_disks(self, times: int) -> dict[str, Any]:
         """Run out of disk at a random size, make room and go on."""
@@ -267,6 +271,7 @@ class Trial:
         """Have up to three random calls of attacks, forward and backward passes run out of memory, on any rank."""
         where: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
+        lost: Counter[int] = Counter()
         whole, _ = self.new()
         run(jobs.train, whole, SHORT, folder=whole)
         worst = 0.0
@@ -285,10 +290,13 @@ class Trial:
             (size,) = {(folder / f"size-{rank}").read_text() for rank in range(world)}  # the ranks go together
             sizes[size] += 1
             worst = max(worst, difference(whole, folder))
+            steps = [len(torch.load(path / "log.pt")) for path in (whole, folder)]
+            lost[steps[0] - steps[1]] += len(faults)
             shutil.rmtree(folder)
         assert worst < 1e-5, worst
         return {"times": where.total(), "runs": runs, "ranks": world, "while": dict(where), "difference": worst,
-                "pairs_at_once_of_8": dict(sorted(sizes.items())), "steps_lost": {"0": where.total()}}  # fmt: skip
+                "pairs_at_once_of_8": dict(sorted(sizes.items())),
+                "steps_lost": {str(n): c for n, c in sorted(lost.items())}}  # fmt: skip
 
     def hostile(self, times: int) -> dict[str, Any]:
         """Random mixtures of control tokens, template language, formulas, shell and control characters as cells."""
