@@ -293,7 +293,7 @@ def record(found: Evaluation, command: str, output: Path) -> dict[str, Any]:
             labels.setdefault(name, {})[subject] = {r["id"]: r.get("label", "error") for r in rows}
     trained = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
                for path in sorted((output / "train").glob("*/metrics.json"))}  # fmt: skip
-    kept = ("command", "settings", "data", "benign", "lpa_steps", "peak_memory_gb")
+    kept = ("command", "settings", "data", "benign", "lpa_steps", "seconds", "peak_memory_gb")
     return {
         "command": command, **{k: v for k, v in found.info.items() if k not in ("commands", "subjects")},
         "fingerprints": {name: subject["fingerprint"] for name, subject in found.info["subjects"].items()},
