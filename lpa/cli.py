@@ -41,6 +41,12 @@ def usage() -> str:
     )
 
 
+def _dashed(word: str) -> str:
+    """An option spelt as `lpa train` spells its own, with underscores, as the other commands spell theirs."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = import_module(f"lpa.commands.{given[0]}")
     try:
-        status: int = command.run(given[1:])
+        status: int = command.run(given[1:] if given[0] in ("train", "plan") else [_dashed(word) for word in given[1:]])
         return status
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

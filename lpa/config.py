@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,8 @@ class LPAConfig(TrainingArguments):
         for name in ("logging_steps", "save_steps", "eval_steps"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, self._whole_lpa_steps(float(value)))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else every rank would take itself for the only one
         self.lr_scheduler_type = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         super().__post_init__()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -85,9 +86,16 @@ def check_engine(trainer: Any) -> None:
     """Refuse what of accelerate a latent attack cannot run under, and tell where FSDP is not used though asked for.
 
     Raises:
-        ValueError: a compiled model, an engine other than DDP and FSDP2, or FSDP's own activation checkpointing.
+        ValueError: ranks that do not know of each other, a compiled model, an engine other than DDP and FSDP2, or
+            FSDP's own activation checkpointing.
     """
     state = trainer.accelerator.state
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if int(launched) > 1 and trainer.args.world_size == 1:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but this process would train by itself, as each of the others would; start them "
+            "with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
     if (backend := state.dynamo_plugin.backend) != DynamoBackend.NO:
         raise ValueError(
             f"accelerate is to compile the model ({backend.value}), and a compiled one does not see the hooks that "

@@ -86,6 +86,11 @@ class LPATrainer(DurableTrainer):
         **options: Any,
     ) -> None:
         args = args or LPAConfig()
+        if args.fsdp and args.world_size == 1:
+            raise ValueError(
+                "fsdp shares the weights among several processes, and this is one; start them with torchrun "
+                "--nproc_per_node N -m lpa train ... or accelerate launch, or leave fsdp out"
+            )
         if isinstance(model, (str, Path)):
             from .models import load
 

@@ -10,6 +10,7 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     from ..data import PLAIN_PROMPT
     from ..models import DEFAULT_MODEL
+    from . import DTYPES
 
     parser = argparse.ArgumentParser(prog="lpa chat", description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder, a hub name, or an asset's name")
@@ -17,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompt", action="append", default=[], help="answer this and end; may be given again")
     parser.add_argument("--system-prompt", default=PLAIN_PROMPT, help="empty for none")
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ...")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     parser.add_argument("--device", help="by default the first GPU, else the CPU")
     options = parser.parse_args(arguments)
     import torch

@@ -71,6 +71,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; those named like a field of `Settings` set it."""
+    from . import DTYPES
+
     add = parser.add_argument
     add("--model", help="a folder, a hub name, or an asset's name; by default the embedded model")
     add("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER", help="adapters to set beside it")
@@ -103,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system-prompt", help="of the conversations; empty for none")
     add("--max-new-tokens", type=int, help="longest answer (default: 96)")
     add("--batch-size", type=int, default=8, help="prompts a pass (default: 8)")
-    add("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ...")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights")
     add("--device", help="by default the first GPU, else the CPU")
     add("--seed", type=int, help="of random perturbations (default: 0)")
     add("--keep-texts", action="store_true", help="keep the harmful prompts in the file that stays out of commits")

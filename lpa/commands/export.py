@@ -9,13 +9,14 @@ from collections.abc import Sequence
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     from ..models import DEFAULT_MODEL
+    from . import DTYPES
 
     parser = argparse.ArgumentParser(prog="lpa export", description=__doc__)
     parser.add_argument("--merge", action="store_true", required=True, help="the only kind of export there is")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the base: a folder, a hub name, or an asset's name")
     parser.add_argument("--adapter", required=True, metavar="FOLDER")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a folder that is not there yet")
-    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, ...")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     options = parser.parse_args(arguments)
     from ..export import export_merged
     from ..models import load

@@ -39,7 +39,7 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     from transformers.utils import logging as transformers_logging
 
     from ..config import LPAConfig
-    from ..models import resolve
+    from ..models import ModelError, resolve
     from ..plan import estimate
     from ..plan.table import ASSUMPTIONS, as_text
 
@@ -47,7 +47,12 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     options = train.TrainOptions(**{name: values[name] for name in train.TrainOptions.__annotations__})
     own = {*train.TrainOptions.__annotations__, "config", "output_dir"}
     args = LPAConfig("plan", **{name: value for name, value in values.items() if name not in own})
-    config = AutoConfig.from_pretrained(resolve(options.model), trust_remote_code=options.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(resolve(options.model), trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the configuration of {options.model!r} cannot be had ({error}); give a folder, a hub name or an asset"
+        ) from error
     dtype, quantized = planned_dtype(options)
     found = estimate(
         config,

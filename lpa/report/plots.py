@@ -18,7 +18,9 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError as error:
-    raise ReportError("the report's plots need matplotlib: pip install matplotlib") from error
+    raise ReportError(
+        "the report's plots need matplotlib: pip install -c constraints.txt '.[report]', or pip install matplotlib"
+    ) from error
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart, and a shape for each colour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")

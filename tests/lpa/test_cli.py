@@ -332,3 +332,17 @@ def test_traits_and_assets(model: str, capsys: Any) -> None:
     assert "smollm2-135m-instruct" in capsys.readouterr().out
     assert main(["assets", "verify", "nothing"]) == 1
     assert "no asset is called 'nothing'" in capsys.readouterr().err
+
+
+def test_every_command_takes_underscores(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat", "--max_new_tokens=x_y"])
+    assert "argument --max-new-tokens: invalid int value: 'x_y'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "--dtype", "float8"])
+    assert "argument --dtype: invalid choice: 'float8'" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, capsys: Any) -> None:
+    assert main(["plan", "--model", str(tmp_path / "none"), "--use_cpu"]) == 1
+    assert f"the configuration of '{tmp_path / 'none'}' cannot be had" in capsys.readouterr().err

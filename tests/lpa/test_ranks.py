@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lpa.cli import main
-from lpa.ranks import reduce_gradients
+from lpa import LPATrainer
+from lpa.ranks import check_engine, reduce_gradients
 from tests import ranks
 from tests.lpa import jobs
+from tests.lpa.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 
@@ -78,6 +80,13 @@ def test_what_would_train_every_rank_for_itself_is_refused(tmp_path: Path, monke
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     with pytest.raises(ValueError, match=r"accelerate is to compile the model \(EAGER\).*dynamo_backend to no"):
         jobs.trainer_of(tmp_path)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    with pytest.raises(ValueError, match="among several processes, and this is one"):
+        LPATrainer("none", tiny_config(tmp_path, fsdp=True))
+    trainer = jobs.trainer_of(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2, but this process would train by itself"):
+        check_engine(trainer)
     module = torch.nn.Linear(1, 1)
     reduce_gradients(module, module)
     with pytest.raises(RuntimeError, match="cannot be averaged through Sequential"):
