@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lpa.cli import main
 from lpa import LPATrainer
+from lpa.cli import main
 from lpa.ranks import check_engine, reduce_gradients
 from tests import ranks
 from tests.lpa import jobs
