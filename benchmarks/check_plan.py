@@ -107,13 +107,12 @@ def configuration(case: dict[str, Any]) -> Any:
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Run a case here; peak memory in bytes and seconds."""
     import torch
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
     from lpa import LPATrainer
     from lpa.models import load
     from lpa.plan import PlanShape
-    from tests.lpa.jobs import allow_fsdp
+    from tests.lpa.jobs import allow_fsdp, planned_data
 
     attention = case.get("attn_implementation")
     torch.manual_seed(0)
@@ -125,21 +124,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         )
     shape, begun = PlanShape(**case["shape"]), time.time()
 
-    def pairs(rows: list[Any]) -> dict[str, Any]:
-        held = shape.pairs(len(rows), "prompt+completions")
-        return {name: value.clone() for name, value in vars(held).items() if value is not None}
-
-    def benign(rows: list[Any]) -> dict[str, Any]:
-        ids, mask = shape.benign(len(rows))
-        return {"benign_ids": ids, "benign_mask": mask.clone()}
-
     with tempfile.TemporaryDirectory() as folder:
         config = settings_of(case, folder)
-        data = Dataset.from_dict({"number": list(range(64))})
-        extra = {"benign_dataset": data, "benign_collator": benign} if {"sft", "kl"} & set(config.coefs) else {}
         if config.fsdp:
             allow_fsdp(config)
-        trainer = LPATrainer(model, config, data, None, data_collator=pairs, **extra)
+        trainer = LPATrainer(model, config, **planned_data(shape, config, 64))
         del model
         if "ranks" in case:
             from_here_on(trainer)

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from lpa.data import AGREE, ASSESSMENT_PROMPT, DISAGREE, PLAIN_PROMPT, load_pairs
-from lpa.evaluation import BASE, Evaluation, Settings, evaluate, load_set
+from lpa.evaluation import BASE, SUITES, Evaluation, Settings, evaluate, load_set
+from lpa.evaluation.sets import BENIGN
 from lpa.evaluation.stats import bootstrap, mean
 from lpa.evaluation.suites.answers import answers, complied
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
@@ -42,8 +43,6 @@ from lpa.report import build
 ALL = (
     "lpa", "finetune", "lat", "lpa-no-kl", "published", "shuffled", "desirable", "lpa-binding", "lpa-sft", "both",
 )  # fmt: skip
-SUITES = ("traits", "harm", "attacks", "overrefusal", "utility", "collapse")
-BENIGN = "benign"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Budget:
     main: tuple[str, ...]
     seeds: int
     settings: Settings
-    suites: tuple[str, ...] = SUITES
+    suites: tuple[str, ...] = tuple(SUITES)
     batch_size: int = 8
 
 
@@ -74,10 +73,7 @@ BUDGETS = {
         ("attacks", "overrefusal", "utility", "collapse"),
     ),
     # two harmful sets, asked directly and for a yes or no, and short answers
-    "cpu": Budget(
-        (), ALL, ("lpa", "finetune", "lat"), 3, _CPU,
-        ("traits", "harm", "attacks", "overrefusal", "utility", "collapse"), batch_size=46,
-    ),
+    "cpu": Budget((), ALL, ("lpa", "finetune", "lat"), 3, _CPU, batch_size=46),
     "full": Budget(
         (), ALL, ("lpa", "finetune", "lat", "published"), 3,
         Settings(sets=("strongreject", "harmbench", "do-not-answer"), max_new_tokens=64), batch_size=32,

@@ -1,3 +1,6 @@
 """The subcommands of `lpa`, one module each with `run(arguments) -> exit status`."""
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # of weights, for the option --dtype
+from typing import Literal, get_args
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of weights, for the option --dtype
+DTYPES: tuple[str, ...] = get_args(Dtype)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ..models import DEFAULT_MODEL
 from ..names import nearest
-from . import folder
+from . import Dtype, folder
 
 # What fits two CPU cores and a few minutes, and was found to gain most at the least price (docs/evaluate.md, "The
 # defaults"); for the embedded model alone.
@@ -57,7 +57,7 @@ class TrainOptions:
         "help": "Replace an earlier run in the output folder, once the new one can start."})  # fmt: skip
     resume: bool = field(default=False, metadata={
         "help": "Go on with the run in --output from its last checkpoint; its settings are the defaults."})  # fmt: skip
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={
+    dtype: Dtype = field(default="auto", metadata={
         "help": "Of the weights; auto is what the checkpoint holds."})  # fmt: skip
     load_in_4bit: bool = field(default=False, metadata={
         "help": "Quantise the base model to 4 bits (bitsandbytes); the adapters are trained beside it."})  # fmt: skip

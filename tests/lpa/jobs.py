@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor
 
 from lpa import LPAConfig, LPATrainer
+from lpa.plan import PlanShape
 from lpa_kernels import LatentPGD
 from tests.lpa import faults as faulty
 from tests.lpa.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
@@ -45,6 +47,22 @@ def allow_fsdp(config: LPAConfig) -> None:
     """Have accelerate take these CPUs for GPUs, so that it shards over them."""
     assert config.device.type == "cpu"  # and with that the process group is there
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def planned_data(shape: PlanShape, config: LPAConfig, rows: int) -> dict[str, Any]:
+    """Arguments of `LPATrainer`: data of a plan's lengths, benign ones too where the config has a term for them."""
+
+    def pairs(some: list[Any]) -> dict[str, Any]:
+        held = shape.pairs(len(some), "prompt+completions")
+        return {name: value.clone() for name, value in vars(held).items() if value is not None}
+
+    def benign(some: list[Any]) -> dict[str, Any]:
+        ids, mask = shape.benign(len(some))
+        return {"benign_ids": ids, "benign_mask": mask.clone()}
+
+    data = Dataset.from_dict({"number": list(range(rows))})
+    given: dict[str, Any] = {"train_dataset": data, "data_collator": pairs}
+    return given | ({"benign_dataset": data, "benign_collator": benign} if {"sft", "kl"} & set(config.coefs) else {})
 
 
 def command(arguments: list[str]) -> None:

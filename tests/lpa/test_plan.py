@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +17,7 @@ from lpa import LPAConfig, LPATrainer, cli
 from lpa.plan import PlanShape, estimate
 from lpa.plan.ledger import Ledger
 from lpa.plan.shapes import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED
+from tests.lpa.jobs import planned_data
 from tests.lpa.tiny import tiny_config
 
 CONFIG = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
@@ -56,20 +56,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def really(folder: Path, attention: str, **settings: Any) -> int:
-    def pairs(rows: list[Any]) -> dict[str, Any]:
-        held = SHAPE.pairs(len(rows), "prompt+completions")
-        return {name: value.clone() for name, value in vars(held).items() if value is not None}
-
-    def benign(rows: list[Any]) -> dict[str, Any]:
-        ids, mask = SHAPE.benign(len(rows))
-        return {"benign_ids": ids, "benign_mask": mask.clone()}
-
-    data = Dataset.from_dict({"number": list(range(12))})
     config = tiny_config(folder, **(RUN | settings))
-    extra = {"benign_dataset": data, "benign_collator": benign} if {"sft", "kl"} & set(config.coefs) else {}
     counted = LiveBytes()
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, attn_implementation=attention))
-    trainer = LPATrainer(model, config, data, None, data_collator=pairs, **extra)
+    trainer = LPATrainer(model, config, **planned_data(SHAPE, config, 12))
     trainer.pgd.attack(SHAPE.pairs(2, "prompt"))  # the probes, which are made once
     for p in trainer.model.parameters():
         counted.add(p.untyped_storage())
