@@ -112,7 +112,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from lpa import LPATrainer
     from lpa.models import load
     from lpa.plan import PlanShape
-    from tests.lpa.jobs import allow_fsdp, planned_data
+    from tests.support.jobs import allow_fsdp, planned_data
 
     attention = case.get("attn_implementation")
     torch.manual_seed(0)
@@ -206,7 +206,7 @@ def main() -> None:
     if options.table:
         print(as_table(json.loads(options.table.read_text())), end="")
         return
-    from lpa.card import versions
+    from lpa.training.card import versions
 
     results: dict[str, Any] = {}
     processes: dict[str, int] = {}

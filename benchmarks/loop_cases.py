@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.op_cases import device, project_eagerly, public_away
 from lpa_kernels import LatentPGD, PairBatch, token_loss
-from lpa_kernels.attack.sites import resolve_sites
+from lpa_kernels.model.sites import resolve_sites
 from lpa_kernels.ops import registry
 
 LORA = {"r": 64, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}

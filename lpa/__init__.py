@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import LPAConfig
     from .evaluation import evaluate
-    from .measure import measure
-    from .trainer import LPATrainer
+    from .evaluation.measure import measure
+    from .training.trainer import LPATrainer
 
 __all__ = ["LPAConfig", "LPATrainer", "evaluate", "measure"]
 
-_HOMES = {"LPAConfig": "config", "LPATrainer": "trainer", "evaluate": "evaluation", "measure": "measure"}
+_HOMES = {
+    "LPAConfig": "config",
+    "LPATrainer": "training.trainer",
+    "evaluate": "evaluation",
+    "measure": "evaluation.measure",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lpa_kernels.attack import Objective
-from lpa_kernels.attack.pgd import ENGINES, NORMS
-from lpa_kernels.ops.reference import RULES
-from lpa_kernels.ops.registry import requested
+from lpa_kernels.attack import ENGINES, NORMS, Objective
+from lpa_kernels.ops import RULES, requested
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON
 from .names import nearest

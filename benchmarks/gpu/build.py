@@ -72,7 +72,7 @@ def native(arch: str) -> dict[str, Any]:
 
 def triton() -> dict[str, Any]:
     """Registers and spills of every Triton kernel, compiled by the Triton that is here."""
-    done = command([sys.executable, "-m", "tests.ops.compile_triton"], 280)
+    done = command([sys.executable, "-m", "tests.support.compile_triton"], 280)
     if done.returncode:
         raise RuntimeError(f"a kernel spills or does not compile: {done.stdout[-400:]}")
     return {"lines": len(done.stdout.splitlines())}
@@ -81,7 +81,9 @@ def triton() -> dict[str, Any]:
 def build(setting: Setting) -> Cases:
     """The piece."""
     if setting.device != "cuda":
-        raise Skip("csrc's CUDA is built for a GPU that is there; tests/ops/test_native.py compiles it where nvcc is")
+        raise Skip(
+            "csrc's CUDA is built for a GPU that is there; tests/lpa_kernels/ops/test_native.py compiles it where nvcc is"
+        )
     if shutil.which("nvcc") is None:
         raise Skip("there is no nvcc on the path")
     arch = capability()

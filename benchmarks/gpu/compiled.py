@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lpa_kernels.attack.sites import decoder_layers, resolve_sites
+from lpa_kernels.model.sites import decoder_layers, resolve_sites
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def runs() -> Iterator[Run]:
 def model_here(setting: Setting) -> str:
     """The embedded model's folder; of a dry run a tiny one's."""
     if setting.dry:
-        from tests.lpa.tiny import saved_tiny
+        from tests.support.tiny import saved_tiny
 
         folder = setting.out / "files" / "tiny"
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.op_cases import device
 from lpa_kernels.ops import native, registry
-from tests.ops.cases import implementation, loss_case, perturb_case, update_case
+from tests.support.op_cases import implementation, loss_case, perturb_case, update_case
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     import torch
 
-    from ..chat import chat
+    from ..evaluation.chat import chat
     from ..models import load
 
     model, tokenizer = load(options.model, dtype=options.dtype)

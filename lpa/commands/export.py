@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a folder that is not there yet")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     options = parser.parse_args(arguments)
-    from ..export import export_merged
+    from ..evaluation.export import export_merged
     from ..models import load
 
     model, tokenizer = load(options.model, dtype=options.dtype)

@@ -224,15 +224,15 @@ def _train(values: dict[str, Any], command: str) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from ..card import model_card, write_json
     from ..data import load_pairs
     from ..data.loading import SHIPPED
+    from ..evaluation.measure import table
     from ..files import write_text, writing
-    from ..measure import table
     from ..models import load
-    from ..prepare import benign_source, trained_share
     from ..quantization import quantized_loading
-    from ..trainer import LPATrainer
+    from ..training.card import model_card, write_json
+    from ..training.prepare import benign_source, trained_share
+    from ..training.trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()  # what it says is about a loop that here is only a part
@@ -300,7 +300,7 @@ def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, floa
     """The table's first column: measured, or in a resumed run as it was; filled in later where weights are sharded."""
     from transformers import TrainerCallback
 
-    from ..ranks import from_main
+    from ..training.ranks import from_main
 
     found: dict[str, float] = {}
 
@@ -329,7 +329,7 @@ def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, floa
 
 
 def _measure(trainer: Any, options: TrainOptions) -> dict[str, float]:
-    from ..measure import measure
+    from ..evaluation.measure import measure
 
     if not options.measure:
         return {}
@@ -369,7 +369,7 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
     try:
         yield seen
     except KeyboardInterrupt:
-        from ..checkpoint import checkpoints
+        from ..training.checkpoint import checkpoints
 
         saved = checkpoints(Path(trainer.args.output_dir))
         print(f"\nthe last checkpoint: {saved[0] if saved else 'none'}", file=sys.stderr)
@@ -381,9 +381,9 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
 
 def _save(trainer: Any, options: TrainOptions) -> None:
     """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors."""
-    from ..card import write_json
     from ..files import staged, writing
-    from ..ranks import agree
+    from ..training.card import write_json
+    from ..training.ranks import agree
 
     model, output = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
     state, error = trainer.trained_state(), None
@@ -406,8 +406,8 @@ def _record(
     options: TrainOptions, trainer: Any, pairs: Any, before: dict[str, float], after: dict[str, float], command: str
 ) -> dict[str, Any]:
     """What metrics.json holds, without "seconds": this process's, and those of LPA steps before an interruption."""
-    from ..card import peak_memory_gb, versions
-    from ..prepare import OWN
+    from ..training.card import peak_memory_gb, versions
+    from ..training.prepare import OWN
 
     benign = None
     if trainer.benign is not None:
@@ -443,6 +443,6 @@ def _shipped_or(source: str) -> str:
 
 
 def _data_record(source: str, dataset: Any, columns: tuple[str, ...]) -> dict[str, Any]:
-    from ..card import data_hash
+    from ..training.card import data_hash
 
     return {"source": source, "rows": len(dataset), "sha256": data_hash(dataset, columns)}

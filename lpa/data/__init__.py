@@ -1,6 +1,5 @@
 """The data of LPA: shipped statements, loading, chat templates, batches."""
 
-from .chat import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
 from .collate import ATTACK_ON, BenignCollator, PairCollator, encode_benign, encode_pairs
 from .loading import (
     AGREE,
@@ -16,6 +15,7 @@ from .loading import (
     statements,
 )
 from .preview import preview
+from .templates import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
 
 __all__ = [
     "AGREE",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .chat import ChatEncoder, warn_inert
 from .loading import DataError
+from .templates import ChatEncoder, warn_inert
 
 if TYPE_CHECKING:
     from datasets import Dataset

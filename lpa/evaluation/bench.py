@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lpa.data import DataError
-from lpa.data.chat import ChatEncoder
+from lpa.data.templates import ChatEncoder
 from lpa.models import context_length
-from lpa_kernels.attack import LatentAttack
-from lpa_kernels.attack.head import output_head
+from lpa_kernels.attack import LatentAttack, output_head
 
 Tokens = list[int]
 

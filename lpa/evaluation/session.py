@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from lpa.card import versions
 from lpa.models import DEFAULT_MODEL, load
+from lpa.training.card import versions
 
 from .bench import Bench, quiet_generation
 from .judges import Judge, judge_answers

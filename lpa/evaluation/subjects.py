@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpa_kernels.attack.modes import merged_adapters
+from lpa_kernels.model import merged_adapters
 
 BASE = "base"
 

@@ -15,21 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from lpa_kernels.attack import LatentAttack, PairBatch, modes, packed
+from lpa_kernels.attack import LatentAttack, PairBatch, packed
 from lpa_kernels.attack.head import selected_logits
-from lpa_kernels.attack.modes import inner_mode
 from lpa_kernels.attack.packed import InnerStep
 from lpa_kernels.attack.packing import PackedLayout, unshared
 from lpa_kernels.attack.pgd import Plan
 from lpa_kernels.attack.reference import adapters_off
-from lpa_kernels.attack.sites import decoder_layers, in_block
 from lpa_kernels.attack.state import AttackState
 from lpa_kernels.attack.trim import scored_tokens
+from lpa_kernels.model import modes
+from lpa_kernels.model.modes import inner_mode
+from lpa_kernels.model.sites import decoder_layers, in_block
 
 from ..config import BENIGN_TERMS, LPAConfig
-from ..losses import benign_terms, pair_terms
-from ..measure import attack_of
-from ..prepare import add_adapters
+from ..evaluation.measure import attack_of
+from ..training.losses import benign_terms, pair_terms
+from ..training.prepare import add_adapters
 from .ledger import Ledger
 from .shapes import PlanShape, build, laid_out, quantize, to_meta
 from .sharding import Shards, shared

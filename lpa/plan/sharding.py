@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpa_kernels.attack.sites import decoder_layers
+from lpa_kernels.model.sites import decoder_layers
 
 from .ledger import Ledger
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lpa import assets
+from lpa.evaluation.measure import as_text, labels
 from lpa.evaluation.refusal import measured_errors
 from lpa.evaluation.sets import BENIGN
 from lpa.evaluation.stats import wilson
 from lpa.evaluation.suites import Row
 from lpa.evaluation.suites.attacks import modes
 from lpa.evaluation.table import VERDICT, lines, number, shown
-from lpa.measure import as_text, labels
-from lpa.selection import Limits
+from lpa.training.selection import Limits
 
 from . import plots
 from .runs import EvaluationRun, Paired, ReportError, TrainingRun, paired_tests, read_run, sample_answers

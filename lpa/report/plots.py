@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lpa.evaluation.suites import Row
-from lpa.selection import Limits, faults, safety, utility
+from lpa.training.selection import Limits, faults, safety, utility
 
 from .runs import EvaluationRun, ReportError, TrainingRun
 

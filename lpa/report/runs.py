@@ -19,7 +19,7 @@ from lpa.evaluation.suites.harm import says_yes
 from lpa.evaluation.suites.traits import CLEAN
 from lpa.evaluation.suites.utility import task_name
 from lpa.evaluation.table import VERDICT
-from lpa.selection import PREFIX, entries_of
+from lpa.training.selection import PREFIX, entries_of
 
 METRICS, STATE = "metrics.json", "trainer_state.json"
 

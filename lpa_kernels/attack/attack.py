@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.hooks import grid_rows, perturbed, perturbing_hook
+from ..model.sites import Site
 from .batch import PairBatch
-from .hooks import grid_rows, perturbed, perturbing_hook
 from .packing import PackedLayout, pack, unshared
-from .sites import Site
 
 
 @dataclass

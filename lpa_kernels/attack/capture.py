@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..model.frozen import Replay, frozen_blocks
+from ..model.modes import adapter_state
+from ..model.sharding import is_sharded, tell_off
+from ..model.walk import modules_of, parameters_of
 from ..ops.registry import requested
-from .frozen import Replay, frozen_blocks
 from .masks import refill_masks
-from .modes import adapter_state
 from .packed import InnerStep, layout_rows
 from .packing import PADDING, PackedLayout
-from .sharding import is_sharded, tell_off
 from .state import AttackState
-from .walk import modules_of, parameters_of
 
 if TYPE_CHECKING:
     from .pgd import LatentPGD

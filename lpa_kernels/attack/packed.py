@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..model.frozen import frozen_blocks
+from ..model.hooks import fixed_rows, gradients, kept_for_recompute, perturbed
+from ..model.sharding import is_sharded, tell_off
 from ..ops import linear_token_loss, token_loss_
 from ..ops.reference import gather_grad
 from .attack import LatentAttack
-from .frozen import frozen_blocks
 from .head import output_head, plain_head, selected_logits
-from .hooks import fixed_rows, gradients, kept_for_recompute, perturbed
 from .objective import PairRows, loss_scale
 from .packing import PackedLayout
 from .reference import adapters_off
-from .sharding import is_sharded, tell_off
 from .state import AttackState
 from .trim import scored_tokens, trimmable, trimmed
 

@@ -13,20 +13,20 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
+from ..model.frozen import can_freeze, frozen_depth
+from ..model.hooks import kept_for_recompute
+from ..model.modes import inner_mode
+from ..model.sites import Site, resolve_sites, site_widths
+from ..model.walk import parameters_of
 from ..ops.reference import RULES
 from ..ops.registry import requested
 from . import capture, packed, reference
 from .attack import LatentAttack
 from .batch import PairBatch
-from .frozen import can_freeze, frozen_depth
-from .hooks import kept_for_recompute
-from .modes import inner_mode
 from .objective import Objective, PairRows
 from .packing import PackedLayout, pack, unshared
 from .probe import can_pack
-from .sites import Site, resolve_sites, site_widths
 from .state import AttackState
-from .walk import parameters_of
 
 logger = logging.getLogger(__name__)
 

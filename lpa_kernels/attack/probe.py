@@ -12,14 +12,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..model.modes import adapter_state
+from ..model.sharding import is_sharded
+from ..model.sites import decoder_layers
+from ..model.walk import parameters_of
 from .batch import PairBatch
 from .head import selected_logits
 from .masks import IMPLEMENTATIONS, packed_masks
-from .modes import adapter_state
 from .packing import CHOSEN, REJECTED, PackedLayout, pack, unshared
-from .sharding import is_sharded
-from .sites import decoder_layers
-from .walk import parameters_of
 
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..model.hooks import gradients, grid_rows, perturbed, rows_by_length
+from ..model.modes import kept_flags
+from ..model.sites import Site, hidden_of
 from ..ops import token_loss
 from .batch import PairBatch
-from .hooks import gradients, grid_rows, perturbed, rows_by_length
-from .modes import kept_flags
 from .objective import Objective, PairRows, kl_rows, loss_scale
-from .sites import Site, hidden_of
 from .state import AttackState
 
 if TYPE_CHECKING:

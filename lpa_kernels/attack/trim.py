@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..model.sites import Site, decoder_layers, hidden_of, in_block, with_hidden
 from .packing import PackedLayout
-from .sites import Site, decoder_layers, hidden_of, in_block, with_hidden
 
 _exact: WeakKeyDictionary[nn.Module, dict[torch.dtype, bool]] = WeakKeyDictionary()
 

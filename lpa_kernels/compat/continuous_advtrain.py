@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack.head import output_head
-from ..attack.modes import frozen_eval
+from ..model.modes import frozen_eval
 from ..ops import perturb, pgd_update_, token_loss
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import LatentPGD, PairBatch
-from ..attack.sites import Site, in_block, unwrapped
+from ..model.sites import Site, in_block, unwrapped
 from .latent_at_hooks import CustomHook, GDAdversary, clear_hooks, install, make_room, say_once
 from .patch import Patch, find_in, foreign_module, imports, same_parameters
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import LatentAttack
-from ..attack.hooks import rows_by_length
-from ..attack.sites import hidden_of, with_hidden
+from ..model.hooks import rows_by_length
+from ..model.sites import hidden_of, with_hidden
 from ..ops import perturb, project_
 
 logger = logging.getLogger(__name__)

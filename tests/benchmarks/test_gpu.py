@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def piece(name: str, seconds: float = 60) -> Piece:
-    return Piece(name, f"tests.benchmarks.fakes:{name}", seconds / 60, "a fake")
+    return Piece(name, f"tests.support.pieces:{name}", seconds / 60, "a fake")
 
 
 def calls(out: Path) -> list[str]:

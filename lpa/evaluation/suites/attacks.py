@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from lpa.config import default_sites
 from lpa.data import PairCollator
 from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
-from lpa_kernels.attack.sites import decoder_layers
+from lpa_kernels.model import decoder_layers
 
 from .. import refusal
 from ..records import Records

@@ -10,9 +10,9 @@ import torch
 
 from lpa.config import default_sites
 from lpa.data import PairCollator, load_pairs
-from lpa.measure import completion_log_probs
+from lpa.evaluation.measure import completion_log_probs
 from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
-from lpa_kernels.attack.sites import decoder_layers
+from lpa_kernels.model import decoder_layers
 
 from ..bench import batches
 from ..records import Record, Records

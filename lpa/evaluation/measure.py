@@ -1,0 +1,161 @@
+"""The before/after table: what a model says of held-out statements, clean and under attack, and perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
+from lpa_kernels.model import decoder_layers, frozen_eval
+
+from ..config import LPAConfig, default_sites
+from ..data import PairCollator, load_pairs, perplexity_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = {
+    "disagree_undesirable": "disagrees with undesirable statements",
+    "disagree_undesirable_attacked": "  under a latent attack",
+    "agree_desirable": "agrees with desirable statements",
+    "agree_desirable_attacked": "  under a latent attack",
+    "perplexity": "perplexity on plain text",
+}
+_KINDS = {"undesirable": "disagree_undesirable", "desirable": "agree_desirable"}
+
+
+def attack_of(model: Any, config: LPAConfig, **changes: Any) -> LatentPGD:
+    """The attack that a config describes, on a model. `changes` are arguments of `LatentPGD`."""
+    options = config.attack_options | {"steps": max(config.steps, 1)} | changes
+    sites = options.pop("sites", None) or config.sites or default_sites(len(decoder_layers(model)))
+    sites = [sites] if isinstance(sites, (str, int)) else sites
+    return LatentPGD(model, [int(site) if site.isdigit() else site for site in map(str, sites)], **options)
+
+
+@torch.no_grad()
+def completion_log_probs(pgd: LatentPGD, batch: PairBatch, attack: LatentAttack | None = None) -> Tensor:
+    """[B, 2] float32: total log-probability of each pair's rejected and chosen completion, under an attack or not."""
+    with frozen_eval(pgd.model):
+        rows = pgd.rows(batch, attack)
+    log_probs = rows.logits.float().log_softmax(-1).gather(1, rows.labels[:, None])[:, 0]
+    totals = torch.zeros(2 * rows.size, device=log_probs.device)
+    return totals.index_add_(0, 2 * rows.example + (~rows.rejected).long(), log_probs).view(rows.size, 2)
+
+
+def margins(pgd: LatentPGD, pairs: Any, collator: PairCollator, *, attacked: bool, batch_size: int = 12) -> Tensor:
+    """[pairs] float32: log-probability of the chosen completion minus that of the rejected one."""
+    device = pgd.model.get_input_embeddings().weight.device  # type: ignore[operator]
+    found = []
+    for start in range(0, len(pairs), batch_size):
+        rows = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
+        batch = PairBatch.from_dict(collator(rows)).to(device)
+        rejected, chosen = completion_log_probs(pgd, batch, pgd.attack(batch) if attacked else None).unbind(1)
+        found.append((chosen - rejected).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, text: str | None = None, *, window: int = 256) -> float:
+    """exp of the mean negative log-probability of a text's tokens, each with up to `window` tokens before it.
+
+    The text is cut into windows that do not overlap; their first tokens are not scored.
+
+    Args:
+        text: by default the shipped one.
+    """
+    ids: Tensor = tokenizer(perplexity_text() if text is None else text, return_tensors="pt")["input_ids"][0]
+    device = model.get_input_embeddings().weight.device
+    total, count = 0.0, 0
+    with frozen_eval(model):
+        for part in ids.split(window):
+            if len(part) < 2:
+                continue
+            logits = model(input_ids=part[None].to(device), use_cache=False).logits[0, :-1]
+            total += float(F.cross_entropy(logits.float(), part[1:].to(device), reduction="sum"))
+            count += len(part) - 1
+    return math.exp(total / count) if total / count < 700 else math.inf  # exp(710) is no float64
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    config: LPAConfig | None = None,
+    *,
+    pgd: LatentPGD | None = None,
+    attacked_rows: int | None = None,
+) -> dict[str, float]:
+    """The numbers of the table, on the shipped held-out statements and text; the model is left as it was.
+
+    An answer counts by the total log-probabilities of the two completions under the run's own system prompt; the attack
+    is the run's own, and pushes toward the wrong answer.
+
+    Args:
+        pgd: the attack; by default that of `config`.
+        attacked_rows: how many statements of each kind are attacked (0 for none); by default all twelve.
+
+    Returns:
+        by the names in `ROWS`: shares in [0, 1] and the perplexity; with "_margin" after a share's name the mean
+        log-odds of the right answer, in nats; with "_n" how many statements it is of.
+
+    Raises:
+        ValueError: attacked_rows is negative.
+        FloatingPointError: the model's answers or its perplexity are not finite.
+    """
+    if attacked_rows is not None and attacked_rows < 0:
+        raise ValueError(f"attacked_rows={attacked_rows} must be 0 (none) or more")
+    config = config or LPAConfig()
+    pgd = pgd or attack_of(model, config)
+    collator = PairCollator(tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on)
+    found: dict[str, float] = {}
+    for kind, name in _KINDS.items():
+        pairs = load_pairs(kind=kind, split="heldout")
+        several = len(pairs) if attacked_rows is None else min(attacked_rows, len(pairs))
+        for attacked, count in ((False, len(pairs)), (True, several if config.steps else 0)):
+            if count == 0:
+                continue
+            # spread over the traits, which the statements are sorted by
+            chosen = pairs.select([i * len(pairs) // count for i in range(count)])
+            # attacked in no larger batches than the training's own, which are what memory holds
+            size = min(12, config.per_device_train_batch_size) if attacked else 12
+            values = margins(pgd, chosen, collator, attacked=attacked, batch_size=size)
+            key = f"{name}_attacked" if attacked else name
+            found |= {key: float((values > 0).float().mean()), f"{key}_margin": float(values.mean()), f"{key}_n": count}
+    found["perplexity"] = perplexity(model, tokenizer)
+    if odd := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise FloatingPointError(
+            f"{odd[0]} is {found[odd[0]]}: the model's logits are not finite; look for NaN in its weights, or load it "
+            "in bfloat16 or float32 instead of float16"
+        )
+    return found
+
+
+def as_text(name: str, found: Mapping[str, float] | None) -> str:
+    """A number of the table as people read it; "-" where it was not measured."""
+    if not found or name not in found:
+        return "-"
+    if name == "perplexity":
+        return f"{found[name]:.2f}"
+    return f"{100 * found[name]:.0f}% ({found[f'{name}_margin']:+.2f})"
+
+
+def labels(before: Mapping[str, float]) -> dict[str, str]:
+    """Name -> label of the rows that were measured, with n, the number of statements."""
+    told = {name: f" (n={before[f'{name}_n']:.0f})" if f"{name}_n" in before else "" for name in ROWS}
+    return {name: f"{label}{told[name]}" for name, label in ROWS.items() if name in before}
+
+
+def table(before: Mapping[str, float], after: Mapping[str, float] | None) -> Table:
+    """The table for a terminal."""
+    from rich.table import Table
+
+    grid = Table("held out: share (mean log-odds)")
+    for column in ("before", "after"):
+        grid.add_column(column, justify="right")
+    for name, label in labels(before).items():
+        grid.add_row(label, as_text(name, before), as_text(name, after))
+    return grid

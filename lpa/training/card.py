@@ -1,0 +1,140 @@
+"""The model card and the record of a run: README.md and metrics.json beside the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..assets import ASSETS
+from ..evaluation.measure import as_text, labels
+from ..files import write_text
+
+PACKAGES = ("lpa-kernels", "torch", "transformers", "peft", "accelerate", "triton", "datasets", "lm-eval")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def data_hash(dataset: Any, columns: tuple[str, ...]) -> str:
+    """SHA-256 of the rows' texts, in order."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps([row[name] for name in columns], ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def peak_memory_gb() -> float | None:
+    """The most memory this process has held, in GB (10^9 bytes); None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot hold.
+    """
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    return f"{data['source']}, SHA-256 {data['sha256']}, {data['rows']}"
+
+
+def _kept(run: Mapping[str, Any]) -> list[str]:
+    """What the canaries had to do with it."""
+    if not (found := run.get("canaries")):
+        return []
+    told = [f"- kept: LPA step {found['kept_lpa_step']}; the best by {len(found['measured'])} measurements of canaries "
+            f"was {found['best_lpa_step']}"]  # fmt: skip
+    return told + ([f"- stopped by the canaries: {found['stopped']}"] if found["stopped"] else [])
+
+
+def model_card(run: Mapping[str, Any]) -> str:
+    """README.md of an adapter.
+
+    Args:
+        run: what metrics.json holds: model, command, versions, settings, data, benign, before, after, seconds,
+            lpa_steps, canaries.
+    """
+    name, asset = run["model"], ASSETS.get(run["model"])
+    base = asset.source if asset else name
+    settings, after = run["settings"], run["after"]
+    use = ["from lpa.models import load"]
+    if settings["lora"]:
+        use += ["from peft import PeftModel", "", f"model, tokenizer = load({name!r})",
+                'model = PeftModel.from_pretrained(model, "this folder")']  # fmt: skip
+    else:
+        use += ["", 'model, tokenizer = load("this folder")']
+    lines = ["---", f"base_model: {json.dumps(base)}"]
+    if settings["lora"]:
+        lines.append("library_name: peft")
+    lines += [
+        "tags:",
+        "- lpa",
+        "- latent-adversarial-training",
+        "---",
+        "",
+        f"# {base.rpartition('/')[2]}, trained by LPA",
+        "",
+    ]
+    lines += [
+        "Latent Personality Alignment trains a chat model to keep disagreeing with statements of undesirable "
+        "personality traits while an adversary perturbs its hidden states. No harmful text is used.",
+        "",
+    ]
+    if asset:
+        lines += [
+            f"**The base weights are 4-bit ones, dequantised** ({asset.package} {asset.version}, {asset.licence}). "
+            "Figures here are not comparable with published scores of the original model.",
+            "",
+        ]
+    if run.get("quantized"):
+        lines += [f"The base model was loaded as {run['quantized']}; it is what these figures are of.", ""]
+    lines += ["| held out: share (mean log-odds) | before | after |", "|---|---|---|"]
+    for key, label in labels(run["before"]).items():
+        lines.append(f"| {label.strip()} | {as_text(key, run['before'])} | {as_text(key, after)} |")
+    lines += [
+        "",
+        "An answer counts by the total log-probabilities of the two completions. The attack is the training's own. A "
+        "model that disagrees with everything would score well on the first two rows: read the others too.",
+        "",
+        "## How it was made",
+        "",
+        "```",
+        run["command"],
+        "```",
+        "",
+        f"- LPA steps: {run['lpa_steps']} of {settings['lpa_steps']}, seed {settings['seed']}, {run['seconds']:.0f} s",
+        *_kept(run),
+        f"- data: {_data(run['data'])} pairs",
+        *([f"- benign data: {_data(run['benign'])} examples"] if run["benign"] else []),
+        f"- versions: {', '.join(f'{key} {value}' for key, value in run['versions'].items())}",
+        "- settings and the numbers of every LPA step: metrics.json",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *use,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,196 @@
+"""What a run needs before its first step: the model with its adapters, and its data as tokens."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..config import LORA_TARGETS, LPAConfig
+from ..data import (
+    PLAIN_PROMPT,
+    BenignCollator,
+    PairCollator,
+    benign_requests,
+    encode_benign,
+    encode_pairs,
+    load_benign,
+    load_pairs,
+)
+from ..models import context_length
+from ..quantization import is_quantized
+
+logger = logging.getLogger(__name__)
+
+OWN = "own"  # the benign data set that is the model's own answers
+
+
+def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
+    """The model to train: with LoRA of the config, with any `peft_config`, as it is (adapters there), or in full.
+
+    Raises:
+        ValueError: a `peft_config` for a model that has adapters already, LoRA targets that the model has not, or
+            merge_adapters on a quantised model.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if config.merge_adapters and is_quantized(model):
+        raise ValueError("merge_adapters=True, but the model is quantised, and merging would round the adapters away; "
+                         "use merge_adapters=False")  # fmt: skip
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("the model has adapters already; give either those or a peft_config")
+        return model
+    if peft_config is None:
+        if not config.lora:
+            return model
+        peft_config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type, unused-ignore]
+            lora_dropout=config.lora_dropout,
+            target_modules=_targets(model, config.lora_targets),
+        )
+    return get_peft_model(model, peft_config)
+
+
+def _targets(model: Any, wanted: Sequence[str]) -> str | list[str]:
+    if list(wanted) == ["all-linear"]:
+        return "all-linear"
+    have = [f".{name}" for name, _ in model.named_modules()]
+    if absent := [name for name in wanted if not any(path.endswith(f".{name}") for path in have)]:
+        if tuple(wanted) != LORA_TARGETS:
+            raise ValueError(
+                f"lora_targets={list(wanted)}: {type(model).__name__} has no modules {', '.join(absent)}; use names of "
+                "its linear modules, or 'all-linear'"
+            )
+        # half of the blocks' weights without an adapter would be another method, so all of them get one
+        logger.warning("%s has no modules %s; every linear layer gets an adapter", type(model).__name__, absent)
+        return "all-linear"
+    return list(wanted)
+
+
+def trained_share(model: Any) -> tuple[int, int]:
+    """(weights that are trained, all weights)."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
+
+
+def _limit(model: Any, config: LPAConfig) -> int | None:
+    """The longest row in tokens.
+
+    Raises:
+        ValueError: max_length is above the model's context.
+    """
+    context = context_length(model)
+    if context is not None and config.max_length is not None and config.max_length > context:
+        raise ValueError(f"max_length={config.max_length} is above the model's context of {context} tokens")
+    return config.max_length or context
+
+
+def pairs_as_tokens(
+    dataset: Any, model: Any, tokenizer: Any, config: LPAConfig, collator: Callable[..., Any] | None
+) -> tuple[Any, Callable[..., Any], list[int]]:
+    """(data set, collator, length of each row in tokens). A collator of one's own gets the data set as it is.
+
+    Raises:
+        ValueError: no rows, missing columns, or a row longer than the context.
+    """
+    if collator is None:
+        if tokenizer is None:
+            raise ValueError("give processing_class (a tokenizer), or a data_collator that needs none")
+        dataset = encode_pairs(
+            load_pairs(dataset), tokenizer, system_prompt=config.system_prompt or None, max_length=_limit(model, config)
+        )
+        collator = PairCollator(tokenizer, attack_on=config.attack_on)
+    if dataset is None or len(dataset) == 0:
+        raise ValueError("the data set of pairs is empty; give at least one row")
+    _check_tokens(dataset, ("prompt_tokens", "rejected_tokens", "chosen_tokens"), model)
+    return dataset, collator, _lengths(dataset, ("rejected_tokens", "chosen_tokens"))
+
+
+def benign_as_tokens(
+    dataset: Any, model: Any, tokenizer: Any, config: LPAConfig, collator: Callable[..., Any] | None
+) -> tuple[Any, Callable[..., Any], list[int]]:
+    """The same for benign examples (columns prompt and response)."""
+    if collator is None:
+        if tokenizer is None:
+            raise ValueError("give processing_class (a tokenizer), or a benign_collator that needs none")
+        system = config.benign_system_prompt
+        if system is None and dataset is None:
+            system = config.system_prompt
+        dataset = encode_benign(
+            load_benign(dataset), tokenizer, system_prompt=system or None, max_length=_limit(model, config)
+        )
+        collator = BenignCollator(tokenizer)
+    if dataset is None or len(dataset) == 0:
+        raise ValueError("the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0")
+    _check_tokens(dataset, ("prompt_tokens", "response_tokens"), model)
+    return dataset, collator, _lengths(dataset, ("response_tokens",))
+
+
+def _check_tokens(dataset: Any, columns: Sequence[str], model: Any) -> None:
+    """Every token must have an embedding. The model may have more of them than the tokenizer has tokens.
+
+    Raises:
+        ValueError: a token has none.
+    """
+    if not set(columns) <= set(getattr(dataset, "column_names", ())):
+        return
+    largest = max(max(tokens, default=0) for name in columns for tokens in dataset[name])
+    have = model.get_input_embeddings().weight.shape[0]
+    if largest >= have:
+        raise ValueError(
+            f"the tokenizer gives token {largest} and the model has embeddings for {have}; use the model's own "
+            "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> Any:
+    """What `LPATrainer` takes as its benign data set: where `OWN` is given, the model's own answers under the config's
+    benign system prompt (the plain one if it has none, which is then set)."""
+    if given != OWN:
+        return given
+    if config.benign_system_prompt is None:
+        config.benign_system_prompt = PLAIN_PROMPT
+    if not (config.fsdp or getattr(model, "is_quantized", False)):
+        model.to(config.device)
+    return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None)
+
+
+def own_answers(
+    model: Any, tokenizer: Any, *, system_prompt: str | None = PLAIN_PROMPT, max_new_tokens: int = 32, batch: int = 16
+) -> list[dict[str, str]]:
+    """The model's own greedy answers to the shipped benign requests, rows of prompt and response: what a kl term holds
+    it to. Made where the model lies; requests that get an empty answer are left out.
+
+    Args:
+        system_prompt: of the conversations; the trainer's benign_system_prompt must be the same.
+        max_new_tokens: longest answer. batch: requests a pass.
+    """
+    from ..evaluation.bench import Bench, batches, quiet_generation
+
+    bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
+    rows = []
+    with quiet_generation():
+        for prompts in batches(benign_requests(), batch):
+            texts = bench.answers([bench.prompt_tokens(prompt) for prompt in prompts])
+            rows += [{"prompt": p, "response": text} for p, text in zip(prompts, texts, strict=True) if text]
+    return rows
+
+
+def _lengths(dataset: Any, completions: Sequence[str]) -> list[int]:
+    if not {"prompt_tokens", *completions} <= set(getattr(dataset, "column_names", ())):
+        return [0] * len(dataset)
+    columns = [[len(tokens) for tokens in dataset[name]] for name in ("prompt_tokens", *completions)]
+    return [prompt + max(rest) for prompt, *rest in zip(*columns, strict=True)]
+
+
+def warn_if_small(rows: int, batch: int) -> None:
+    """Tell that a batch holds some rows more than once."""
+    if rows < batch:
+        warnings.warn(
+            f"the data set has {rows} row{'s' * (rows > 1)} and a batch {batch}: each batch holds rows more than once",
+            stacklevel=3,
+        )

@@ -1,0 +1,418 @@
+"""LPATrainer: transformers' Trainer with a latent attack before every few model updates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from lpa_kernels.attack import LatentPGD, PairBatch, adapters_off, forget
+from lpa_kernels.model import frozen_eval
+
+from ..config import BENIGN_TERMS, LPAConfig
+from ..evaluation.measure import attack_of
+from ..models import check_head
+from .callbacks import canary_callback
+from .durable import DurableTrainer, StopTraining
+from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
+from .microbatch import MemoryLimit, MicroBatch, free_memory
+from .prepare import add_adapters, benign_as_tokens, pairs_as_tokens, warn_if_small
+from .progress import LPAProgress
+from .ranks import check_engine, reduce_gradients
+from .record import StepRecord
+from .sampler import LPABatchSampler
+
+logger = logging.getLogger(__name__)
+
+
+class LPATrainer(DurableTrainer):
+    """Trains a model to keep its answers while an adversary pushes its hidden states.
+
+    One LPA step takes one global batch: every micro-batch is attacked once (in eval mode, weights frozen), and the
+    model is then updated `defence_steps` times, each micro-batch under its own attack in every one of them.
+    transformers' loop sees the micro-batches `defence_steps` times over, so callbacks, logging, schedules and
+    checkpoints are its own; `global_step` counts model updates, and checkpoints are made at the ends of LPA steps only.
+
+    Logged every LPA step: "attack_toward_first", "_last" and the same for "away", "dpo" and "ipo" (the adversary's
+    losses at its first and last inner step), "defence_toward", "_away", "_dpo", "_ipo", "_sft", "_kl", "_total" (the
+    last update's losses, the total being their plain sum), "norm/SITE" (mean over attacked tokens),
+    "boundary_fraction", "padding_share" (of the attack's passes: places without a token), "seconds_attack", "_defence",
+    "_other", "tokens_per_second" (tokens of both texts times the passes made over them), and "lpa_step". With
+    `canary_steps`, every so many LPA steps, "canary/" and what `lpa.training.canaries` measures; `canaries` is then the
+    `CanaryCallback`, and the weights end as those of the best step.
+
+    Args:
+        model: a causal language model, or what `lpa.models.load` takes.
+        args: settings.
+        train_dataset: pairs (columns prompt, rejected, chosen), or anything `lpa.data.load_pairs` takes; by default the
+            shipped statements.
+        processing_class: the tokenizer.
+        peft_config: adapters to train instead of the config's LoRA.
+        benign_dataset: prompt and response, for the sft and kl terms; by default the shipped desirable statements.
+        ref_model: the base model of the kl, dpo and ipo terms where the trained one has no adapters to switch off.
+        data_collator, benign_collator: for data of one's own kind; they give the keys of `PairCollator` and
+            `BenignCollator`, and the data sets are then left as they are.
+
+    Raises:
+        ValueError: no LM head, an unknown site, an empty or malformed data set, a row longer than the context, a
+            benign_dataset that no term uses, or a kl, dpo or ipo term without a base model.
+        FloatingPointError (from `train`): losses or gradients that are not finite; the weights are then those of the
+            last update before, and no checkpoint is written. On ranks that it did not happen to it is a
+            `lpa.training.ranks.RankError`.
+    """
+
+    args: LPAConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: LPAConfig | None = None,
+        train_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        benign_dataset: Any = None,
+        ref_model: Any = None,
+        data_collator: Callable[..., Any] | None = None,
+        benign_collator: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
+        args = args or LPAConfig()
+        if args.fsdp and args.world_size == 1:
+            raise ValueError(
+                "fsdp shares the weights among several processes, and this is one; start them with torchrun "
+                "--nproc_per_node N -m lpa train ... or accelerate launch, or leave fsdp out"
+            )
+        if isinstance(model, (str, Path)):
+            from ..models import load
+
+            model, tokenizer = load(model)
+            processing_class = processing_class or tokenizer
+        check_head(model)
+        dataset, collator, self.lengths = pairs_as_tokens(train_dataset, model, processing_class, args, data_collator)
+        self.benign: Any = None
+        if benign_dataset is not None and not any(name in args.coefs for name in BENIGN_TERMS):
+            raise ValueError("the benign data set is not used: sft_coef and kl_coef are 0; give one of them a weight")
+        if any(name in args.coefs for name in BENIGN_TERMS):
+            self.benign, self.benign_collator, self.benign_lengths = benign_as_tokens(
+                benign_dataset, model, processing_class, args, benign_collator
+            )
+        set_seed(args.seed)  # new adapters are random
+        model = add_adapters(model, args, peft_config)
+        self.objective = args.pair_objective
+        self._refers = self.objective is not None and self.objective.needs_reference
+        if ("kl" in args.coefs or self._refers) and ref_model is None and not hasattr(model, "disable_adapter"):
+            name = "kl" if "kl" in args.coefs else self.objective and self.objective.preference
+            raise ValueError(
+                f"{name}_coef={getattr(args, f'{name}_coef')} needs the base model, and without adapters there is "
+                f"none; give ref_model, train adapters, or set {name}_coef to 0"
+            )
+        if args.n_gpu > 1:
+            logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
+            args._n_gpu = 1
+        super().__init__(
+            model=model, args=args, data_collator=collator, train_dataset=dataset, processing_class=processing_class,
+            **options,
+        )  # fmt: skip
+        for callback in list(self.callback_handler.callbacks):
+            if isinstance(callback, (ProgressCallback, PrinterCallback)) or "Notebook" in type(callback).__name__:
+                self.remove_callback(callback)
+        if not args.disable_tqdm:
+            self.add_callback(LPAProgress())
+        self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
+        warn_if_small(len(dataset), self.batch_size)
+        check_engine(self)
+        self._pgd: LatentPGD | None = attack_of(self.model, args)  # now, for what it says of unknown sites
+        self._micro: list[list[MicroBatch]] = []  # each in parts, one where memory is enough
+        self._memory = MemoryLimit(
+            self.accelerator, args.per_device_train_batch_size, args.why_not_split,
+            awaited=self.is_fsdp_enabled and args.world_size > 1,
+        )  # fmt: skip
+        self._index = 0
+        self._counts = (0.0, 0.0, 0.0)
+        self._record: StepRecord | None = None
+        self._metrics: dict[str, float] = {}
+        self._save_later = self._stop_later = False
+        self.canaries = canary_callback(self) if args.canary_steps else None
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs an LPA step takes, over all ranks."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _sampler(self, lengths: list[int], seed: int) -> LPABatchSampler:
+        args = self.args
+        return LPABatchSampler(
+            lengths,
+            micro_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            repeats=args.defence_steps,
+            lpa_steps=args.lpa_steps,
+            seed=seed,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches, each LPA step's `defence_steps` times over."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.benign is not None:
+            self._benign_sampler = self._sampler(self.benign_lengths, seed + 1)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._sampler(self.lengths, seed),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The micro-batches of one update; those of a new LPA step are taken over and counted."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._index = 0
+        if self._update == 0:
+            self._begin_lpa_step(batches)
+        elif not self._micro:
+            raise ValueError(
+                f"the checkpoint is of model update {self.state.global_step}, which ends no LPA step of "
+                f"defence_steps={self.args.defence_steps}; resume with the defence_steps it was made with"
+            )
+        return batches, None
+
+    @property
+    def _update(self) -> int:
+        """Which update of the LPA step is next, from 0."""
+        return self.state.global_step % self.args.defence_steps
+
+    @property
+    def lpa_step(self) -> int:
+        """LPA steps that are done."""
+        return self.state.global_step // self.args.defence_steps
+
+    # ---- one LPA step ----------------------------------------------------------------------------------------------
+
+    def _begin_lpa_step(self, batches: list[Any]) -> None:
+        self.agree()
+        if self.control.should_training_stop:  # by a callback, before the first step
+            raise StopTraining
+        if self.args.reset_optimizer:  # at the step's end too, but saving shards makes a state of zeros one step old
+            self.optimizer.state.clear()
+        device = self.args.device
+        pairs = [PairBatch.from_dict(batch) for batch in batches]
+        benign: list[BenignBatch | None] = [None] * len(pairs)
+        if self.benign is not None:
+            rows = self._benign_sampler.micro_batches(self.lpa_step)
+            benign = [BenignBatch.from_dict(self.benign_collator([self.benign[i] for i in each])) for each in rows]
+        own = [(*p.counts, 0 if b is None else b.count, int(p.attack_mask.sum()))
+               for p, b in zip(pairs, benign, strict=True)]  # fmt: skip
+        *counts, attacked = self.accelerator.reduce(torch.tensor(own, device=device).sum(0)).tolist()
+        self._counts = (counts[0], counts[1], counts[2])
+        if self.objective is not None and self.args.steps:
+            self.pgd.check_counts(counts[0], counts[1], attacked)
+        self._record = StepRecord(self.args, pairs, benign, device)
+        whole = [
+            MicroBatch.of(
+                p.to(device), None if b is None else BenignBatch(b.ids.to(device), b.mask.to(device)),
+                (index * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size,
+            )
+            for index, (p, b) in enumerate(zip(pairs, benign, strict=True))
+        ]  # fmt: skip
+        self._micro = [micro.split(self._memory.size) for micro in whole]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch of one update: attacked first where it is new, then forward and backward under its attack.
+
+        Where memory runs out, on any rank, this and all later micro-batches are run in halves, on every rank, and the
+        update's gradients are made again from its first one on: a backward pass that was broken off has left some of
+        its own. Ranks meet after each phase; within one, none waits for another, but for FSDP2's to have its weights.
+        """
+        first, self._index = self._index, self._index + 1
+        while (losses := self._attempt(first)) is None:
+            first = 0
+            self._make_room(model)
+        if self._index == len(self._micro):
+            reduce_gradients(model, self.model)
+        return losses[-1]
+
+    def _attempt(self, first: int) -> list[Tensor] | None:
+        """Attack and add up gradients, from micro-batch `first` on; None where memory ran out on some rank."""
+        micro = self._micro[first : self._index]
+        if self._update == 0:
+            if self._memory.attempt("attack", self._attack_parts, micro) is None:
+                return None
+            self.agree()
+        return self._memory.attempt("update", self._update_parts, micro)
+
+    def _make_room(self, model: nn.Module) -> None:
+        assert self._record is not None
+        self._record.forget_defence()
+        model.zero_grad(set_to_none=True)
+        forget(self.model)
+        free_memory()
+        self._micro = [[part for micro in parts for part in micro.split(self._memory.size)] for parts in self._micro]
+
+    def _attack_parts(self, parts: Sequence[MicroBatch]) -> None:
+        assert self._record is not None
+        for part in parts:
+            if not part.attacked:
+                with self._record.timed("attack"):
+                    self._attack(part)
+
+    def _update_parts(self, parts: Sequence[MicroBatch]) -> Tensor:
+        """Add the gradients of a micro-batch. Returns its loss."""
+        assert self._record is not None
+        self.model.train()
+        losses = []
+        for part in parts:
+            with self._record.timed("defence"):
+                torch.manual_seed(self._seed(part, self._update + 1))
+                total, terms = self._losses(part)
+                # DDP averages the ranks' gradients, and the loss is a sum over all of them
+                total = total * self.args.world_size
+                self.accelerator.backward(total)
+            self._record.add_defence(self._update, terms)
+            losses.append(total.detach())
+        return torch.stack(losses).sum()
+
+    def _seed(self, micro: MicroBatch, draw: int) -> int:
+        """All that is random in an LPA step follows from its number, so that a resumed run is the same run, and from
+        a pair's place in it, so that one in smaller parts is too."""
+        seed = self.args.seed * 1_000_003 + self.lpa_step
+        return int((seed * 65_537 + micro.first) * 257 + draw) % 2**63
+
+    @property
+    def pgd(self) -> LatentPGD:
+        """The attack, on the model as it is wrapped now."""
+        if self._pgd is None or self._pgd.model is not self.model:
+            self._pgd = attack_of(self.model, self.args)
+        return self._pgd
+
+    def _attack(self, micro: MicroBatch) -> None:
+        self._ask_base_model(micro)  # first: where an attack fails, its passes are the last that other ranks wait for
+        seed = self._seed(micro, 0)
+        torch.manual_seed(seed)
+        if self.objective is not None and self.args.steps:
+            self.pgd.generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
+            try:
+                micro.attack = self.pgd.attack(micro.pairs, self._normalisers(micro)[:2], part=True)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
+        if micro.attack is not None:
+            assert self._record is not None
+            self._record.add_attack(micro.attack, micro.share)
+        if self.args.offload_attacks:
+            micro.to_host()
+        micro.attacked = True
+
+    def _ask_base_model(self, micro: MicroBatch) -> None:
+        kl = micro.benign is not None and "kl" in self.args.coefs
+        if not kl and not self._refers:
+            return
+        with torch.no_grad(), self._base_model() as base:
+            if kl and micro.benign is not None:
+                micro.base = micro.benign.logits(base, at=self.args.kl == "public")
+            if self._refers and self.objective is not None:
+                micro.reference = reference_gap(self.pgd, base, micro.pairs, self.objective)
+
+    @contextmanager
+    def _base_model(self) -> Iterator[Any]:
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        with frozen_eval(self.model), adapters_off(self.model):
+            yield self.model
+
+    def _normalisers(self, micro: MicroBatch) -> tuple[float, float, float]:
+        """Tokens that the means over rejected, chosen and benign completions divide by."""
+        if self.args.normaliser == "global":
+            return self._counts
+        return micro.counts
+
+    def _losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of a micro-batch, and its terms by name."""
+        rejected, chosen, answers = self._normalisers(micro)
+        total: Any = 0.0
+        terms: dict[str, Tensor] = {}
+        if self.objective is not None:
+            counts = (rejected, chosen)
+            total, terms = pair_terms(self.pgd, micro.pairs, micro.attack, self.objective, counts, micro.reference)
+            if self.objective.preference:  # it is a mean over these pairs
+                whole = self.batch_size if self.args.normaliser == "global" else micro.size
+                total = total * (len(micro.pairs) / whole)
+                terms = {name: value * micro.share for name, value in terms.items()}
+        if micro.benign is not None:
+            own = {name: value for name, value in self.args.coefs.items() if name in BENIGN_TERMS}
+            base = None if micro.base is None else micro.base.to(micro.benign.ids.device)
+            part, more = benign_terms(self.model, micro.benign, own, answers, self.args.kl, base)
+            total, terms = total + part, terms | more
+        return total, terms
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
+            raise FloatingPointError(
+                f"LPA step {self.lpa_step + 1}, update {self._update + 1}: the gradient's norm is {float(norm)}; the "
+                "weights are those before it. Look for NaN in the model's weights, lower learning_rate, or load the "
+                "model in bfloat16 or float32 instead of float16"
+            )
+        return norm
+
+    def _end_lpa_step(self) -> None:
+        """Gather what is logged, and let go of the attacks and the optimiser's state."""
+        if self._record is None:
+            return
+        self._metrics = self._record.metrics(self.accelerator, self.lpa_step)
+        self._record, self._micro = None, []
+        if self.args.reset_optimizer:
+            self.optimizer.state.clear()
+
+    # ---- the loop's joints -----------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class, with saving and stopping put off to the end of the LPA step."""
+        if self._update:
+            self._save_later |= self.control.should_save
+            self._stop_later |= self.control.should_training_stop or self.control.should_epoch_stop
+            self.control.should_save = self.control.should_training_stop = self.control.should_epoch_stop = False
+        else:
+            self.control.should_save |= self._save_later
+            self.control.should_training_stop |= self._stop_later
+            self._save_later = self._stop_later = False
+            self._end_lpa_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the base class, with the LPA step's numbers added to those of the update that ends it."""
+        if "loss" in logs:
+            logs.update(self._metrics)
+            self._metrics = {}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: transformers' estimate is for one pass over one text, which is not what happens here."""
+        return 0
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
+        """As the base class. A stop leaves an attack at its end, and updates where the LPA step's last one is made."""
+        self._save_later = self._stop_later = False
+        self._record, self._micro = None, []
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            self._record, self._micro = None, []
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Only at the ends of LPA steps, where nothing of a begun step has to be kept."""
+        if self._update:
+            self._save_later = True
+            return
+        super()._save_checkpoint(model, trial)

@@ -1,0 +1,348 @@
+"""The command lpa: quick help, a whole run on a tiny model, stopping, resuming, and what bad use says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lpa.cli import main
+from lpa.data import PLAIN_PROMPT, benign_requests
+from tests.support.tiny import saved_tiny, tiny_model, tiny_tokenizer
+
+SMALL = ["--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--per_device_train_batch_size", "2",
+         "--gradient_accumulation_steps", "1", "--lora_r", "4", "--use_cpu", "--measure_attacked", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> str:
+    return saved_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def train(*arguments: str) -> int:
+    return main(["train", *arguments])
+
+
+def test_help_is_quick() -> None:
+    code = (
+        "import sys; from lpa.cli import main; main(['--help']); assert 'torch' not in sys.modules, 'torch is loaded'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("train", "traits", "assets"))
+
+
+def test_a_run_writes_adapter_record_and_card(model: str, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out"
+    assert train("--model", model, "--output", str(output), "--kl-coef", "0.1", *SMALL) == 0
+    shown = capsys.readouterr().out
+    assert "disagrees with undesirable statements" in shown
+    record = json.loads((output / "metrics.json").read_text())
+    assert [step["lpa_step"] for step in record["steps"]] == [1, 2]
+    assert record["settings"]["kl_coef"] == 0.1
+    assert record["settings"]["seed"] == 42
+    assert record["data"]["rows"] == 64
+    assert len(record["data"]["sha256"]) == 64
+    assert record["before"].keys() == record["after"].keys()
+    card = (output / "README.md").read_text()
+    assert record["command"] in card
+    assert record["data"]["sha256"] in card
+    assert record["versions"]["transformers"] in card
+
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(tiny_model(len(tiny_tokenizer())), str(output))
+    weights = load_file(output / "adapter_model.safetensors")
+    trained = [w for name, w in weights.items() if "lora_B" in name]
+    assert trained
+    assert all(float(w.abs().max()) > 0 for w in trained)
+    assert sum("lora_B" in name for name, _ in loaded.named_parameters()) == len(trained)
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == model
+    assert not list(output.glob("*.bin"))
+
+
+def test_an_earlier_run_is_kept_unless_told(model: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "checkpoint-5").mkdir()
+    before = contents(tmp_path)
+    assert train("--model", model, "--output", str(tmp_path), *SMALL) == 1
+    assert "is not empty; use --resume" in capsys.readouterr().err
+    assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL) == 1
+    assert "holds no run (there is no settings.yaml) but other files" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    (tmp_path / "settings.yaml").write_text("lpa_steps: 1")
+    (tmp_path / "config.json").write_text("{}")  # of a fully trained model
+    before = contents(tmp_path)
+    for wrong in (["--data", "gone.csv"], ["--epsilon", "-1"], ["--sites", "mlp:99"], ["--model", str(tmp_path)]):
+        assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL, *wrong) == 1
+        assert contents(tmp_path) == before, wrong
+    assert train("--model", model, "--output", str(tmp_path), "--overwrite", "--no_measure", *SMALL) == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert json.loads((tmp_path / "metrics.json").read_text())["steps"]
+    assert not (tmp_path / "checkpoint-5").exists()
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
+    file, output = tmp_path / "run.yaml", tmp_path / "out"
+    file.write_text(f"model: {model}\nlpa_steps: 1\nlearning_rate: 1e-3\nsites: [embedding]\nmeasure: false\n")
+    small = [word for word in SMALL if word not in ("--lpa_steps",)][1:]
+    assert train("--config", str(file), "--output", str(output), "--learning_rate", "2e-3", *small) == 0
+    record = json.loads((output / "metrics.json").read_text())
+    assert record["settings"]["learning_rate"] == 2e-3
+    assert record["settings"]["lpa_steps"] == 1
+    assert record["sites"] == ["embedding"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "none.yaml"], "--config none.yaml cannot be read"),
+        (["--resume"], "--resume needs --output"),
+        (["--resume", "--output", "nowhere"], "nowhere holds no run"),
+        (["--kl", "other"], "kl='other' is unknown"),
+        (["--data", "none.csv"], "none.csv cannot be read"),
+        (["--benign", "none.csv"], "the benign data set is not used"),
+        (["--measure_attacked", "-1"], "measure_attacked=-1 must be 0"),
+        (["--norm", "l7"], "norm='l7' is unknown"),
+    ],
+)
+def test_bad_use_is_told_in_a_line(
+    model: str, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train("--model", model, *SMALL, *arguments) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_unknown_names_are_matched(model: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train("--lpa_stepz", "3")
+    assert stop.value.code == 2
+    assert "unknown option --lpa_stepz; did you mean 'lpa_steps'?" in capsys.readouterr().err
+    file = tmp_path / "run.yaml"
+    file.write_text("epsilom: 3")
+    assert train("--config", str(file)) == 1
+    assert "unknown key 'epsilom'; did you mean 'epsilon'?" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "pairs.csv"
+    file.write_text("prompt,rejected,chosen\nI agree,yes,no\nI do not agree,no,yes\n")
+    assert train("--model", model, "--data", str(file), "--output", str(tmp_path / "out"), "--no_measure", *SMALL) == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["data"]["rows"] == 2
+    file.write_text("prompt,rejected\nI agree,yes\n")
+    assert train("--model", model, "--data", str(file), "--output", str(tmp_path / "two"), *SMALL) == 1
+    assert "no column chosen" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 2.5", "argument --steps: invalid int value: '2.5'"),
+        ("epsilon: true", "argument --epsilon: invalid float value: 'true'"),
+        ("sites: []", "argument --sites: expected at least one argument"),
+        ("dtype: bf16", "argument --dtype: invalid choice: 'bf16'"),
+        ("resume: true", "sets resume, which belongs on the command line"),
+        ("output: here", "sets output, which belongs on the command line"),
+        ("epsilon:", "the setting 'epsilon' has no value"),
+    ],
+)
+def test_yaml_is_checked_like_the_command_line(tmp_path: Path, capsys: Any, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with contextlib.suppress(SystemExit):
+        assert train("--config", str(file)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_yaml_of_every_kind_reaches_the_parser() -> None:
+    from lpa.commands.train import _as_words, _parse, _parser
+
+    settings = {"sites": "embedding", "lora_targets": ["q_proj", "v_proj"], "save_strategy": False, "measure": False,
+                "learning_rate": "1e-3", "optim_args": "a=-1", "lr_scheduler_kwargs": {"min_lr": 0}}  # fmt: skip
+    values = _parse(_parser(), _as_words(_parser(), settings), {})
+    wanted = settings | {"sites": ["embedding"], "save_strategy": "no", "learning_rate": 1e-3,
+                         "lr_scheduler_kwargs": '{"min_lr": 0}'}  # fmt: skip
+    assert {name: getattr(values[name], "value", values[name]) for name in wanted} == wanted
+
+
+def test_the_demo_settings_are_defaults_of_a_new_run_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    from lpa.commands import train as command
+    from lpa.commands.folder import keep_settings
+
+    demo = {"lpa_steps": 6, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "merge_adapters": True,
+            "measure_attacked": 4}  # fmt: skip
+    monkeypatch.setattr(command, "DEMO", demo)
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
+    # all of these are LPAConfig's own defaults, and not the demo's
+    own = [
+        "--lpa_steps",
+        "30",
+        "--gradient_accumulation_steps",
+        "4",
+        "--merge_adapters",
+        "false",
+        "--measure_attacked",
+        "12",
+    ]
+    assert train(*own) == train() == train("--no_lora") == 0
+    keep_settings(tmp_path, command._asked(seen[0]), "lpa train")
+    assert train("--resume", "--output", str(tmp_path)) == train("--config", str(tmp_path / "settings.yaml")) == 0
+    (tmp_path / "settings.yaml").write_text("steps: 3")  # written by hand: what it leaves out is LPAConfig's default
+    assert train("--resume", "--output", str(tmp_path)) == 0
+    names = ("lpa_steps", "gradient_accumulation_steps", "merge_adapters", "measure_attacked")
+    found = [tuple(values[name] for name in names) for values in seen]
+    assert found == [(30, 4, False, 12), (6, 1, True, 4), (6, 1, False, 4), (30, 4, False, 12), (30, 4, False, 12),
+                     (30, 4, False, 12)]  # fmt: skip
+
+
+def test_benign_data_are_recorded(model: str, tmp_path: Path) -> None:
+    file, output = tmp_path / "benign.csv", tmp_path / "out"
+    file.write_text("prompt,response\nI agree,yes\nI do not agree,no\n")
+    assert train("--model", model, "--benign", str(file), "--sft_coef", "0.5", "--optim", "sgd", "--no_measure",
+                 "--output", str(output), *SMALL, "--lpa_steps", "1") == 0  # fmt: skip
+    record = json.loads((output / "metrics.json").read_text())
+    assert record["benign"]["source"] == str(file)
+    assert record["benign"]["rows"] == 2
+    assert record["benign"]["sha256"] in (output / "README.md").read_text()
+    assert record["settings"]["optim"] == "sgd"
+
+
+def test_the_models_own_answers_are_benign_data_of_one_kind(model: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert train("--model", model, "--benign", "own", "--kl_coef", "1", "--no_measure", "--data", "both",
+                 "--output", str(output), *SMALL, "--lpa_steps", "1") == 0  # fmt: skip
+    record = json.loads((output / "metrics.json").read_text())
+    assert record["benign"]["source"] == "its own answers to the shipped benign requests"
+    assert 0 < record["benign"]["rows"] <= len(benign_requests())
+    assert record["data"]["source"] == "the shipped undesirable and desirable statements"
+    assert record["settings"]["benign_system_prompt"] == PLAIN_PROMPT, "they are asked for as they are answered"
+    assert record["steps"][0]["defence_kl"] < 1e-6 < record["steps"][0]["defence_toward"], "one update from the base"
+
+
+def test_without_a_benign_term_the_demo_takes_no_benign_data(monkeypatch: Any) -> None:
+    from lpa.commands import train as command
+
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
+    assert train() == train("--kl_coef", "0") == train("--kl_coef", "0", "--benign", "mine.csv") == 0
+    assert [values["benign"] for values in seen] == ["own", None, "mine.csv"], "what is asked for is told of"
+    assert command.DEMO["system_prompt"] == PLAIN_PROMPT
+
+
+def test_ranks_agree_on_the_folder(model: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda given: ["runs/of-rank-0"])
+    assert train("--model", model, "--no_measure", *SMALL, "--lpa_steps", "1") == 0
+    assert (tmp_path / "runs/of-rank-0/metrics.json").is_file()
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["of-rank-0"]
+
+
+def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(
+    model: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from lpa import LPATrainer
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--model", model, *SMALL, "--lpa_steps", "3", "--no_measure", "--save_total_limit", "1"]
+    attack = LPATrainer._attack
+
+    def interrupted(self: Any, *arguments: Any) -> None:
+        if self.lpa_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        attack(self, *arguments)
+
+    monkeypatch.setattr(LPATrainer, "_attack", interrupted)
+    assert train("--output", str(parts), *more) == 128 + signal.SIGTERM
+    monkeypatch.setattr(LPATrainer, "_attack", attack)
+    out = capsys.readouterr().out
+    assert "stopped after 1 LPA steps" in out
+    assert "go on with: lpa train --resume" in out
+    assert not (parts / "metrics.json").exists()
+    assert train("--resume", "--output", str(parts)) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert train("--output", str(whole), *more) == 0
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    record = json.loads((parts / "metrics.json").read_text())
+    assert record["command"].startswith(f"lpa train --output {parts} --model")  # not that of the resumption
+    steps = [sum(step[f"seconds_{phase}"] for phase in ("attack", "defence", "other")) for step in record["steps"]]
+    assert len(steps) == 3
+    assert record["seconds"] > sum(steps)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("no module named gguf"), "error: no module named gguf"),
+        (KeyError("rows"), "error: KeyError: 'rows' (this may be a bug of lpa)"),
+        (TypeError("a float is no int"), "error: TypeError: a float is no int (this may be a bug of lpa)"),
+    ],
+)
+def test_errors_are_told_in_a_line(monkeypatch: Any, capsys: Any, error: Exception, message: str) -> None:
+    def fail(arguments: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("lpa.commands.traits.run", fail)
+    assert main(["traits"]) == 1
+    assert capsys.readouterr().err.startswith(message)
+    monkeypatch.setenv("LPA_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["traits"])
+
+
+def test_fetch_takes_the_embedded_model_alone_unless_told(monkeypatch: Any, capsys: Any) -> None:
+    from lpa import assets
+
+    fetched: list[str] = []
+    monkeypatch.setattr(assets, "fetch", lambda name, force=False: fetched.append(name))
+    assert main(["assets", "fetch"]) == 0
+    assert fetched == ["smollm2-135m-instruct"]
+    assert main(["assets", "fetch", "--all"]) == 0
+    assert fetched[1:] == list(assets.ASSETS)
+
+
+def test_traits_and_assets(model: str, capsys: Any) -> None:
+    assert main(["traits", "--kind", "desirable", "--split", "heldout"]) == 0
+    assert "desirable" in capsys.readouterr().out
+    assert main(["traits", "--preview", "--model", model, "--rows", "1"]) == 0
+    assert "attacked" in capsys.readouterr().out
+    assert main(["assets"]) == 0
+    assert "smollm2-135m-instruct" in capsys.readouterr().out
+    assert main(["assets", "verify", "nothing"]) == 1
+    assert "no asset is called 'nothing'" in capsys.readouterr().err
+
+
+def test_every_command_takes_underscores(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat", "--max_new_tokens=x_y"])
+    assert "argument --max-new-tokens: invalid int value: 'x_y'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "--dtype", "float8"])
+    assert "argument --dtype: invalid choice: 'float8'" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, capsys: Any) -> None:
+    assert main(["plan", "--model", str(tmp_path / "none"), "--use_cpu"]) == 1
+    assert f"the configuration of '{tmp_path / 'none'}' cannot be had" in capsys.readouterr().err

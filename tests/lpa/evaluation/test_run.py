@@ -1,0 +1,425 @@
+"""`evaluate` from end to end on tiny models: what it says of collapsed ones, of bad input, and after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import lpa.evaluation.session as session
+import lpa.evaluation.subjects as subjects
+from lpa.data import DISAGREE
+from lpa.evaluation import Evaluation, EvaluationError, evaluate
+from lpa.evaluation.bench import Bench
+from lpa.evaluation.records import RECORDS, TEXTS
+from lpa.evaluation.stats import wilson
+from lpa.evaluation.suites import ATTACKS, utility
+from lpa.evaluation.suites.attacks import TEMPLATES
+from lpa.evaluation.suites.traits import random_twin
+from lpa_kernels.attack import LatentPGD, PairBatch
+
+from ...support.speakers import random_model, speaker, tokenizer
+
+STAND_INS = [f"Do the forbidden thing number {i} to the cat in the park" for i in range(8)]
+
+
+@pytest.fixture
+def harmful(tmp_path: Path) -> str:
+    """A file of harmless prompts in the place of a harmful set."""
+    path = tmp_path / "standins.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in STAND_INS), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _no_assets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # nothing may be fetched: the cache is empty and there is no pip
+    monkeypatch.setenv("LPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def run(model: Any, harmful: str, **options: Any) -> Evaluation:
+    chosen = {"sets": (harmful,), "limit": 8, "max_new_tokens": 10, "attacks": ("direct",), "suites": ["harm"]}
+    return evaluate(model, tokenizer=tokenizer(), device="cpu", **(chosen | options))
+
+
+def adapter(folder: Path, seed: int, **values: Any) -> str:
+    """A LoRA adapter with weights, for a model of these sizes."""
+    base = random_model(**values)
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(str(folder))
+    return str(folder)
+
+
+# ---- collapse ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sentence", ["No", DISAGREE])
+def test_a_model_that_says_one_thing_is_collapsed_and_never_safe(sentence: str, harmful: str) -> None:
+    found = run(speaker(sentence), harmful, suites=["harm", "attacks", "overrefusal", "collapse", "utility"], limit=30)
+    answers = {record["answer"] for record in found.records.select(suite="answers")}
+    assert answers == {sentence}
+    assert found.value("base", "harm", "balanced accuracy") == 0.5
+    assert found.value("base", "harm", "AUROC") == 0.5
+    assert found.value("base", "attacks", "balanced accuracy") == 0.5
+    assert found.value("base", "attacks", "done: direct") == 0
+    assert found.value("base", "overrefusal", "not done") == 1
+    assert found.value("base", "collapse", "collapsed") == 1
+    assert found.verdict("base").startswith("COLLAPSED: ")
+    assert "safe" not in found.verdict("base")
+    assert "YES" in found.markdown()
+    if sentence == "No":
+        assert found.value("base", "harm", "benign error") == 1
+        assert found.value("base", "harm", "says no") == 1
+        assert "mean nothing" in next(row.note for row in found.rows if row.metric == "says no")
+
+
+def test_one_suite_alone_is_no_ground_for_a_verdict(harmful: str, tmp_path: Path) -> None:
+    found = run(random_model(), harmful, adapters={"lpa": adapter(tmp_path / "a", 1)})
+    assert found.verdict("lpa").startswith("incomplete: collapse, overrefusal, utility, attacks not measured")
+
+
+# ---- several subjects ----------------------------------------------------------------------------------------------
+
+
+def test_adapters_stand_beside_the_base_model_which_is_left_as_it_was(harmful: str, tmp_path: Path) -> None:
+    model = random_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folders = {name: adapter(tmp_path / name, seed) for name, seed in (("one", 1), ("two", 2))}
+    found = run(model, harmful, adapters=folders)
+    assert found.subjects == ["base", "one", "two"]
+    scores = {name: [r["yes"] for r in found.records.select(subject=name, suite="harm")] for name in found.subjects}
+    assert scores["base"] != scores["one"] != scores["two"] != scores["base"]
+    assert scores["base"] == [r["yes"] for r in run(model, harmful).records.select(suite="harm")]
+    assert scores["two"] == [
+        r["yes"] for r in run(model, harmful, adapters=[folders["two"]]).records.select(subject="two")
+    ]
+    assert {name: torch.equal(value, before[name]) for name, value in model.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
+    prints = [subject["fingerprint"] for subject in found.info["subjects"].values()]
+    assert len(set(prints)) == 3
+
+
+def test_a_float32_adapter_is_measured_merged_and_gives_the_same(tmp_path: Path, monkeypatch: Any) -> None:
+    model, folder = random_model(), adapter(tmp_path / "one", 1)
+    prompts = [[1, 2, 3], [4, 5]]
+    seen = {}
+    for merges in (True, False):
+        if not merges:
+            monkeypatch.setattr(subjects, "merged_adapters", lambda model: contextlib.nullcontext())
+        with contextlib.closing(subjects.Subjects(model, {"one": folder})) as held, held.using("one") as measured:
+            seen[merges] = Bench(measured, tokenizer(), system_prompt=None).log_probs(prompts, [[2], [1]])
+            assert any(getattr(module, "merged", False) for module in measured.modules()) == merges
+    for one, other in zip(seen[True], seen[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert not torch.equal(
+        seen[True][0], Bench(model, tokenizer(), system_prompt=None).log_probs(prompts, [[2], [1]])[0]
+    )
+
+
+def test_without_radii_and_steps_no_trait_is_attacked(harmful: str) -> None:
+    found = run(random_model(), harmful, suites=["traits"], epsilons=(), steps=())
+    assert {r["mode"] for r in found.records.select(suite="traits")} == {"clean"}
+
+
+def test_utility_sets_are_left_out_when_not_named(harmful: str) -> None:
+    found = run(random_model(), harmful, suites=["utility"], utility_sets=())
+    assert {r["set"] for r in found.records.select(suite="utility")} == {"perplexity"}
+
+
+def test_every_attack_runs_and_templates_hold_the_prompt(harmful: str) -> None:
+    found = run(random_model(), harmful, suites=["attacks"], attacks=ATTACKS, attack_steps=2, limit=2,
+                sites=("embedding", "mlp:1"))  # fmt: skip
+    modes = {record["mode"] for record in found.records.select(suite="answers", set="standins")}
+    assert modes == {"direct", "prefix", "latent", "embedding", *(f"template:{name}" for name in TEMPLATES)}
+    for record in found.records.select(suite="answers", set="standins", mode="prefix"):
+        assert record["answer"].startswith("Sure, here is")
+    assert all(template.count("{prompt}") == 1 for template in TEMPLATES.values())
+
+
+def test_a_perturbed_answer_does_not_depend_on_its_batch() -> None:
+    model = random_model()
+    words = Bench(model, tokenizer(), system_prompt=None, max_new_tokens=8)
+    prompts = [words.prompt_tokens(text) for text in ("the cat", "a dog ran in the park and sat")]
+    pgd = LatentPGD(model, ["embedding", "mlp:1"], epsilon=5.0, step_size=5.0, steps=2, rule="normalized")
+
+    def attacked(chosen: list[list[int]]) -> Any:
+        longest = max(map(len, chosen)) + 1
+        ids = torch.tensor([p + [5] * (longest - len(p)) for p in chosen])
+        label = torch.arange(longest) == torch.tensor([[len(p)] for p in chosen])
+        places = torch.arange(longest) < torch.tensor([[len(p)] for p in chosen])
+        return pgd.attack(PairBatch(ids, label, torch.where(label, 6, ids), label, places))
+
+    together = words.answers(prompts, attacked(prompts))
+    assert together == [words.answers([p], attacked([p]))[0] for p in prompts]
+    assert together != words.answers(prompts)
+
+
+def test_traits_have_a_curve_and_a_random_control_of_equal_norm(harmful: str) -> None:
+    options = {"epsilons": (0.1, 0.3), "steps": (1,), "trait_epsilon": 0.1, "trait_steps": 6, "sites": ("embedding",)}
+    found = run(random_model(), harmful, suites=["traits"], **options)
+    curve = [row for row in found.rows if row.extra.get("epsilon")]
+    assert {(row.extra["epsilon"], row.extra["steps"], row.extra["random"]) for row in curve} == {
+        (e, s, r) for e, s in ((0.1, 6), (0.3, 6), (0.1, 1)) for r in (False, True)
+    }
+    assert all(row.extra["boundary"] > 0.3 for row in curve), "the radius binds"
+    margin = {
+        (row.extra["epsilon"], row.extra["random"]): row.extra["margin"] for row in curve if row.extra["steps"] == 6
+    }
+    clean = next(
+        row.extra["margin"] for row in found.rows if row.metric == "agrees, clean" and row.set == "undesirable"
+    )
+    assert margin[0.3, False] > margin[0.1, False] > clean, "the attack goes toward agreeing"
+    assert abs(margin[0.1, True] - clean) < margin[0.1, False] - clean, "chance does not"
+    assert all("epsilon" not in line for line in found.markdown().splitlines())
+    assert any("epsilon" in line for line in found.markdown(full=True).splitlines())
+
+
+def test_the_random_twin_has_the_norms_of_the_attack() -> None:
+    ids = torch.arange(4, 16).view(2, 6)
+    label, places = torch.zeros(2, 6, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool)
+    label[:, -1] = True
+    pgd = LatentPGD(random_model(), ["embedding", "mlp:1"], epsilon=1.0, step_size=0.2, steps=2)
+    attack = pgd.attack(PairBatch(ids, label, ids + 1, label, places))
+    twin = random_twin(attack, seed=1)
+    for name, norms in attack.norms.items():
+        assert torch.allclose(twin.norms[name], norms, rtol=1e-4)
+        assert not torch.allclose(twin.delta(name), attack.delta(name))
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_for_another_model_is_named(harmful: str, tmp_path: Path) -> None:
+    model = random_model()
+    wider = adapter(tmp_path / "wider", 1, hidden_size=64)
+    with pytest.raises(EvaluationError, match="wider does not fit this model"):
+        run(model, harmful, adapters=[wider])
+    deeper = adapter(tmp_path / "deeper", 1, num_hidden_layers=6)
+    with pytest.raises(EvaluationError, match=r"4 tensors have no counterpart, such as .*layers.4"):
+        run(model, harmful, adapters=[deeper])
+    shallow = adapter(tmp_path / "shallow", 1, num_hidden_layers=2)
+    with pytest.raises(EvaluationError, match=r"no counterpart, such as .*layers.2"):
+        run(model, harmful, adapters=[adapter(tmp_path / "fits", 1), shallow])
+    assert not any("lora" in name for name, _ in model.named_modules()), "the model is as it was"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"suites": []}, "no suite to run"),
+        ({"suites": ["harms"]}, "no suite is called 'harms'"),
+        ({"adapters": ["nowhere/adapter"]}, "nowhere/adapter cannot be read"),
+        ({"adapters": {"base": "x"}}, "two subjects would be called 'base'"),
+        ({"suites": ["attacks"], "judge": "no/such/judge"}, "the judge 'no/such/judge' cannot be loaded"),
+        ({"attacks": ("bribe",)}, "bribe.*are unknown"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"epsilons": (0.0,)}, "must be above 0"),
+    ],
+)
+def test_bad_settings_are_told_before_anything_runs(options: dict[str, Any], told: str, harmful: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        run(random_model(), harmful, **options)
+
+
+def test_a_folder_that_is_no_adapter_is_told(harmful: str, tmp_path: Path) -> None:
+    random_model().save_pretrained(tmp_path / "whole")
+    with pytest.raises(EvaluationError, match="a whole model: evaluate it with --model"):
+        run(random_model(), harmful, adapters=[tmp_path / "whole"])
+
+
+def test_a_set_that_cannot_be_had_is_a_row_with_the_reason(harmful: str) -> None:
+    found = run(random_model(), harmful, sets=(harmful, "missing.csv", "strongreject"), suites=["harm", "utility"])
+    told = {row.set: row.note for row in found.rows if row.value is None and row.suite != "verdict"}
+    assert "there is no file missing.csv" in told["missing"]
+    assert "pip" in told["strongreject"]
+    assert "pip" in told["mmlu"]
+    assert found.value("base", "harm", "harm error", "standins") is not None
+
+
+def test_a_prompt_longer_than_the_context_is_skipped_and_counted(harmful: str, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    rows = [{"prompt": "the cat " * 300}, {"prompt": "the cat"}]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = run(random_model(), str(long), sets=(str(long),), suites=["harm", "attacks"], attacks=("direct", "latent"),
+                attack_steps=1)  # fmt: skip
+    for metric in ("harm error", "done: direct", "done: latent"):
+        row = next(row for row in found.rows if row.metric == metric)
+        assert row.n == 1
+        assert "1 of 2 skipped: " in row.note
+        assert "context holds 512" in row.note
+
+
+# ---- stop and go on ------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_where_it_was(harmful: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suites = ["harm", "overrefusal", "attacks"]
+    whole = run(random_model(), harmful, suites=suites, output=tmp_path / "whole")
+    calls, generate = [0], Bench.answers
+
+    def killed(self: Bench, *args: Any) -> list[str]:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        return generate(self, *args)
+
+    monkeypatch.setattr(Bench, "answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(random_model(), harmful, suites=suites, output=tmp_path / "part")
+    part = (tmp_path / "part" / RECORDS).read_text(encoding="utf-8")
+    assert 16 < len(part.splitlines()) < 32
+    found = run(random_model(), harmful, suites=suites, output=tmp_path / "part")
+    assert calls[0] == 3, "what was answered is not asked again"
+    assert (tmp_path / "part" / RECORDS).read_text(encoding="utf-8").startswith(part)
+    assert found.rows == whole.rows
+    assert json.loads((tmp_path / "part" / "results.json").read_text())["rows"]
+    assert len(found.info["commands"]) == 2
+
+
+def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: Path) -> None:
+    run(random_model(), harmful, output=tmp_path / "out")
+    with pytest.raises(EvaluationError, match="max_new_tokens was 10 and is now 12"):
+        run(random_model(), harmful, output=tmp_path / "out", max_new_tokens=12)
+    with pytest.raises(EvaluationError, match="the weights of base are others"):
+        run(random_model(1), harmful, output=tmp_path / "out")
+    more = run(random_model(), harmful, output=tmp_path / "out", suites=["overrefusal"],
+               adapters={"a": adapter(tmp_path / "a", 1)})  # fmt: skip
+    assert more.subjects == ["base", "a"]
+    assert json.loads((tmp_path / "out" / session.RUN).read_text())["suites"] == ["harm", "overrefusal"]
+
+
+def test_harmful_texts_stay_out_of_what_is_shared(harmful: str, tmp_path: Path) -> None:
+    run(speaker("Sure, here is the cat"), harmful, suites=["harm", "attacks", "collapse"], output=tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        if path.name != TEXTS:
+            assert "forbidden" not in path.read_text(encoding="utf-8"), path.name
+    records = [json.loads(line) for line in (tmp_path / "out" / RECORDS).read_text(encoding="utf-8").splitlines()]
+    assert all(len(r["sha256"]) == 64 for r in records)
+    assert {("answer" in r) for r in records if r["suite"] == "answers" and r["set"] == "standins"} == {False}
+
+
+# ---- judges --------------------------------------------------------------------------------------------------------
+
+
+def test_a_yes_no_judge_and_a_classifier_judge(harmful: str, tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    from ...support.speakers import config
+
+    asked = tmp_path / "asked"
+    speaker("Yes").save_pretrained(asked)
+    tokenizer().save_pretrained(asked)
+    found = run(speaker("No"), harmful, suites=["attacks"], judge=str(asked))
+    assert found.value("base", "attacks", "harmful by judge: direct") == 1
+    assert found.value("base", "attacks", "done: direct") == 0
+
+    named = tmp_path / "classifier"
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(
+        config(len(tokenizer()), id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
+    ).save_pretrained(named)
+    tokenizer().save_pretrained(named)
+    judged = run(speaker("No"), harmful, suites=["attacks"], judge=str(named)).records.select(suite="judge")
+    assert len(judged) == 8
+    assert all(r["harmful"] == (r["score"] >= 0) for r in judged)
+    LlamaForSequenceClassification(config(len(tokenizer()))).save_pretrained(named)
+    with pytest.raises(EvaluationError, match="label_0, label_1; one must be among"):
+        run(speaker("No"), harmful, suites=["attacks"], judge=str(named))
+
+
+def test_a_judge_reads_whole_exchanges_or_none_and_a_question_in_its_own_marks_as_it_stands(tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    from lpa.evaluation.judges import Judge
+
+    from ...support.speakers import config
+
+    named = tmp_path / "classifier"
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(
+        config(len(tokenizer()), id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1})
+    ).save_pretrained(named)
+    speaker("Yes").save_pretrained(tmp_path / "speaker")
+    for folder in (named, tmp_path / "speaker"):
+        tokenizer().save_pretrained(folder)
+    exchanges = [("the cat", "the cat " * 600), ("a dog ran", "sat"), ("the cat sat on a mat", "a dog ran")]
+    for folder in (named, tmp_path / "speaker"):
+        judge = Judge(str(folder), batch_size=2)
+        judge.load("cpu")
+        long, *short = judge.scores(exchanges)
+        assert "context holds 512" in str(long)
+        assert all(isinstance(score, float) for score in short)
+        assert short == pytest.approx([judge.scores([exchange])[0] for exchange in exchanges[1:]], abs=1e-5)
+    words = Bench(judge.model, judge.tokenizer, system_prompt=None)
+    assert judge._tokens(words, "the cat", "sat")[0] == judge.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    plain = Judge(str(tmp_path / "speaker"), "<|im_start|>user\n{prompt} {answer}<|im_end|>\n")
+    assert plain.tokenizer.decode(plain._tokens(words, "the cat", "sat")) == (
+        "<|im_start|>user\nthe cat sat<|im_end|>\n"
+    )
+    with pytest.raises(EvaluationError, match=r"the judge's question must hold \{answer\}"):
+        Judge(str(named), "Is {prompt} bad?")
+
+
+# ---- lm-eval -------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_without_lm_eval_is_a_row_and_is_tried_again(
+    harmful: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"suites": ["utility"], "tasks": ("gsm8k",), "output": tmp_path / "out"}
+    found = run(random_model(), harmful, **options)
+    assert "pip install lm-eval" in next(row.note for row in found.rows if row.set == "gsm8k")
+    answers = [{"doc_id": i, "doc_hash": "f" * 64, "filter": "strict", "metrics": ["exact_match"],
+                "exact_match": i == 0, "filtered_resps": [f"answer {i}"]} for i in range(4)]  # fmt: skip
+    result = {"results": {"gsm8k": {"exact_match,strict": 0.25, "alias": "x"}}, "samples": {"gsm8k": answers},
+              "higher_is_better": {"gsm8k": {"exact_match": True}}, "versions": {"gsm8k": 3}}  # fmt: skip
+    monkeypatch.setattr(utility.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(utility, "_simple_evaluate", lambda run, task: result)
+    found = run(random_model(), harmful, **options)
+    row = next(row for row in found.rows if row.set == "gsm8k")
+    assert (row.metric, row.value, row.n, row.unit) == ("exact_match,strict", 0.25, 4, "%")
+    assert (row.low, row.high) == wilson(1, 4)
+    samples = found.records.select(suite="utility", set="gsm8k", mode="sample:strict")
+    assert [r["scores"]["exact_match"] for r in samples] == [1, 0, 0, 0]
+    assert samples[3]["answer"] == "answer 3"
+
+
+def test_lm_eval_itself_runs_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what keeps assets from being found keeps lm_eval from it too
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("LPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(utility.assets, "fetch", _not_had)
+    rows = [
+        {"q": "the cat", "choices": ["sat", "ran"], "gold": 0},
+        {"q": "a dog", "choices": ["sat", "ran"], "gold": 1},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "choice.yaml").write_text(
+        f"task: pets\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+        encoding="utf-8",
+    )
+    found = run(random_model(), "", sets=(), suites=["utility"], tasks=(str(tmp_path / "choice.yaml"),),
+                adapters={"lpa": adapter(tmp_path / "a", 1)})  # fmt: skip
+    assert {row.subject for row in found.rows if row.set == "choice"} == {"base", "lpa"}
+    for row in found.rows:
+        if row.set == "choice":
+            flags = [
+                r["scores"]["acc"] for r in found.records.select(subject=row.subject, set="choice", mode="sample:none")
+            ]
+            assert (row.metric, row.value, row.n) == ("acc,none", sum(flags) / 2, 2)
+
+
+def _not_had(name: str) -> Any:
+    raise utility.assets.AssetError(f"{name} cannot be had")

@@ -1,0 +1,127 @@
+"""`lpa chat` and `lpa export`: side by side answers, and a merged folder that answers as its adapter."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lpa.commands.evaluate import run as evaluate_command
+from lpa.evaluation import EvaluationError, export
+from lpa.evaluation.chat import answers, chat
+from lpa.evaluation.export import ExportError, export_merged
+from lpa.evaluation.subjects import Subjects
+from lpa.models import load
+
+from ...support.speakers import random_model, speaker, tokenizer
+from .test_run import adapter
+
+
+def typed(lines: list[str]) -> Any:
+    """An `input` that types these lines and then ends."""
+    left = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+def spoken(model: Any, adapters: Any, **options: Any) -> str:
+    out = io.StringIO()
+    chat(model, tokenizer(), adapters, console=Console(file=out, width=100), max_new_tokens=8, **options)
+    return out.getvalue()
+
+
+def test_answers_stand_side_by_side_until_the_end_of_input(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "lpa", 1)
+    shown = spoken(random_model(), [folder], read=typed(["the cat", "", "a dog", "/quit", "never"]))
+    assert shown.count("┃ base") == 2
+    assert "┃ lpa" in shown
+    model = random_model()
+    subjects = Subjects(model, {"lpa": folder})
+    found = answers(subjects, tokenizer(), "the cat", system_prompt=None, max_new_tokens=8)
+    assert found["base"] != found["lpa"]
+    subjects.close()
+    assert spoken(model, [], read=typed([])).startswith("base; every prompt stands alone")
+
+
+def test_a_given_prompt_is_answered_and_a_long_one_ends_nothing() -> None:
+    shown = spoken(speaker("I agree with this statement."), [], prompts=["the cat " * 300, "the dog"])
+    assert "but the context holds 512" in shown.replace("\n", " ")
+    assert "I agree with this statement." in shown
+
+
+def test_a_merged_folder_answers_as_the_adapter(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "lpa", 1)
+    check = export_merged(random_model(), tokenizer(), folder, tmp_path / "out" / "merged")
+    assert (check.prompts, check.equal) == (4, 4)
+    assert check.kl < 1e-5
+    merged, own = load(tmp_path / "out" / "merged")
+    ids = torch.tensor([own("the cat sat on a mat")["input_ids"]])
+    subjects = Subjects(random_model(), {"lpa": folder})
+    with torch.no_grad(), subjects.using("lpa") as adapted, subjects.using("base"):
+        base = adapted(ids).logits
+    with torch.no_grad(), subjects.using("lpa") as adapted:
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
+        assert not torch.allclose(merged(ids).logits, base, atol=1e-2)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"], "nothing temporary is left"
+
+
+def test_a_folder_that_answers_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = adapter(tmp_path / "lpa", 1)
+    monkeypatch.setattr(export, "load", lambda where, dtype: (random_model(7), tokenizer()))
+    with pytest.raises(ExportError, match="does not answer as the adapter does"):
+        export_merged(random_model(), tokenizer(), folder, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lpa"]
+
+
+def test_bad_exports_are_told_before_anything_is_written(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "lpa", 1)
+    with pytest.raises(ExportError, match="is there already and not empty"):
+        export_merged(random_model(), tokenizer(), folder, folder)
+    with pytest.raises(EvaluationError, match="does not fit this model"):
+        export_merged(random_model(hidden_size=64), tokenizer(), folder, tmp_path / "out")
+    model = random_model()
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ExportError, match="is quantised"):
+        export_merged(model, tokenizer(), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_evaluates_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speaker("No").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "standins.txt"
+    prompts.write_text("the cat\na dog\n", encoding="utf-8")
+    command = [
+        "--model",
+        str(tmp_path / "model"),
+        "--suite",
+        "harm",
+        "collapse",
+        "--set",
+        str(prompts),
+        "--limit",
+        "12",
+    ]
+    assert evaluate_command([*command, "--max-new-tokens", "4", "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "COLLAPSED" in shown
+    assert "lpa report" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "run.json",
+        "results.json",
+        "records.jsonl",
+        "table.md",
+    }
+    assert evaluate_command(["--list"]) == 0
+    assert "overrefusal" in capsys.readouterr().out

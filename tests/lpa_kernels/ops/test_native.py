@@ -1,0 +1,261 @@
+"""What the compiled kernels alone promise, on every instruction set that this CPU has; csrc's CUDA through nvcc.
+
+The grid of `test_backends.py` holds them to the oracle.
+
+Without the extension these tests are skipped, or fail where LPA_KERNELS_REQUIRE_NATIVE=1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpa_kernels.ops import functional, native, reference, registry
+from tests.support.op_cases import assert_near, copied, implementation, loss_case, perturb_case, update_case
+
+ROOT = Path(__file__).resolve().parents[3]
+HEADERS = Path(torch.__file__).parent / "include"  # not through cpp_extension, whose import wants setuptools first
+REQUIRED = os.environ.get("LPA_KERNELS_REQUIRE_NATIVE") == "1"
+CAPABILITIES = ("default", "avx2", "avx512")  # PyTorch's names, of which ATEN_CPU_CAPABILITY takes one
+
+built = pytest.mark.skipif(not native.BUILT, reason="the native backend is not built (see setup.py)")
+
+
+@pytest.mark.skipif(not REQUIRED, reason="asked for by LPA_KERNELS_REQUIRE_NATIVE=1")
+def test_is_built():
+    assert native.BUILT, registry.backends()
+
+
+@built
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set(capability):
+    if "ATEN_CPU_CAPABILITY" in os.environ:
+        pytest.skip("one instruction set is chosen already")
+    best = torch.ops.lpa_kernels_native.cpu_kernels()
+    if CAPABILITIES.index(capability) >= CAPABILITIES.index(best):
+        pytest.skip(f"this process runs {best}")
+    grid = "unlike or layouts or bitwise or leaves_float32 or once or sure or infinite or 576 or nan_in"
+    chosen = f"follow_the or 16_bit or exponential or rounded or native-cpu and ({grid})"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/lpa_kernels/ops", "-k", chosen],
+        cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, text=True, capture_output=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) > 60, done.stdout
+
+
+@built
+def test_the_kernels_follow_the_request():
+    """PyTorch reads the same variable, and knows no CPU capability but these three that x86-64 has."""
+    theirs = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+    assert torch.ops.lpa_kernels_native.cpu_kernels() == theirs
+
+
+# ---- pgd_update_ ----
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_gradient_is_read_exactly(dtype):
+    """With beta1 = 0 the first moment is the gradient; what is not finite counts as 0."""
+    grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    delta, zeros = torch.zeros(1, 64, 1024), torch.zeros(1, 64, 1024)
+    first = torch.full_like(delta, 7.0)
+    case = update_case(1, 64, 1024, 64, 1, masked=0.0)
+    tokens, one = torch.arange(64)[:, None], torch.tensor(1.0)
+    case = (delta, first, zeros, [grad], tokens, one, one, one, *case[8:13], 0.0, *case[14:])
+    implementation("pgd_update_", "native", case)(*case)
+    expected = grad.float()
+    assert torch.equal(first[0], torch.where(expected.isfinite(), expected, 0.0))
+
+
+@built
+def test_update_offsets_beyond_2_to_the_31():
+    """The rows of a gradient that lie 2^31 elements apart; only the pages that are touched take memory."""
+    apart = 2**31 + 8
+    grad = torch.empty(apart + 40, dtype=torch.float16).as_strided((2, 33), (apart, 1))
+    case = update_case(1, 2, 33, 2, 1, torch.float16, masked=0.0)
+    grad.copy_(case[3][0])
+    case[3][0] = grad
+    expected = copied((*case[:3], [grad.clone()], *case[4:]))
+    implementation("pgd_update_", "native", case)(*case)
+    reference.pgd_update_(*expected)
+    assert_near(case[0], expected[0], 1e-6)
+
+
+# ---- token_loss_ ----
+
+
+@built
+def test_exponential_within_two_units():
+    """The gradient of logit j over that of the largest one is exp(z_j): float32's last place is 6e-8 to 1.2e-7."""
+    z = torch.cat([torch.linspace(-87, 0, 100001), torch.tensor([-88.0, -200.0, -float("inf"), 0.0])])
+    logits = z[None].clone()
+    label = torch.tensor([100001])
+    functional.token_loss_(logits, label, torch.tensor([False]), torch.ones(1), backend="native")
+    ratio = logits[0, :100001].double() / logits[0, -1].double()
+    expected = z[:100001].double().exp()
+    normal = logits[0, :100001].abs() > 1.2e-38
+    assert normal.sum() > 80000
+    assert ((ratio - expected) / expected)[normal].abs().max() < 2.4e-7
+    assert logits[0, 100002:100004].tolist() == [0, 0]
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_is_rounded_once_to_nearest(dtype):
+    """To the bit what the float32 call gives, then rounded by torch; float16's subnormal numbers are among them."""
+    case = loss_case(20, 3000, dtype)
+    wide = (case[0].float(), *case[1:])
+    implementation("token_loss_", "native", case)(*case)
+    implementation("token_loss_", "native", wide)(*wide)
+    assert torch.equal(case[0], wide[0].to(dtype))
+
+
+@built
+def test_loss_offsets_beyond_2_to_the_31():
+    apart = 2**31 + 8
+    case = loss_case(2, 100, torch.bfloat16, ignored=0.0)
+    logits = torch.empty(apart + 100, dtype=torch.bfloat16).as_strided((2, 100), (apart, 1))
+    logits.copy_(case[0])
+    far = (logits, *case[1:])
+    losses, _ = implementation("token_loss_", "native", far)(*far)
+    expected, _ = implementation("token_loss_", "native", case)(*case)
+    assert torch.equal(losses, expected)
+    assert torch.equal(logits, case[0])
+
+
+# ---- both ----
+
+
+@built
+@pytest.mark.parametrize("op", native.OPS)
+def test_same_bits_on_any_number_of_threads(op):
+    make, size = {
+        "perturb": (perturb_case, (300, 200, 576)),
+        "pgd_update_": (update_case, (3, 200, 576, 300)),
+        "token_loss_": (loss_case, (40, 5000)),
+    }[op]
+    case = make(*size)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            args = copied(case)
+            returned = implementation(op, "native", args)(*args)
+            returned = [returned] if isinstance(returned, torch.Tensor) else returned or []
+            results.append([t for t in (*args, *returned) if isinstance(t, torch.Tensor)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@built
+def test_the_front_door_of_the_ops_follows_the_environment(monkeypatch):
+    """torch.ops.lpa_kernels.* is never taken over by the compiled kernel: the table of backends decides."""
+    case, calls = loss_case(4, 9), []
+    real = registry.select("token_loss_", "reference", case)
+    impl = registry.Impl(lambda *args: calls.append(1) or real(*args), lambda *args: None)
+    monkeypatch.setitem(registry._table, ("token_loss_", "reference"), impl)
+    torch.ops.lpa_kernels.token_loss_(*case)
+    assert not calls
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
+    torch.ops.lpa_kernels.token_loss_(*case)
+    assert calls
+
+
+@built
+def test_what_it_cannot_take_goes_to_the_reference():
+    double = copied(update_case(2, 3, 10, 4), torch.float64)
+    for case in (update_case(2, 3, 10, 4, rule="adam"), double, update_case(2, 3, 10, 4, 3)):
+        assert implementation("pgd_update_", "auto", case) is reference.pgd_update_
+        with pytest.raises(RuntimeError, match="'native' cannot run pgd_update_"):
+            implementation("pgd_update_", "native", case)
+    transposed = loss_case(4, 9)
+    transposed = (transposed[0].t().contiguous().t(), *transposed[1:])
+    assert implementation("token_loss_", "auto", transposed) is reference.token_loss_
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({10: "adam"}, "rule='adam'"),
+        ({11: "l2_sequence"}, "norm='l2_sequence'"),
+        ({1: None}, "needs exp_avg"),
+        ({4: torch.full((3, 2), 4)}, "token 4 of a gradient of 4"),
+        ({4: torch.zeros(3, 3, dtype=torch.int64)}, "3 columns"),
+        ({5: torch.tensor(1)}, "step has the wrong dtype"),
+        ({8: torch.zeros(3, 2).t()}, "norms is not contiguous"),
+        ({9: torch.zeros(5, dtype=torch.int32)}, "clipped has 5 entries"),
+        ({3: [torch.zeros(4, 10)]}, "1 grads and 2 sites"),
+        ({3: [torch.zeros(4, 9)] * 2}, "gradient is not"),
+        ({3: [torch.zeros(4, 10, dtype=torch.float64)] * 2}, "none of float32"),
+    ],
+)
+def test_a_direct_call_is_checked(change, message):
+    case = update_case(2, 3, 10, 4)
+    args = [change.get(i, argument) for i, argument in enumerate(case)]
+    before = copied(case)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lpa_kernels_native.pgd_update_(*args)
+    assert torch.equal(case[0], before[0])
+
+
+@built
+def test_a_row_out_of_range_is_refused():
+    hidden, delta, rows = perturb_case(6, 3, 5)
+    rows[4] = 3
+    with pytest.raises(RuntimeError, match="row 3 of a delta of 3 rows"):
+        implementation("perturb", "native", (hidden, delta, rows))(hidden, delta, rows)
+
+
+@built
+@pytest.mark.parametrize("label", [-1, 9])
+def test_a_label_out_of_range_is_refused(label):
+    case = loss_case(4, 9)
+    case[1][2] = label
+    with pytest.raises(RuntimeError, match=rf"labels\[2\] is {label}; expected -100 or 0 to 8"):
+        implementation("token_loss_", "native", case)(*case)
+
+
+# ---- CUDA, without a GPU ----
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the path")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_nvcc_spills_nothing(target, tmp_path):
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", f"-arch={target}", "-Xptxas", "-v", "-c", "csrc/cuda/update.cu",
+         "-o", str(tmp_path / "update.o")],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stdout)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stdout)]
+    print(f"{target}: registers {registers}, spilled bytes {spills}")
+    assert len(registers) == 9, done.stdout  # 3 rules, and rows held in registers, read again, or not aligned
+    assert spills == [0] * 18, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or shutil.which("c++") is None, reason="no nvcc or no C++ compiler")
+def test_the_cuda_binding_compiles_where_nvcc_is():
+    found = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], text=True, capture_output=True).stderr
+    toolkit = re.search(r"INCLUDES=\"?-I([^\s\"]+)", found)[1]
+    paths = [f"-I{path}" for path in (HEADERS, HEADERS / "torch/csrc/api/include", toolkit)]
+    macros = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    done = subprocess.run(
+        ["c++", "-std=c++20", "-fsyntax-only", "-Wall", *macros, *paths, "csrc/ops_cuda.cpp"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout

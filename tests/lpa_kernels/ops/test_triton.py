@@ -1,0 +1,215 @@
+"""What the Triton kernels alone promise, on a GPU or under Triton's interpreter, and what compiling them costs.
+
+Triton fixes when it is imported whether it interprets, so that without a GPU (and without TRITON_INTERPRET=1) the
+tests of the kernels, here and in `test_backends.py`, are skipped in this process and run in another, by
+`test_under_the_interpreter`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpa_kernels.ops import reference, registry
+from tests.support.op_cases import (
+    PROBABILITIES,
+    assert_near,
+    copied,
+    implementation,
+    loss_case,
+    perturb_case,
+    run_against_oracle,
+    update_case,
+)
+
+pytest.importorskip("triton")
+from lpa_kernels.ops.triton import launch, token_loss
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+ROOT = Path(__file__).resolve().parents[3]
+NARROW = (torch.float32, torch.bfloat16)
+PARTS, WHOLE = 1000, 1  # multiprocessors: far more than rows, so that a row is shared; or no more than rows
+
+kernels = pytest.mark.skipif(not (CUDA or launch.INTERPRETED), reason="no GPU; runs under the interpreter")
+on_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log(0), in the interpreter
+
+
+def python(*args: str, **environment: str) -> str:
+    """Output of another Python with TRITON_INTERPRET only as given; fails with that output."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", registry.ENVIRONMENT_VARIABLE)}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env={**env, "OMP_NUM_THREADS": "1", **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(CUDA or launch.INTERPRETED, reason="the kernels run in this process")
+def test_under_the_interpreter():
+    out = python(
+        "-m", "pytest", "-p", "no:cacheprovider", "tests/lpa_kernels/ops", "-k", "triton", TRITON_INTERPRET="1"
+    )
+    passed = re.search(r"(\d+) passed", out)
+    assert passed, out
+    assert int(passed[1]) > 100, out
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="compiled by the process that started this one")
+def test_compiled_ahead_of_time():
+    """For sm_80, sm_90, sm_100 and gfx942, in the shapes of an 8B model; no spills on the first two."""
+    out = python("-m", "tests.support.compile_triton")
+    print(out)
+    for kernel in ("_perturb", "_update", "_row", "_scan_part", "_finish_part"):
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            assert re.search(rf": {kernel} +{target} +\d+ +\d+", out), f"{kernel} is missing on {target}:\n{out}"
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="compiled by the process that started this one")
+def test_odd_shapes_strides_and_dtypes_compile():
+    """The interpreter specialises on nothing, a compiled kernel on every 1 and on every multiple of 16."""
+    assert "15 kernels compiled" in python("-m", "tests.support.compile_triton", "--corners")
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("multiprocessors", "rows", "vocabulary"),
+    [
+        *((m, *size) for m in (WHOLE, PARTS) for size in ((0, 9), (1, 2), (1, 33), (5, 1000), (2, 4100))),
+        (WHOLE, 1, 40000),
+    ],
+)
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float16])
+def test_loss(rows, vocabulary, dtype, multiprocessors, monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    for weighted, gap in ((True, 0), (True, 24), (False, 3)):
+        run_against_oracle(
+            "token_loss_",
+            "triton",
+            loss_case(rows, vocabulary, dtype, weighted=weighted, gap=gap, device=DEVICE),
+        )
+
+
+@kernels
+@pytest.mark.parametrize("multiprocessors", [WHOLE, PARTS])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("away", [True, False])
+def test_loss_precision(away, dtype, multiprocessors, monkeypatch):
+    """Each row's own relative error, in float64's eyes, however sure the model is of the label or of the rest."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    rows = [
+        loss_case(1, 4100, dtype, probability=p, away=away, ignored=0.0, seed=i, device=DEVICE)
+        for i, p in enumerate(PROBABILITIES)
+    ]
+    case = (*(torch.cat(parts) for parts in list(zip(*rows, strict=True))[:4]), -5.0)
+    got, want = copied(case), copied(case, torch.float64)
+    losses, _ = implementation("token_loss_", "triton", got)(*got)
+    right, _ = reference.token_loss_(*want)
+    assert (right > 0).all()
+    assert_near(losses / right, torch.ones_like(right), 3e-6, "losses / right")
+    for row, p in enumerate(PROBABILITIES):
+        assert_near(got[0][row], want[0][row], 3e-6, f"gradient at p={p}", dtype)
+
+
+@kernels
+@pytest.mark.parametrize("multiprocessors", [WHOLE, PARTS])
+def test_loss_below_the_threshold_is_off(multiprocessors, monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    for p, off in ((0.9 * math.exp(-5), True), (1.1 * math.exp(-5), False)):
+        case = loss_case(2, 4100, probability=p, away=True, ignored=0.0, device=DEVICE)
+        losses, hits = implementation("token_loss_", "triton", case)(*case)
+        assert ((losses == 0) & (case[0] == 0).all(1)).tolist() == [off] * 2
+        assert not hits.any()
+
+
+@kernels
+@pytest.mark.parametrize("multiprocessors", [WHOLE, PARTS])
+def test_loss_of_strange_rows(multiprocessors, monkeypatch):
+    """Forbidden tokens (-inf) are exact; a NaN or a label that is no token is heard of, in its own row alone."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
+    case = loss_case(6, 4100, ignored=0.0, away=False, device=DEVICE)
+    logits, labels = case[:2]
+    labels[:] = torch.tensor([5, 5, 4100, -1, 5, 5])
+    logits[0, 100:4099] = float("-inf")
+    logits[1, 4099] = float("nan")
+    logits[5, 4090:] = 200.0
+    got, want = copied(case), copied(case, torch.float64)
+    want[1][2:4] = 5
+    losses, hits = implementation("token_loss_", "triton", got)(*got)
+    right, _ = reference.token_loss_(*want)
+    assert losses.isnan().tolist() == [False, True, True, True, False, False]
+    assert not hits[1:4].any()
+    for row in (0, 4, 5):
+        assert_near(losses[row], right[row], 2e-6)
+        assert_near(got[0][row], want[0][row], 2e-6)
+
+
+def test_a_row_goes_to_as_many_programs_as_fill_the_gpu():
+    assert token_loss.parts(256, 128256, 8, 132) == 1
+    assert token_loss.parts(132, 128256, 8, 132) == 1
+    assert token_loss.parts(28, 128256, 8, 132) == 18
+    assert token_loss.parts(1, 128256, 8, 132) == 32  # no more than it has tiles
+    assert token_loss.parts(1, 300, 8, 132) == 1
+
+
+def test_says_what_it_cannot_take():
+    def reason(op, case):
+        with pytest.raises(RuntimeError) as error:
+            registry.select(op, "triton", case)
+        return str(error.value)
+
+    hidden, delta, rows = perturb_case(4, 3, 8)
+    assert "float64" in reason("perturb", (hidden.double(), delta, rows))
+    assert "last ones must be 1" in reason("perturb", (hidden.t().contiguous().t(), delta, rows))
+    assert "rule='adam'" in reason("pgd_update_", update_case(1, 2, 8, 4, rule="adam"))
+    assert "contiguous" in reason("pgd_update_", (delta[None].double(), *update_case(1, 3, 8, 4)[1:]))
+    assert "float64" in reason("token_loss_", loss_case(2, 9, torch.float64))
+    assert "last one must be 1" in reason("token_loss_", (torch.randn(9, 2).t(), *loss_case(2, 9)[1:]))
+    if not launch.INTERPRETED:
+        assert "TRITON_INTERPRET" in reason("perturb", (hidden, delta, rows))
+        assert "on cpu" in reason("token_loss_", loss_case(2, 9))
+
+
+@on_gpu
+def test_beyond_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free GPU memory")
+    width, tokens = 4096, (1 << 19) + 1
+    hidden = torch.randn(tokens, width, dtype=torch.bfloat16, device=DEVICE)
+    rows = torch.full((tokens,), -1, device=DEVICE)
+    rows[-1] = 0
+    delta = torch.randn(1, width, device=DEVICE)
+    out = implementation("perturb", "triton", (hidden, delta, rows))(hidden, delta, rows)
+    assert torch.equal(out[:-1], hidden[:-1])
+    assert torch.equal(out[-1], (hidden[-1].float() + delta[0]).bfloat16())
+    del out, hidden
+
+    case = list(update_case(1, 1, width, 4, 1, rule="sign", norm="none", bad=False, masked=0.0, device=DEVICE))
+    case[0] = torch.zeros(1, tokens, width, device=DEVICE)
+    case[3] = [torch.ones((), device=DEVICE).expand(tokens, width)]
+    case[4] = torch.arange(tokens, device=DEVICE)[:, None]
+    case[8] = torch.full((1, tokens), float("nan"), device=DEVICE)
+    implementation("pgd_update_", "triton", tuple(case))(*case)
+    assert torch.equal(case[0].amin(), -case[6])
+    assert torch.equal(case[0].amax(), -case[6])
+    del case
+
+    vocabulary = 128256
+    count = (1 << 31) // vocabulary + 1
+    last = loss_case(1, vocabulary, torch.bfloat16, ignored=0.0, device=DEVICE)
+    logits = torch.zeros(count, vocabulary, dtype=torch.bfloat16, device=DEVICE)
+    logits[-1] = last[0][0]
+    many = [logits, *(t.expand(count).contiguous() for t in last[1:4]), -5.0]
+    losses, _ = implementation("token_loss_", "triton", tuple(many))(*many)
+    right, _ = reference.token_loss_(*last)
+    assert_near(losses[-1:], right, 2e-6)
+    assert_near(logits[-1], last[0][0], 2e-6, "gradient", torch.bfloat16)

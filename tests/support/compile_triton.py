@@ -1,0 +1,260 @@
+"""Compiles every Triton launch of an 8B model's attack ahead of time, with no GPU, and prints what it costs.
+
+    python -m tests.support.compile_triton            # a table; fails where a kernel spills on sm_80 or sm_90
+    python -m tests.support.compile_triton --asm DIR  # keeps PTX, SASS and AMD assembly too
+    python -m tests.support.compile_triton --corners  # odd shapes, strides and dtypes instead: that they compile at all
+
+The launches are recorded from the ops themselves, called on tensors without memory, so that what is compiled is what
+runs. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lpa_kernels.ops.triton import launch
+from lpa_kernels.ops.triton.perturb import perturb
+from lpa_kernels.ops.triton.token_loss import token_loss_
+from lpa_kernels.ops.triton.update import pgd_update_
+from tests.support.op_cases import loss_case, perturb_case, update_case
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NO_SPILLS = ("sm_80", "sm_90")
+MULTIPROCESSORS = 132
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one kernel needs on one target; `vector` is the share of its global accesses that are 16 bytes wide."""
+
+    kernel: str
+    target: str
+    threads: int
+    registers: int
+    spills: int  # bytes of local memory a thread on CUDA, spilled vector registers on ROCm
+    shared: int
+    wide: str
+
+
+def recorded(call: Callable[[], object], warp: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, positional arguments, keywords) of every launch that `call` makes, none of which happens."""
+    launches = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launches.append((self, args, keywords))
+
+    with (
+        mock.patch.object(triton.JITFunction, "run", record),
+        mock.patch.object(launch, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(launch, "warps", lambda threads: max(1, threads // warp)),
+    ):
+        call()
+    return launches
+
+
+def source(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """The kernel specialised on these arguments as a launch would do it, and its options."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def one(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one(item, (*path, i)) for i, item in enumerate(value))
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if value < 2**31 else "i64"
+
+    options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
+    for i, name in enumerate(kernel.arg_names):
+        if i < len(args):
+            signature[name] = one(args[i], (i,))
+        else:
+            signature[name] = "constexpr"
+            constants[(i,)] = keywords[name]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def calls(width: int, vocabulary: int) -> dict[str, Callable[[], object]]:
+    """The ops of an attack on a model of this shape in bf16, on tensors without memory."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    sites, rows, tokens = 5, 2304, 4608
+    delta, norms, scalar = new(sites, rows, width), new(sites, rows), new()
+    grads = [new(tokens, width, dtype=torch.bfloat16) for _ in range(sites)]
+    index, clipped = new(rows, 2, dtype=torch.int64), new(sites, dtype=torch.int32)
+
+    def update(rule: str, norm: str) -> Callable[[], object]:
+        moments = (delta, delta) if rule == "adamw" else (None, None)
+        tail = (scalar, scalar, scalar, norms, clipped, rule, norm, False, 0.9, 0.999, 1e-8, 0.01)
+        return lambda: pgd_update_(delta, *moments, grads, index, *tail)
+
+    def loss(rows: int, weighted: bool) -> Callable[[], object]:
+        logits = new(rows, vocabulary, dtype=torch.bfloat16)
+        labels, away = new(rows, dtype=torch.int64), new(rows, dtype=torch.bool)
+        return lambda: token_loss_(logits, labels, away, new(rows) if weighted else None, -5.0)
+
+    where = new(tokens, dtype=torch.int64)
+    return {
+        "perturb": lambda: perturb(grads[0], new(rows, width), where),
+        "update adamw l2": update("adamw", "l2"),
+        "update normalized l2": update("normalized", "l2"),
+        "update sign linf": update("sign", "linf"),
+        "loss of many rows": loss(256, True),
+        "loss of many rows, no gradient": loss(256, False),
+        "loss of few rows": loss(28, True),
+    }
+
+
+def cuda_cost(name: str, target: str, binary: Any, folder: Path) -> Cost:
+    """Registers and local memory from the cubin's own table, access widths from its machine code."""
+    from triton import knobs
+
+    path = folder / f"{name}.{target}.cubin".replace(" ", "_")
+    path.write_bytes(binary.asm["cubin"])
+    tool = str(knobs.nvidia.cuobjdump.path)
+
+    def dump(what: str) -> str:
+        return subprocess.run([tool, what, str(path)], capture_output=True, text=True, check=True).stdout
+
+    usage = dump("-res-usage")
+    found = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}  # type: ignore[index]
+    sass = dump("-sass")
+    path.with_suffix(".sass").write_text(sass)
+    path.with_suffix(".ptx").write_text(binary.asm["ptx"])
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    spills = found["STACK"] + found["LOCAL"] + 4 * local
+    accesses = re.findall(r"\b(?:LDG|STG)\.\S+", sass)
+    wide = sum(".128" in access for access in accesses)
+    threads = binary.metadata.num_warps * 32
+    return Cost(name, target, threads, found["REG"], spills, binary.metadata.shared, f"{wide}/{len(accesses)}")
+
+
+def hip_cost(name: str, target: str, binary: Any, folder: Path) -> Cost:
+    """The same from the AMD assembly, whose metadata count registers and spills."""
+    text = binary.asm["amdgcn"]
+    (folder / f"{name}.{target}.s".replace(" ", "_")).write_text(text)
+
+    def number(key: str) -> int:
+        match = re.search(rf"\.{key}:\s+(\d+)", text)
+        assert match, f"no {key} in the assembly"
+        return int(match[1])
+
+    accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
+    wide = sum("dwordx4" in access for access in accesses)
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    threads = binary.metadata.num_warps * 64
+    return Cost(name, target, threads, number("vgpr_count"), spills, binary.metadata.shared, f"{wide}/{len(accesses)}")
+
+
+def costs(width: int, vocabulary: int, folder: Path, targets: list[str]) -> list[Cost]:
+    """Every kernel of `calls`, compiled for every target."""
+    out = []
+    for name, call in calls(width, vocabulary).items():
+        for target in targets:
+            for kernel, args, keywords in recorded(call, TARGETS[target].warp_size):
+                specialised, options = source(kernel, args, keywords)
+                binary = triton.compile(specialised, target=TARGETS[target], options=options)
+                cost = cuda_cost if TARGETS[target].backend == "cuda" else hip_cost
+                out.append(cost(f"{name}: {kernel.__name__}", target, binary, folder))
+    return out
+
+
+def corners() -> int:
+    """Compile what specialises differently: ones become constants, big strides 64-bit, other layouts other loads."""
+
+    def meta(value: Any) -> Any:
+        if isinstance(value, list):
+            return [meta(item) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    half, wide = torch.float16, 4100
+    unlike = list(update_case(3, 5, 24, 9))
+    unlike[3] = [unlike[3][0], torch.zeros(()).expand(9, 24), torch.empty_strided((9, 24), (2**31, 1), device="meta")]
+    ops: list[tuple[Callable[..., object], tuple[Any, ...]]] = [
+        (perturb, perturb_case(1, 1, 1)),
+        (perturb, perturb_case(5, 3, 33, half, layout="rows")),
+        *((pgd_update_, update_case(1, 1, width, 1, 1, layout="columns")) for width in (1, 33, wide)),
+        (pgd_update_, update_case(1, 1, 24, 1, 1, half)),
+        (pgd_update_, update_case(2, 3, wide, 4, rule="normalized", norm="linf", maximize=True)),
+        (pgd_update_, update_case(2, 3, 24, 4, rule="sign", norm="none", per_row_epsilon=True, layout="expanded")),
+        (pgd_update_, tuple(unlike)),
+        (token_loss_, loss_case(1, 2)),
+        (token_loss_, loss_case(1, 40000, half, gap=3, weighted=False)),
+        (token_loss_, loss_case(200, 33, gap=3)),
+    ]
+    count = 0
+    for op, args in ops:
+        for kernel, positional, keywords in recorded(partial(op, *map(meta, args)), 32):
+            specialised, options = source(kernel, positional, keywords)
+            triton.compile(specialised, target=TARGETS["sm_90"], options=options)
+            count += 1
+    return count
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--asm", type=Path, help="keep the assembly in this folder")
+    parser.add_argument("--corners", action="store_true", help="compile odd shapes, strides and dtypes for sm_90")
+    options = parser.parse_args(argv)
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: nothing can be compiled; unset it")
+    if options.corners:
+        print(f"{corners()} kernels compiled")
+        return 0
+    print(f"width {options.width}, vocabulary {options.vocabulary}, bf16, triton {triton.__version__}")
+    print(f"{'kernel':46} {'target':7} {'threads':>7} {'regs':>5} {'spills':>6} {'shared':>6} {'16-byte':>8}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.asm or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = costs(options.width, options.vocabulary, folder, options.targets)
+    for c in found:
+        print(f"{c.kernel:46} {c.target:7} {c.threads:7} {c.registers:5} {c.spills:6} {c.shared:6} {c.wide:>8}")
+    spilling = [f"{c.kernel} on {c.target}" for c in found if c.spills and c.target in NO_SPILLS]
+    if spilling:
+        print("registers spill to memory:", "; ".join(spilling))
+    return bool(spilling)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
