@@ -1,4 +1,4 @@
-"""Builds csrc where it is asked for; a plain install is pure Python and needs no compiler.
+"""Builds csrc on request; a plain install is pure Python and needs no compiler.
 
 LPA_KERNELS_NATIVE=1 pip install --no-build-isolation .     the CPU kernels, and CUDA where torch and nvcc have it
 LPA_KERNELS_NATIVE=cpu pip install --no-build-isolation .   the CPU kernels alone

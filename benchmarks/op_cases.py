@@ -37,7 +37,7 @@ class Case:
 
 
 def device() -> str:
-    """ "cuda" where there is one."""
+    """ "cuda" on a machine with a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -57,10 +57,10 @@ inline Update update_of(const Tensor& delta, const std::optional<Tensor>& exp_av
   STD_TORCH_CHECK(call.shares == 1 || call.shares == 2, "tokens has ", call.shares, " columns; expected 1 or 2");
   if (rule == "adamw") {
     call.rule = Rule::adamw;
-  } else if (rule == "normalized") {
-    call.rule = Rule::normalized;
+  } else if (rule == "normalised") {
+    call.rule = Rule::normalised;
   } else {
-    STD_TORCH_CHECK(rule == "sign", "rule='", rule, "'; the native kernels have adamw, normalized and sign");
+    STD_TORCH_CHECK(rule == "sign", "rule='", rule, "'; the native kernels have adamw, normalised and sign");
     call.rule = Rule::sign;
   }
   if (norm == "none") {

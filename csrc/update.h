@@ -5,7 +5,7 @@
 
 namespace lpa {
 
-enum class Rule : int32_t { adamw, normalized, sign };
+enum class Rule : int32_t { adamw, normalised, sign };
 enum class Norm : int32_t { none, l2, linf };
 enum class Dtype : int32_t { float32, bfloat16, float16 };
 
@@ -21,7 +21,7 @@ struct Matrix {
 struct Update {
   float* delta;        // [S, R, H]
   float* exp_avg;      // [S, R, H]; null for rules without moments
-  float* exp_avg_sq;   // likewise
+  float* exp_avg_sq;   // [S, R, H]; null for rules without moments
   float* norms;        // [S, R]
   int32_t* clipped;    // [S]
   const int64_t* row_tokens;  // [R, K]

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from lpa_kernels.attack import ENGINES, NORMS, Objective
-from lpa_kernels.ops import RULES, requested
+from lpa_kernels.ops import requested, rule_named
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON
 from .names import nearest
@@ -88,7 +88,7 @@ class LPAConfig(TrainingArguments):
     step_size: float = _setting(1e-3, "Step size of the attack.")
     steps: int = _setting(16, "Inner steps of the attack; 0 trains without an adversary.")
     norm: str = _setting("l2", "Ball that a perturbation stays in: l2, linf, l2_sequence or none.")
-    rule: str = _setting("adamw", "Update rule of the attack: adamw, normalized, sign, adam, rmsprop or sgd.")
+    rule: str = _setting("adamw", "Update rule of the attack: adamw, normalised, sign, adam, rmsprop or sgd.")
     attack_toward_coef: float = _setting(0.5, "Weight of the attack's loss toward the rejected completion.")
     attack_away_coef: float = _setting(0.5, "Weight of the attack's loss away from the chosen completion. The trainer "
                                        "divides the attack's weights by their sum.")  # fmt: skip
@@ -173,10 +173,11 @@ class LPAConfig(TrainingArguments):
 
     def _check_settings(self) -> None:
         allowed = {"normaliser": NORMALISERS, "kl": KL_FORMS, "attack_on": ATTACK_ON, "capture_graph": GRAPHS,
-                   "norm": NORMS, "rule": RULES, "engine": ENGINES}  # fmt: skip
+                   "norm": NORMS, "engine": ENGINES}  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")
+        self.rule = rule_named(self.rule)
         requested(self.backend)
         for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size",
                      "lora_r", "max_length", "canary_prompts", "canary_max_new_tokens",

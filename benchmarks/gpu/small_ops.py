@@ -19,7 +19,7 @@ def main() -> None:
             *(
                 ("pgd_update_", update_case(3, 7, width, 11, shares, dtype, rule=rule, norm=norm, device=where))
                 for width, shares, rule, norm in (
-                    (33, 1, "adamw", "l2"), (576, 2, "adamw", "l2"), (64, 2, "normalized", "linf"),
+                    (33, 1, "adamw", "l2"), (576, 2, "adamw", "l2"), (64, 2, "normalised", "linf"),
                     (4100, 2, "sign", "none"), (8192, 1, "adamw", "linf"), (20000, 2, "adamw", "l2"),
                 )
             ),

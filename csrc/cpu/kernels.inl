@@ -152,8 +152,8 @@ template <Rule rule>
 void move_row(const Update& call, const Constants& c, const Matrix& grad, const int64_t* tokens, int64_t offset,
               RowNorm& norm) {
   float buffer[kBlock];
-  double scale = c.sign;  // for Rule::normalized: 1 / ||g||, 0 where the norm is 0
-  if (rule == Rule::normalized) {
+  double scale = c.sign;  // for Rule::normalised: 1 / ||g||, 0 where the norm is 0
+  if (rule == Rule::normalised) {
     const double length = gradient_length(call, grad, tokens);
     scale = length > 0 ? c.step_size / length : 0.0;
   }
@@ -172,7 +172,7 @@ void move_row(const Update& call, const Constants& c, const Matrix& grad, const 
         store(first_moment + i, m, k);
         store(second_moment + i, v, k);
         d = d * c.decay - m * c.scale / (square_root(v) * c.correction + c.eps);
-      } else if (rule == Rule::normalized) {
+      } else if (rule == Rule::normalised) {
         d -= g * static_cast<float>(scale);
       } else {
         const VFloat up = g > 0 ? all(c.step_size) : VFloat{};
@@ -202,8 +202,8 @@ void update_rows(const Update& call, const Matrix* grads, int64_t begin, int64_t
       }
     } else if (call.rule == Rule::adamw) {
       move_row<Rule::adamw>(call, c, grads[site], tokens, offset, norm);
-    } else if (call.rule == Rule::normalized) {
-      move_row<Rule::normalized>(call, c, grads[site], tokens, offset, norm);
+    } else if (call.rule == Rule::normalised) {
+      move_row<Rule::normalised>(call, c, grads[site], tokens, offset, norm);
     } else {
       move_row<Rule::sign>(call, c, grads[site], tokens, offset, norm);
     }

@@ -97,7 +97,7 @@ __device__ Numbers<V> gradient(const Gradient& grad, const int64_t (&tokens)[2],
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
-struct Largest {  // and NaN where there is one
+struct Largest {  // NaN if either is
   __device__ float operator()(float a, float b) const { return a > b || a != a ? a : b; }
 };
 
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) update_kernel(const __grid_con
   float* __restrict__ exp_avg_sq = call.exp_avg_sq + offset;
   const int width = static_cast<int>(call.width), begin = threadIdx.x * V, stride = blockDim.x * V;
   const float step_size = *call.step_size, sign = call.maximize ? -1.0f : 1.0f;
-  Numbers<V> held[kHeld];  // the new delta (for Rule::normalized the gradient, first)
+  Numbers<V> held[kHeld];  // the new delta (for Rule::normalised the gradient, first)
 
   // body(chunk, column) for each of this thread's vectors.
   const auto each = [&](auto body) {
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) update_kernel(const __grid_con
     correction = rsqrtf(-expm1f(step * static_cast<float>(call.log_beta2)));
     decay = 1.0f - step_size * static_cast<float>(call.weight_decay);
   }
-  if (rule == Rule::normalized && live) {
+  if (rule == Rule::normalised && live) {
     float power = 1, length = 0;
     for (int attempt = 0; attempt < 2; ++attempt) {
       float squares = 0;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) update_kernel(const __grid_con
     Numbers<V> d = load<V>(delta + column);
     if (live) {
       const Numbers<V> g =
-          kept && rule == Rule::normalized ? held[chunk] : gradient<V>(grad, tokens, column, sign);
+          kept && rule == Rule::normalised ? held[chunk] : gradient<V>(grad, tokens, column, sign);
       if (rule == Rule::adamw) {
         const float beta1 = call.beta1, rest1 = 1 - call.beta1, beta2 = call.beta2, rest2 = 1 - call.beta2;
         Numbers<V> m = load<V>(exp_avg + column), v = load<V>(exp_avg_sq + column);
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) update_kernel(const __grid_con
         }
         store(exp_avg + column, m);
         store(exp_avg_sq + column, v);
-      } else if (rule == Rule::normalized) {
+      } else if (rule == Rule::normalised) {
         for (int i = 0; i < V; ++i) d.x[i] -= scale * g.x[i];
       } else {
         for (int i = 0; i < V; ++i) d.x[i] -= g.x[i] > 0 ? step_size : (g.x[i] < 0 ? -step_size : 0.0f);
@@ -258,8 +258,8 @@ cudaError_t launch_update(const Update& call, const Matrix* grads, cudaStream_t 
     cudaError_t status = cudaSuccess;
     if (call.rule == Rule::adamw) {
       status = launch<Rule::adamw>(call, batch, first, count, vector, stream);
-    } else if (call.rule == Rule::normalized) {
-      status = launch<Rule::normalized>(call, batch, first, count, vector, stream);
+    } else if (call.rule == Rule::normalised) {
+      status = launch<Rule::normalised>(call, batch, first, count, vector, stream);
     } else {
       status = launch<Rule::sign>(call, batch, first, count, vector, stream);
     }

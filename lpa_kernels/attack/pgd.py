@@ -18,8 +18,7 @@ from ..model.hooks import kept_for_recompute
 from ..model.modes import inner_mode
 from ..model.sites import Site, resolve_sites, site_widths
 from ..model.walk import parameters_of
-from ..ops.reference import RULES
-from ..ops.registry import requested
+from ..ops import requested, rule_named
 from . import capture, packed, reference
 from .attack import LatentAttack
 from .batch import PairBatch
@@ -67,7 +66,7 @@ class LatentPGD:
             hidden state that is perturbed.
         step_size, steps: of the update.
         norm: "l2" a token, "l2_sequence" (one ball an example), "linf", or "none".
-        rule: "adamw" (torch's defaults, as in LAT), "normalized", "sign"; also "adam", "rmsprop", "sgd".
+        rule: "adamw" (torch's defaults, as in LAT), "normalised", "sign"; also "adam", "rmsprop", "sgd".
         coefs: weights of the terms of `Objective`, used as given.
         engine: "reference" (two plain passes a step), "packed" (one pass, the prompt shared; an error where the model
             cannot), "auto" (packed where that is exact, else one unshared pass, with a warning).
@@ -117,7 +116,8 @@ class LatentPGD:
         capture_graph: bool | str = "auto",
         autocast: torch.dtype | None = None,
     ) -> None:
-        for name, value, allowed in (("engine", engine, ENGINES), ("norm", norm, NORMS), ("rule", rule, RULES)):
+        rule = rule_named(rule)
+        for name, value, allowed in (("engine", engine, ENGINES), ("norm", norm, NORMS)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
         if not epsilon > 0 or not step_size > 0 or steps < 1:
@@ -174,10 +174,10 @@ class LatentPGD:
         """How far from its start a perturbation of this width can get at most: steps of step_size a coordinate."""
         steps = _adam_reach(self.steps) if self.rule in ("adamw", "adam") else self.steps
         each = self.step_size if self.norm == "linf" else self.step_size * math.sqrt(width)
-        return steps * (self.step_size if self.rule == "normalized" else each)
+        return steps * (self.step_size if self.rule == "normalised" else each)
 
     def _warn_if_never_binding(self, width: int) -> None:
-        fixed = self.rule in ("adamw", "adam", "sign", "normalized") and not (self.relative or self.random_start)
+        fixed = self.rule in ("adamw", "adam", "sign", "normalised") and not (self.relative or self.random_start)
         if fixed and self.norm in ("l2", "linf") and self.reach(width) < self.epsilon:
             message = (
                 f"epsilon={self.epsilon:g} never binds: {self.steps} steps of {self.step_size:g} reach a norm of "

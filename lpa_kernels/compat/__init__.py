@@ -1,4 +1,4 @@
-"""Drop-in replacements, one file a foreign code base."""
+"""Drop-in replacements for the inner loops of public code bases."""
 
 from .continuous_advtrain import EmbeddingSpaceAttack
 from .latent_at import clear_hooks, fused_latent_pgd, patch_latent_at

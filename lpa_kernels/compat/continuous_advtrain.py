@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attack.head import output_head
-from ..model.modes import frozen_eval
+from ..attack import output_head
+from ..model import frozen_eval
 from ..ops import perturb, pgd_update_, token_loss
 
 logger = logging.getLogger(__name__)
 
-# their name of an optimiser -> our rule and the betas that torch's optimiser of that name has
+# their name of an optimiser -> our rule, and the betas of torch's optimiser of that name
 RULES = {"sign": ("sign", (0.9, 0.999)), "adam": ("adam", (0.9, 0.999)), "rms": ("rmsprop", (0.9, 0.99))}
 
 
 class EmbeddingSpaceAttack:
-    """Finds a perturbation of the prompt's embeddings that makes the targets likely, without their [B, S, V] one-hots.
+    """Finds a perturbation of the prompt's embeddings that makes the targets likely, without [B, S, V] one-hots.
 
-    The same losses and perturbations as theirs, from the rows of logits that predict a target alone, in float32.
-    What is put right: `relative_lr=True` raises AttributeError there (it reads `self.eps` before that is set) and
-    makes the step `lr * eps * mean embedding norm` here; a target of token id 0 is not attacked there, and counts
-    here; an unknown init_type or optimiser is an error here, as is "suffix", which raises in their first step. The
-    caller's opt_config is not changed, the model runs in eval mode, and every parameter's requires_grad comes back.
+    The losses and perturbations are those of the public class (arXiv 2405.15589), computed in float32 from the rows
+    of logits that predict a target. Three faults are repaired: `relative_lr=True` raises AttributeError there and
+    makes the step `lr * eps * mean embedding norm` here; a target of token id 0 is dropped there and counts here; an
+    unknown init_type or optimiser is an error here, as is "suffix", which raises in their first step. The caller's
+    opt_config is not changed, the model runs in eval mode, and every parameter's requires_grad comes back.
 
     Args:
         embed_weights: [V, H] embedding matrix.
@@ -41,7 +41,17 @@ class EmbeddingSpaceAttack:
         debug: 1 logs the first and the best loss, 2 those of every step.
 
     Raises:
-        ValueError: an unknown init_type or optimiser. NotImplementedError: init_type="suffix".
+        ValueError: an unknown init_type or optimiser.
+        NotImplementedError: init_type="suffix".
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> model = LlamaForCausalLM(LlamaConfig(**size))
+    >>> attack = EmbeddingSpaceAttack(model.get_input_embeddings().weight, None, None, iters=2)
+    >>> ids, targets = torch.tensor([[1, 2, 3]]), torch.tensor([[-100, -100, 3]])
+    >>> embeddings, found, mask, losses, hits = attack.attack(model, ids, targets, torch.ones_like(ids))
+    >>> found.shape, mask.flatten().tolist(), len(losses)
+    (torch.Size([1, 3, 8]), [1, 1, 0], 2)
     """
 
     def __init__(
@@ -60,7 +70,7 @@ class EmbeddingSpaceAttack:
         **kwargs: Any,
     ) -> None:
         if init_type == "suffix":
-            raise NotImplementedError("init_type='suffix': theirs has no projection on the simplex either")
+            raise NotImplementedError("init_type='suffix' needs a projection on the simplex, which theirs lacks too")
         if init_type != "instruction":
             raise ValueError(f"init_type={init_type!r} is unknown; use 'instruction'")
         if args or kwargs:
@@ -83,13 +93,15 @@ class EmbeddingSpaceAttack:
         """Run the inner loop on one batch.
 
         Args:
-            input_ids, attention_mask: [B, L], padded on either side.
-            target_ids: [B, L], the token ids of the target, -100 elsewhere.
+            model: the causal language model that embed_weights belong to.
+            input_ids: [B, L] int64, padded on either side.
+            target_ids: [B, L] int64, the token ids of the target, -100 elsewhere.
+            attention_mask: [B, L], 1 at real tokens.
 
         Returns:
-            embeddings [B, L, H], perturbation [B, L, H] in the embeddings' dtype, its mask [B, L, 1] (1 where a
-            token is real and no target) in input_ids' dtype; the loss of each step, before its update; and how many
-            examples had every target as the most probable token.
+            embeddings [B, L, H]; the perturbation [B, L, H] in their dtype; its mask [B, L, 1] in input_ids' dtype, 1
+            at real tokens outside the target; the loss of each step, before its update; and by step the number of
+            examples whose targets were all the most probable tokens.
 
         Raises:
             ValueError: there is no target, or no position to attack.
@@ -145,19 +157,19 @@ class EmbeddingSpaceAttack:
             logger.info("embedding attack: losses %s", losses)
 
     def get_embeddings(self, ids: Tensor) -> Tensor:
-        """[B, L, H] embeddings of ids [B, L]; a negative id counts as 0, as there."""
+        """The embeddings [B, L, H] of ids [B, L] int64; a negative id counts as 0, as there."""
         return torch.nn.functional.embedding(
             ids.clamp(min=0).to(self.embed_weights.device), self.embed_weights.detach()
         )
 
     def get_adv_embeddings(self, input_embeds: Tensor, adv_perturbation: Tensor, adv_perturbation_mask: Tensor) -> Any:
-        """The perturbed embeddings [B, L, H]."""
+        """The perturbed embeddings [B, L, H]; the mask is [B, L, 1]."""
         return input_embeds + adv_perturbation * adv_perturbation_mask
 
 
 @contextmanager
 def rows_before_head(model: nn.Module, index: Tensor) -> Iterator[None]:
-    """Within it the model's head gets [1, N, H]: the hidden states of the tokens in index [N], not all of [B, L, H]."""
+    """Within it the model's head gets [1, N, H]: of all hidden states [B, L, H] those of the tokens in index [N]."""
 
     def select(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0].flatten(0, 1)

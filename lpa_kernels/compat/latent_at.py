@@ -1,4 +1,4 @@
-"""Drop-in for aengusl/latent-adversarial-training: its inner loop, with its signature and its return values."""
+"""Drop-in for aengusl/latent-adversarial-training: its inner loop, with its signature and return values."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import LatentPGD, PairBatch
-from ..model.sites import Site, in_block, unwrapped
+from ..model import Site, in_block, unwrapped
 from .latent_at_hooks import CustomHook, GDAdversary, clear_hooks, install, make_room, say_once
 from .patch import Patch, find_in, foreign_module, imports, same_parameters
 
 NAMES = ("projected_gradient_descent", "clear_hooks", "GDAdversary")  # what `patch_latent_at` replaces
-HOME = "lat_methods"  # the submodule that has them, in forks whose package imports nothing by itself
+HOME = "lat_methods"  # their submodule, for forks whose package imports nothing by itself
 ACCUMULATION = ("each", "upstream")
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The language model itself, under wrappers that show nothing of it (DistributedDataParallel).
+    """The language model under wrappers that hide it, such as DistributedDataParallel.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no module underneath has get_input_embeddings().
     """
     inner: Any = model
     while not hasattr(inner, "get_input_embeddings"):
@@ -47,13 +47,16 @@ def _labels(batch: Mapping[str, Any], side: str) -> Tensor | None:
 def pair_batch(
     batch: Mapping[str, Any], coefs: Mapping[str, float], add_completions_pgd: bool, device: Any
 ) -> PairBatch:
-    """A batch of the public code as a `PairBatch`: adv is what the adversary goes toward, def what it avoids.
+    """A batch of the public code as a `PairBatch`: adv is the completion that the adversary goes toward.
 
     Args:
-        coefs: the terms that are computed; what none of them needs may be missing from the batch.
+        batch: see `fused_latent_pgd`.
+        coefs: the terms that are computed. The batch may lack the keys that none of them needs.
+        add_completions_pgd: attack the completions too.
+        device: where the result goes.
 
     Raises:
-        KeyError: something that is needed is missing.
+        KeyError: the batch lacks a key; the message lists the keys that it has.
     """
     preference = "dpo" in coefs
     wanted = {"adv": preference or "toward" in coefs, "def": preference or "away" in coefs}
@@ -75,27 +78,25 @@ def pair_batch(
         if not wanted[side]:
             tokens = batch[f"{other}_tokens"]
             return tokens, torch.zeros_like(tokens, dtype=torch.bool), None
-        # a preference loss scores the tokens themselves, as there
+        # as there: a preference loss scores the tokens themselves
         return batch[f"{side}_tokens"], masks[f"{side}_labels_mask"], None if preference else _labels(batch, side)
 
     rejected, chosen = half("adv", "def"), half("def", "adv")
-    return PairBatch(
-        rejected[0], rejected[1], chosen[0], chosen[1], attack_mask, rejected[2], chosen[2]
-    ).to(device)  # fmt: skip
+    return PairBatch(*rejected[:2], *chosen[:2], attack_mask, rejected[2], chosen[2]).to(device)
 
 
 def _counts(pairs: PairBatch) -> tuple[int, int] | None:
-    """Labels that are not ignored (-100), which is what the public means divide by; None where all count."""
+    """How many rejected and chosen labels count (are not -100): the public means divide by it. None where all do."""
     if pairs.rejected_labels is None and pairs.chosen_labels is None:
         return None
     return int((pairs.labels("rejected") != -100).sum()), int((pairs.labels("chosen") != -100).sum())
 
 
 def lat_sites(model: nn.Module, model_layers_module: str, layer: int | str | Sequence[int | str]) -> list[Site]:
-    """The sites in the order of the public code: the integer layers' feed-forward modules, then the embedding.
+    """The sites in the order of the public code: the numbered layers' feed-forward modules, then the embedding.
 
     Raises:
-        ValueError: model_layers_module is not in the model, or a layer is out of range.
+        ValueError: the model has no model_layers_module, or no such layer in it.
     """
     layers = [layer] if isinstance(layer, (int, str)) else list(layer)
     inner: Any = _inner(model)
@@ -111,7 +112,7 @@ def lat_sites(model: nn.Module, model_layers_module: str, layer: int | str | Seq
     if "embedding" in layers:
         sites.append(Site("embedding", unwrapped(inner.get_input_embeddings()), None))
     if not sites or len(sites) != len(layers):
-        raise ValueError(f"layer={layer!r} must hold layer numbers and at most one 'embedding'")
+        raise ValueError(f"layer={layer!r} is unknown; use layer numbers and at most one 'embedding'")
     return sites
 
 
@@ -122,10 +123,10 @@ def _coefs(loss_coefs: Mapping[str, float]) -> dict[str, float]:
 
 
 def _autocast(value: torch.dtype | str | None, device: Any) -> torch.dtype | None:
-    """The dtype of the inner loop's autocast: "public" is what `torch.autocast("cuda")` gives, on CUDA alone.
+    """The dtype of the inner loop's autocast. "public" stands for that of `torch.autocast("cuda")` on CUDA, else None.
 
     Raises:
-        ValueError: neither a dtype, "public" nor None.
+        ValueError: a string other than "public".
     """
     if value == "public":
         return torch.get_autocast_dtype("cuda") if torch.device(device).type == "cuda" else None
@@ -165,45 +166,62 @@ def fused_latent_pgd(
 ) -> tuple[dict[str, float] | list[dict[str, float]], list[CustomHook]]:
     """`projected_gradient_descent` of latent-adversarial-training (arXiv 2407.15549): same call, same results.
 
-    The differences: the width and the embedding are read from the model; NaN gradients and `clip_grad` are treated
-    over all sites jointly, not the last one alone; the model runs in eval mode; earlier attacks that are disabled
-    (`wrapper.enabled = False`) stay usable, so that with gradient accumulation every micro-batch keeps its own.
-    The perturbations are forward hooks: no module of the model changes its name.
+    The differences: the width and the embedding are read from the model. NaN gradients and `clip_grad` are treated
+    over all sites jointly; the public code treats the last alone. The model runs in eval mode. An earlier attack that
+    is disabled (`wrapper.enabled = False`) stays usable, so that with gradient accumulation every micro-batch keeps
+    its own. The perturbations are forward hooks, so that no module of the model changes its name.
 
     Args:
-        batch: adv_tokens, def_tokens, adv_labels_mask, def_labels_mask [B, S], optionally prompt_mask (without it
-            the attack mask is adv_labels_mask) and explicit adv_labels / def_labels (lists or tensors, -100 ignored).
+        batch: adv_tokens, def_tokens [B, S] int64 and adv_labels_mask, def_labels_mask [B, S] bool; optionally
+            prompt_mask [B, S] bool (without it the attack mask is adv_labels_mask) and explicit adv_labels,
+            def_labels (lists or tensors of int64, -100 ignored).
         model: of transformers or PEFT, possibly under DistributedDataParallel.
         model_layers_module: the name of the list of blocks, such as "model.layers".
         layer: layer numbers (their feed-forward modules) and/or "embedding".
         epsilon, learning_rate, pgd_iterations: radius, step size and number of inner steps.
-        loss_coefs: "toward" and "away", or "dpo".
+        loss_coefs: weights of "toward" and "away", or of "dpo".
         l2_regularization: weight of the penalty on the perturbations' norms.
         device: where the batch goes; `accelerator.device` where an accelerator is given.
+        log_loss: whether the returned losses hold all terms, or the penalty alone.
+        return_loss_over_time: return the losses of every step.
         clip_grad: clip the perturbations' gradients to this norm, jointly.
-        add_completions_pgd: attack the completions too, not only the prompt.
+        accelerator: an `accelerate.Accelerator`; its gradient accumulation scales the losses, as there.
+        add_completions_pgd: attack the completions too.
         engine, backend, merge_adapters, capture_graph: as in `LatentPGD`.
-        autocast: a dtype to run the inner loop under, or "public" for what the public code does (on CUDA,
+        autocast: a dtype to run the inner loop under, or "public" for the public code's (on CUDA,
             `torch.autocast("cuda")`: float16 unless set otherwise); by default none.
         accumulation: "each" lets every micro-batch keep its attack; "upstream" takes earlier attacks off the model
-            even if they are disabled, as the public code does, for comparison.
+            even if they are disabled, as the public code does.
 
     Returns:
         (losses, wrappers): the last step's losses ("adv_toward", "adv_away", "adv_total", "adv_l2_norm"), or with
-        return_loss_over_time those of every step; and one `CustomHook` a site, in force on the model for as long as
-        they are kept.
+        return_loss_over_time a list of every step's; and one `CustomHook` a site, in force on the model for as long as
+        it is kept.
 
     Raises:
-        KeyError: the batch lacks a key. ValueError: a bad setting. FloatingPointError: the losses are not finite.
+        KeyError: the batch lacks a key.
+        ValueError: an unknown or impossible setting.
+        FloatingPointError: the losses are not finite.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    >>> at = torch.arange(4)[None]
+    >>> batch = {"adv_tokens": at, "def_tokens": at.flip(1), "adv_labels_mask": at > 2, "def_labels_mask": at > 2}
+    >>> losses, wrappers = fused_latent_pgd(batch | {"prompt_mask": at < 1}, LlamaForCausalLM(LlamaConfig(**size)),
+    ...     "model.layers", ["embedding", 0], 6.0, 1e-1, 2, {"toward": 0.5, "away": 0.5}, device="cpu")
+    >>> sorted(losses), wrappers[0].hook_fn.attack.shape
+    (['adv_away', 'adv_total', 'adv_toward'], torch.Size([1, 4, 8]))
     """
     if accumulation not in ACCUMULATION:
         raise ValueError(f"accumulation={accumulation!r} is unknown; use one of {', '.join(ACCUMULATION)}")
-    _check_caller()
+    _warn_of_the_callers_own(sys._getframe(1).f_globals)
     coefs, scale = _coefs(loss_coefs), 1.0
     if accelerator is not None:
         device = accelerator.device
-        if "dpo" not in coefs:  # as there: a preference loss does not go through the accelerator
-            scale = 1 / (getattr(accelerator, "gradient_accumulation_steps", None) or 1)  # its backward divides by it
+        if (
+            "dpo" not in coefs
+        ):  # as there: a preference loss does not go through the accelerator, whose backward divides
+            scale = 1 / (getattr(accelerator, "gradient_accumulation_steps", None) or 1)
     if clip_grad is not None:
         say_once("clip_grad clips the gradients of all perturbations jointly; the public code clips the last alone")
     inner = _inner(model)
@@ -231,34 +249,37 @@ def fused_latent_pgd(
     return (history if return_loss_over_time else history[-1]), wrappers
 
 
-def _check_caller() -> None:
-    """Say it where the calling module clears hooks with a function that does not know ours."""
-    caller = sys._getframe(2).f_globals
-    theirs = caller.get("clear_hooks")
+def _warn_of_the_callers_own(names: Mapping[str, Any]) -> None:
+    """Warn a module, given its global names, whose `clear_hooks` is not ours."""
+    theirs = names.get("clear_hooks")
     if callable(theirs) and not getattr(theirs, "__module__", "").startswith("lpa_kernels"):
         say_once(
-            f"{caller.get('__name__')}.clear_hooks does not know the hooks of fused_latent_pgd, which leave the model "
+            f"{names.get('__name__')}.clear_hooks does not know the hooks of fused_latent_pgd, which leave the model "
             "when the returned wrappers are dropped, or at the next attack. To clear them at once: "
             "`from lpa_kernels import clear_hooks`, or use lpa_kernels.patch_latent_at()"
         )
 
 
 def patch_latent_at(package_or_module: str | ModuleType | None = None, **options: Any) -> Patch:
-    """Let the public trainer use `fused_latent_pgd`, unmodified: replace what it finds under its own names.
+    """Let the public trainer, unmodified, use `fused_latent_pgd`: replace the functions that it calls.
 
     Args:
-        package_or_module: the package or module that has `projected_gradient_descent` and `clear_hooks`, itself or
-            its name; "latent_at" by default.
+        package_or_module: the package or module that defines `projected_gradient_descent` and `clear_hooks`, itself
+            or its name; "latent_at" by default.
         options: keyword-only arguments of `fused_latent_pgd` for every call (`engine`, `autocast`, `accumulation`...).
 
     Returns:
-        A handle: `.undo()` puts everything back and takes the attacks made meanwhile off their models. It is also a
-        context manager that does so at its end, after an exception too.
+        A handle. Its `.undo()` puts everything back and takes the attacks made meanwhile off their models. As a
+        context manager it does so at the end, also after an exception.
 
-    Raises:
-        ImportError: no such package. TypeError: neither a name nor a module, or an unknown option.
-        ValueError: it lacks the functions, or their parameters are not those known here.
-        RuntimeError: it is patched already. In all cases nothing has been changed.
+    Raises (and changes nothing):
+        ImportError: no such package.
+        TypeError: neither a name nor a module, or an unknown option.
+        ValueError: it lacks the functions, or their parameters are unknown.
+        RuntimeError: it is patched already.
+
+    >>> with patch_latent_at(engine="reference") as patch:  # doctest: +SKIP
+    ...     trainer.train()
     """
     known = [p.name for p in inspect.signature(fused_latent_pgd).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in options:
@@ -308,7 +329,7 @@ def _replacing_pgd(theirs: Callable[..., Any], options: Mapping[str, Any], attac
 
 def _replacing_clear(theirs: Callable[[nn.Module], None]) -> Any:
     def clear(model: nn.Module) -> None:
-        theirs(model)  # hooks of other makers
+        theirs(model)  # the hooks of others
         clear_hooks(model)
 
     clear.__name__ = "clear_hooks"

@@ -1,20 +1,19 @@
-"""The perturbations of latent_at as they sit on a model: hooks that can be toggled, and that leave it by themselves."""
+"""The perturbations of latent_at as hooks on a model, which can be toggled and leave it with their last reference."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..attack import LatentAttack
-from ..model.hooks import rows_by_length
-from ..model.sites import hidden_of, with_hidden
+from ..model import hidden_of, rows_by_length, with_hidden
 from ..ops import perturb, project_
 
 logger = logging.getLogger(__name__)
@@ -22,19 +21,21 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Log a warning, the first time."""
+    """Log a warning, once a process."""
     logger.warning(message)
 
 
 class GDAdversary(nn.Module):
     """A perturbation by position, with the attributes of the public class of this name.
 
-    Unlike there it is added out of place, in float32, and reads the outputs of modules that return tuples.
+    The public class adds in place and in the model's dtype. This one adds out of place and in float32, and takes
+    modules that return tuples.
 
     Args:
-        dim: width.
-        epsilon: radius.
-        attack_mask: [B, S] bool.
+        dim: width of the hidden states.
+        epsilon: radius of the ball, by position.
+        attack_mask: [B, S] bool, True where the perturbation is added.
+        device: of the perturbation.
         dtype: of the perturbation, float32 by default.
 
     Attributes:
@@ -53,11 +54,14 @@ class GDAdversary(nn.Module):
     def forward(self, output: Any) -> Any:
         """`output` with the perturbation added at the attacked positions.
 
-        Positions beyond the perturbation's are left alone, and so is a call of one position (generation with a
-        cache: the perturbation is in the cached states).
+        Positions beyond S pass untouched. So does a call of one position: it is a step of generation, and the
+        perturbation is in the cached states already.
+
+        Args:
+            output: hidden states [B, L, dim] or [B * L, dim], or a tuple that begins with them.
 
         Raises:
-            ValueError: a batch of another size.
+            ValueError: a batch of another size than B.
         """
         hidden = hidden_of(output, "the hooked module")
         size, attacked = self.attack_mask.shape
@@ -83,13 +87,16 @@ class GDAdversary(nn.Module):
 
 
 class _Call:
-    """What the module calls: the hook, while it lives. A deep copy of the model shares it; a saved model is clean."""
+    """The callable that a module holds: it applies its hook while that lives.
+
+    A deep copy of the model shares it. A pickled model holds one without a hook.
+    """
 
     def __init__(self, hook: CustomHook | None = None) -> None:
-        self._hook = (lambda: None) if hook is None else ref(hook)
+        self.hook: Callable[[], CustomHook | None] = (lambda: None) if hook is None else ref(hook)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        hook = self._hook()
+        hook = self.hook()
         return output if hook is None else hook._apply(output)
 
     def __deepcopy__(self, memo: Any) -> _Call:
@@ -100,11 +107,15 @@ class _Call:
 
 
 class CustomHook:
-    """One perturbed module: `.module`, `.hook_fn` (its `GDAdversary`), and `.enabled`, which may be toggled.
+    """One perturbed module, with the attributes of the public class of this name.
 
-    It is in force as long as this object lives: where the caller lets go of it, it leaves the module. So a trainer
-    that clears hooks with a function of its own, which does not know these, still ends with a clean model, and the
-    attacks of past micro-batches do not pile up.
+    The perturbation is in force as long as this object lives. So a trainer whose own function clears no hooks of
+    this kind still ends with a clean model, and the attacks of past micro-batches do not pile up.
+
+    Attributes:
+        module: the perturbed module.
+        hook_fn: its `GDAdversary`.
+        enabled: whether the perturbation is added; may be set at any time.
     """
 
     def __init__(self, module: nn.Module, hook_fn: nn.Module) -> None:
@@ -113,10 +124,9 @@ class CustomHook:
         self.enabled = True
         self._removed = self._used = False
         self._handle = module.register_forward_hook(_Call(self))
-        _in_place.setdefault(module, WeakSet()).add(self)
 
     def _apply(self, output: Any) -> Any:
-        if self._removed or not self.enabled:  # removed, and still called: on a deep copy of the model
+        if self._removed or not self.enabled:  # a deep copy of the model calls a removed hook
             return output
         self._used = True
         return self.hook_fn(output)
@@ -131,39 +141,39 @@ class CustomHook:
             return
         if not self._used:
             say_once(
-                "an attack was taken off the model before any use, because nothing holds its wrappers: keep the second "
-                "value that fused_latent_pgd returns for as long as the attack is to be in force"
+                "an attack left the model unused, because nothing holds its wrappers: keep the second value that "
+                "fused_latent_pgd returns for as long as the attack is to be in force"
             )
         self.remove()
 
 
-_in_place: WeakKeyDictionary[nn.Module, WeakSet[CustomHook]] = WeakKeyDictionary()  # by perturbed module
-
-
-def _hooks_on(model: nn.Module) -> Iterator[CustomHook]:
-    for module in model.modules():
-        yield from list(_in_place.get(module, ()))
+def _hooks_on(model: nn.Module) -> list[CustomHook]:
+    calls = [(m, call) for m in model.modules() for call in m._forward_hooks.values() if isinstance(call, _Call)]
+    hooks = [(module, call.hook()) for module, call in calls]
+    return [hook for module, hook in hooks if hook is not None and hook.module is module]  # a deep copy's is another's
 
 
 def clear_hooks(model: nn.Module) -> None:
     """Take every hook of `fused_latent_pgd` off the model, enabled or not."""
     for hook in _hooks_on(model):
         hook.remove()
-        _in_place[hook.module].discard(hook)
 
 
 def make_room(model: nn.Module, accumulation: str) -> None:
-    """A new attack takes the place of those in force; disabled ones stay, so that every micro-batch keeps its own."""
+    """Take the attacks in force off the model before a new one.
+
+    Args:
+        accumulation: "each" lets disabled hooks stay, so that every micro-batch keeps its own; "upstream" removes all.
+    """
     for hook in _hooks_on(model):
         if hook.enabled or accumulation == "upstream":
             hook.remove()
-            _in_place[hook.module].discard(hook)
 
 
 def install(attack: LatentAttack, epsilon: float) -> list[CustomHook]:
-    """Put an attack in force, one `CustomHook` a site, until `clear_hooks`, the next attack, or the hooks are dropped.
+    """Put an attack in force: one `CustomHook` a site, until it is removed or dropped.
 
-    The perturbations want no gradient: the defence would compute and keep one that nobody reads.
+    The perturbations require no gradient: the defence would compute one that nobody reads.
     """
     wrappers = []
     for site in attack.sites:

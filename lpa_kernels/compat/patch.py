@@ -1,4 +1,4 @@
-"""Swap functions and classes of foreign code for ours in every loaded module that has them, and swap them back."""
+"""Replace functions and classes of foreign code in every loaded module that holds them, and put them back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def foreign_module(package_or_module: str | ModuleType) -> ModuleType:
-    """The module that is meant, imported where a name is given.
+    """The module itself, or the module of this name, imported.
 
     Raises:
         ImportError: it cannot be imported; the message says what is missing.
-        TypeError: neither a name nor a module.
+        TypeError: neither a module nor a name.
     """
     if isinstance(package_or_module, ModuleType):
         return package_or_module
@@ -32,10 +32,10 @@ def foreign_module(package_or_module: str | ModuleType) -> ModuleType:
 
 
 def imports(package: ModuleType, submodule: str) -> bool:
-    """Import a submodule of a package, where it is one and has it; returns whether it did.
+    """Import a submodule, and return True; return False where `package` is no package or has no such submodule.
 
     Raises:
-        ImportError: it has one that cannot be imported.
+        ImportError: the submodule exists and cannot be imported.
     """
     name = f"{package.__name__}.{submodule}"
     importable = hasattr(package, "__path__") and sys.modules.get(package.__name__) is package
@@ -46,7 +46,7 @@ def imports(package: ModuleType, submodule: str) -> bool:
 
 
 def _loaded(also: ModuleType) -> Iterator[ModuleType]:
-    """Every loaded module but our own, and one that may not be registered."""
+    """`also`, which need not be in sys.modules, and every loaded module outside lpa_kernels."""
     others = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] != "lpa_kernels" and m is not also]
     yield from (m for m in [also, *others] if isinstance(m, ModuleType))
 
@@ -65,10 +65,10 @@ def find_in(module: ModuleType, names: tuple[str, ...]) -> dict[str, list[Any]]:
 
 
 def same_parameters(name: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> inspect.Signature:
-    """Their signature, if ours knows every parameter of it.
+    """Their signature, if ours takes every parameter of it.
 
     Raises:
-        ValueError: it does not; the message lists what is foreign.
+        ValueError: ours does not, or needs one more; the message lists them.
     """
     signature = inspect.signature(theirs)
     known = [p.name for p in inspect.signature(ours).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -108,7 +108,7 @@ class Patch:
             raise
 
     def _replace(self, pairs: list[tuple[Any, Any]]) -> None:
-        # wherever an object is bound: a trainer that said `from package import *` has its own reference
+        # wherever an object is bound: after `from package import *` a trainer holds its own reference
         exchange = {id(old): (old, new) for old, new in pairs}
         for module in _loaded(self._module):
             for name, value in list(vars(module).items()):
@@ -119,15 +119,15 @@ class Patch:
 
     @property
     def places(self) -> Mapping[str, Any]:
-        """What has been replaced: "module.name" -> the original."""
+        """The originals of all replaced names, by "module.name"."""
         return {f"{module.__name__}.{name}": old for module, name, old, _ in self._places}
 
     def undo(self) -> None:
-        """Put everything back, also after an exception; a second call does nothing."""
+        """Put everything back. A second call does nothing."""
         for module, name, old, new in reversed(self._places):
             if vars(module).get(name) is new:
                 setattr(module, name, old)
-        # modules that imported ours while it was in place; a class of ours is not made for this patch alone
+        # also in modules that imported ours meanwhile; not our classes, which may be in use outside this patch
         self._replace([(ours, theirs) for theirs, ours in self._pairs if not inspect.isclass(ours)])
         self._places = []
         done, self._on_undo = self._on_undo, None

@@ -1,19 +1,37 @@
 """The ops: perturb, pgd_update_, token_loss_, and the faces built on them."""
 
-from .functional import linear_token_loss, perturb, pgd_update_, project_, token_loss, token_loss_
+from . import native, reference, triton  # noqa: F401  each registers what it has, or why it is absent
+from .functional import (
+    THRESHOLD,
+    linear_token_loss,
+    no_autocast,
+    norm_named,
+    perturb,
+    pgd_update_,
+    project_,
+    rule_named,
+    token_loss,
+    token_loss_,
+)
 from .optimizer import PGDOptimizer
-from .reference import RULES
+from .reference import NORMS, RULES, gather_grad
 from .registry import backends, requested
 
 __all__ = [
+    "NORMS",
     "RULES",
+    "THRESHOLD",
     "PGDOptimizer",
     "backends",
+    "gather_grad",
     "linear_token_loss",
+    "no_autocast",
+    "norm_named",
     "perturb",
     "pgd_update_",
     "project_",
     "requested",
+    "rule_named",
     "token_loss",
     "token_loss_",
 ]

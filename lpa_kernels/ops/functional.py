@@ -9,30 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import (
-    backends,  # noqa: F401  loads every backend, so that the table is full before the first call
-    registry,
-    schema,
-)
+from . import registry, schema
 from .reference import NORMS, RULES
 
 THRESHOLD = -5.0  # log-probability below which "away" leaves a token alone (HarmBench's value)
 CHUNK_ELEMENTS = 1 << 25  # logits that linear_token_loss holds at once
+SPELLINGS = {"normalized": "normalised"}  # other names of rules, and ours
 
 
-def _run(op: str, backend: str, args: tuple[Any, ...]) -> Any:
-    """Call `op`: straight to the backend in eager mode, through the dispatcher, which costs more, when compiling."""
+def _run(op: str, backend: str, args: tuple[Any, ...], written: Sequence[Tensor | None] = ()) -> Any:
+    """Call `op`: straight to its backend in eager mode; through the dispatcher, which costs more, when compiling.
+
+    Args:
+        written: the arguments that the op writes. Kernels write behind autograd's back, so their versions are counted
+            up here.
+    """
     if torch.compiler.is_compiling() and backend == "auto":
         return getattr(torch.ops.lpa_kernels, op)(*args)
     result = registry.select(op, backend, args)(*args)
-    # kernels write behind autograd's back, which must not miss it
-    if op == "pgd_update_":
-        for written in (*args[:3], *args[8:10]):
-            if written is not None:
-                torch.autograd.graph.increment_version(written)
-    elif op == "token_loss_" and args[3] is not None:
-        torch.autograd.graph.increment_version(args[0])
+    for tensor in written:
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)
     return result
+
+
+def _fits(own: Sequence[int], shape: Sequence[int]) -> bool:
+    if len(own) != len(shape):
+        return False
+    for i, size in enumerate(shape):  # a loop: these checks stand before every call, and a generator costs more
+        if size != own[i] and size != -1:
+            return False
+    return True
+
+
+def _expect(name: str, tensor: Tensor | None, *shapes: Sequence[int]) -> None:
+    """Raise ValueError where `tensor` has none of these shapes; -1 stands for any size."""
+    if tensor is None:
+        return
+    own = tensor.shape
+    for shape in shapes:
+        if _fits(own, shape):
+            return
+    expected = " or ".join(str(list(shape)).replace("-1", "any") for shape in shapes)
+    raise ValueError(f"{name} has shape {list(own)}; expected {expected}")
 
 
 class _Perturb(torch.autograd.Function):
@@ -44,34 +63,34 @@ class _Perturb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        (grad,) = grads
-        (rows,) = ctx.saved_tensors
-        grad_delta = schema.perturb_backward(grad, rows, *ctx.delta) if ctx.needs_input_grad[1] else None
-        return grad, grad_delta, None, None
+        return *schema.perturb_gradients(ctx, grads[0]), None
 
 
 def perturb(hidden: Tensor, delta: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
     """Add a row of delta to each attacked token, out of place.
 
-    The sum is taken in float32 and rounded once; the gradient of `hidden` is the incoming one, uncopied.
+    The sum is taken in float32 and rounded once. The gradient of `hidden` is the incoming one, uncopied.
 
     Args:
         hidden: [T, H], any float dtype.
         delta: [R, H] float32.
         rows: [T] int64, the row of each token (below R), -1 where the token is left alone.
+        backend: "auto", "reference", "triton" or "native".
 
     Returns:
         [T, H] in hidden's dtype.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the backend is unknown.
+        RuntimeError: the named backend cannot take this call; the message says why.
+
+    >>> hidden, delta = torch.zeros(3, 2), torch.tensor([[1.0, 2.0]])
+    >>> perturb(hidden, delta, torch.tensor([-1, 0, -1])).tolist()
+    [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]]
     """
-    if hidden.dim() != 2 or delta.dim() != 2 or hidden.shape[1] != delta.shape[1]:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and delta {tuple(delta.shape)}; expected [T, H] and [R, H]"
-        )
-    if rows.shape != hidden.shape[:1]:
-        raise ValueError(f"rows has shape {tuple(rows.shape)}; expected [{hidden.shape[0]}], one for each token")
+    _expect("hidden", hidden, (-1, delta.shape[-1]))
+    _expect("delta", delta, (-1, -1))
+    _expect("rows", rows, hidden.shape[:1])
     if torch.compiler.is_compiling() and backend == "auto":
         return torch.ops.lpa_kernels.perturb(hidden, delta, rows)
     if torch.is_grad_enabled() and (hidden.requires_grad or delta.requires_grad):
@@ -79,8 +98,34 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor, *, backend: str = "auto
     return _run("perturb", backend, (hidden, delta, rows))
 
 
+def rule_named(rule: str) -> str:
+    """The name in `RULES` of an update rule, whose other spellings are accepted.
+
+    Raises:
+        ValueError: no rule has this name.
+
+    >>> rule_named("normalized")
+    'normalised'
+    """
+    name = SPELLINGS.get(rule, rule)
+    if name not in RULES:
+        raise ValueError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
+    return name
+
+
+def norm_named(norm: str) -> str:
+    """`norm`, if it is one of `NORMS`.
+
+    Raises:
+        ValueError: no norm has this name.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}")
+    return norm
+
+
 def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """`value` as a float32 tensor on `device`; a number is written there without a copy from the host."""
+    """`value` as a [] float32 tensor on `device`; a number is written there without a copy from the host."""
     if isinstance(value, Tensor):
         return value
     return torch.full((), float(value), dtype=torch.float32, device=device)
@@ -109,8 +154,9 @@ def pgd_update_(
     """One step of projected gradient descent on the perturbations of all sites, in place and in one pass.
 
     For each row the gradients of its tokens are summed in float32, non-finite entries count as 0, the rule moves
-    the row, and the projection brings it back inside the ball: delta /= max(norm2(delta)/epsilon, 1) for "l2".
-    A row without tokens is left as it is. "adamw" is torch.optim.AdamW to the letter.
+    the row, and the projection brings it back inside the ball: delta /= max(norm2(delta)/epsilon, 1) for "l2"
+    (Sheshadri et al., arXiv 2407.15549). A row without tokens is left as it is. "adamw" computes what
+    torch.optim.AdamW computes.
 
     Args:
         delta: [S, R, H] float32, S sites, R rows of width H.
@@ -123,56 +169,88 @@ def pgd_update_(
         epsilon: the radius; a tensor may also be [S, R], one radius a row.
         norms: [S, R] float32, written: each row's norm after the step and before the projection.
         clipped: [S] int32, added to: the number of rows that the projection shortened.
-        rule: "adamw", "normalized", "sign"; on the reference backend also "adam", "rmsprop", "sgd".
+        rule: "adamw", "normalised" (step_size times the gradient's direction), "sign"; on the reference backend also
+            "adam", "rmsprop", "sgd".
         norm: "l2" (a row's Euclidean norm), "linf" or "none".
         maximize: climb instead of descend.
+        betas, eps, weight_decay: of the rules that have them.
+        backend: "auto", "reference", "triton" or "native".
 
     Returns:
         (norms, clipped); new tensors where none were given.
 
     Raises:
-        ValueError: an unknown rule or norm, missing moments, or shapes that do not fit.
+        ValueError: an unknown rule, norm or backend, missing moments, or shapes that do not fit.
+        RuntimeError: the named backend cannot take this call; the message says why.
+
+    >>> delta = torch.zeros(1, 1, 2)
+    >>> norms, clipped = pgd_update_(
+    ...     delta, [torch.tensor([[3.0, 4.0]])], torch.tensor([[0]]), rule="normalised", step_size=2.0, epsilon=1.0
+    ... )
+    >>> delta.tolist(), norms.tolist(), clipped.tolist()
+    ([[[-0.6..., -0.8...]]], [[2.0]], [1])
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}")
-    if delta.dim() != 3 or len(grads) != delta.shape[0]:
-        raise ValueError(
-            f"delta has shape {tuple(delta.shape)} and there are {len(grads)} grads; expected [S, R, H] and S"
-        )
+    rule, norm = rule_named(rule), norm_named(norm)
+    _expect("delta", delta, (-1, -1, -1))
+    if len(grads) != delta.shape[0]:
+        raise ValueError(f"there are {len(grads)} grads; expected {delta.shape[0]}, one for each site of delta")
+    rows, device = delta.shape[:2], delta.device
     for grad in grads:
-        if grad.dim() != 2 or grad.shape[1] != delta.shape[2]:
-            raise ValueError(f"a gradient has shape {tuple(grad.shape)}; expected [T, {delta.shape[2]}]")
-    if tokens.dim() != 2 or tokens.shape[0] != delta.shape[1]:
-        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected [{delta.shape[1]}, 1 or 2]")
+        _expect("a gradient", grad, (-1, delta.shape[2]))
+    _expect("tokens", tokens, (rows[1], -1))
     if rule in ("adamw", "adam", "rmsprop") and (exp_avg_sq is None or (exp_avg is None and rule != "rmsprop")):
         raise ValueError(f"rule={rule!r} needs the moments exp_avg and exp_avg_sq, [S, R, H]")
-    device = delta.device
     if norms is None:
-        norms = torch.empty(delta.shape[:2], dtype=torch.float32, device=device)
+        norms = torch.empty(rows, dtype=torch.float32, device=device)
     if clipped is None:
-        clipped = torch.zeros(delta.shape[0], dtype=torch.int32, device=device)
+        clipped = torch.zeros(rows[:1], dtype=torch.int32, device=device)
     scalars = [as_scalar(value, device) for value in (step, step_size, epsilon)]
-    rows = delta.shape[:2]
-    for name, tensor, shapes in (  # a kernel would read or write past the end of what is too small
-        ("exp_avg", exp_avg, (delta.shape,)),
-        ("exp_avg_sq", exp_avg_sq, (delta.shape,)),
-        ("norms", norms, (rows,)),
-        ("clipped", clipped, (rows[:1],)),
-        ("step", scalars[0], ((),)),
-        ("step_size", scalars[1], ((),)),
-        ("epsilon", scalars[2], ((), rows)),
-    ):
-        if tensor is not None and tensor.shape not in shapes:
-            expected = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {expected}")
+    # a kernel would read or write past the end of what is too small
+    _expect("exp_avg", exp_avg, delta.shape)
+    _expect("exp_avg_sq", exp_avg_sq, delta.shape)
+    _expect("norms", norms, rows)
+    _expect("clipped", clipped, rows[:1])
+    _expect("step", scalars[0], ())
+    _expect("step_size", scalars[1], ())
+    _expect("epsilon", scalars[2], (), rows)
     if clipped.dtype != torch.int32:
         raise ValueError(f"clipped has dtype {clipped.dtype}; expected torch.int32")
     args = (delta, exp_avg, exp_avg_sq, list(grads), tokens, *scalars, norms, clipped, rule, norm, maximize,
             *betas, eps, weight_decay)  # fmt: skip
-    _run("pgd_update_", backend, args)
+    _run("pgd_update_", backend, args, written=(delta, exp_avg, exp_avg_sq, norms, clipped))
     return norms, clipped
+
+
+def project_(delta: Tensor, epsilon: float | Tensor, norm: str = "l2", *, backend: str = "auto") -> Tensor:
+    """Bring every row of delta inside the ball of radius epsilon, in place: the update with a step of 0.
+
+    Args:
+        delta: [..., H] float32.
+        epsilon: a number or a [] tensor; or one radius a row, in the shape of delta without its last dimension.
+        norm: "l2" (Euclidean, a row at a time) or "linf".
+        backend: "auto", "reference", "triton" or "native".
+
+    Returns:
+        delta.
+
+    Raises:
+        ValueError: norm is neither.
+
+    >>> project_(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0).tolist()
+    [[0.6..., 0.8...], [0.3..., 0.4...]]
+    """
+    if norm not in ("l2", "linf"):
+        raise ValueError(f"norm={norm!r} has no projection; use 'l2' or 'linf'")
+    with torch.no_grad():
+        flat = delta.detach().contiguous().view(1, -1, delta.shape[-1])
+        nothing = torch.zeros((), dtype=torch.float32, device=delta.device).expand(flat.shape[1:])
+        tokens = torch.arange(flat.shape[1], device=delta.device)[:, None]
+        if isinstance(epsilon, Tensor) and epsilon.dim():
+            epsilon = epsilon.reshape(flat.shape[:2])
+        pgd_update_(flat, [nothing], tokens, step_size=0.0, epsilon=epsilon, rule="sign", norm=norm, backend=backend)
+        if not delta.is_contiguous():
+            delta.copy_(flat.view(delta.shape))
+    return delta
 
 
 def token_loss_(
@@ -187,7 +265,7 @@ def token_loss_(
     """ "Toward" and "away" losses of rows of logits, and optionally their gradient over the logits in place.
 
     With s = z_y - logsumexp of the other logits: toward is softplus(-s) = -log p, away is softplus(s) =
-    -log(1 - p), the latter 0 where log p < threshold. This form is accurate for p near 0 and near 1.
+    -log(1 - p), and 0 where log p < threshold. This form is accurate for p near 0 and near 1.
 
     Args:
         logits: [N, V], any float dtype. With `weight`, overwritten by weight[n] * d loss[n] / d logits[n].
@@ -195,18 +273,25 @@ def token_loss_(
         away: [N] bool.
         weight: [N] float32, or None to leave the logits alone.
         threshold: log-probability.
+        backend: "auto", "reference", "triton" or "native".
 
     Returns:
         losses [N] float32 (without the weight) and hits [N] bool: the label is the most probable token.
+
+    Raises:
+        ValueError: the shapes do not fit, or the backend is unknown.
+        RuntimeError: the named backend cannot take this call; the message says why.
+
+    >>> logits = torch.zeros(1, 4)
+    >>> losses, hits = token_loss_(logits, torch.tensor([2]), torch.tensor([False]), torch.ones(1))
+    >>> losses.tolist(), logits.tolist()
+    ([1.386...], [[0.25, 0.25, -0.75, 0.25]])
     """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or away.shape != labels.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)} and away {tuple(away.shape)} do not fit; "
-            "expected [N, V], [N] and [N]"
-        )
-    if weight is not None and weight.shape != labels.shape:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {tuple(labels.shape)}")
-    return _run("token_loss_", backend, (logits, labels, away, weight, threshold))
+    _expect("logits", logits, (-1, -1))
+    for name, tensor in (("labels", labels), ("away", away), ("weight", weight)):
+        _expect(name, tensor, logits.shape[:1])
+    written = logits if weight is not None else None
+    return _run("token_loss_", backend, (logits, labels, away, weight, threshold), written=(written,))
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -217,7 +302,7 @@ class _TokenLoss(torch.autograd.Function):
         ctx.settings = (threshold, inplace, backend)
         weight = torch.ones(labels.shape, device=logits.device) if inplace else None
         buffer = logits.detach()
-        losses, hits = _run("token_loss_", backend, (buffer, labels, away, weight, threshold))
+        losses, hits = token_loss_(buffer, labels, away, weight, threshold, backend=backend)
         ctx.save_for_backward(buffer, labels, away)
         ctx.mark_non_differentiable(hits)
         return losses, hits
@@ -230,7 +315,7 @@ class _TokenLoss(torch.autograd.Function):
         if inplace:
             grad.mul_(grads[0][:, None])
         else:
-            _run("token_loss_", backend, (grad, labels, away, grads[0].contiguous(), threshold))
+            token_loss_(grad, labels, away, grads[0].contiguous(), threshold, backend=backend)
         return grad, None, None, None, None, None
 
 
@@ -246,8 +331,21 @@ def token_loss(
     """`token_loss_` with a gradient: losses [N] float32 that can be summed, weighted and differentiated once.
 
     Args:
+        logits: [N, V], any float dtype.
+        labels, away, threshold, backend: as in `token_loss_`.
         inplace: keep the gradient in the memory of `logits`, whose values are lost, so that no second [N, V] is
             ever held. The backward may then run once.
+
+    Returns:
+        losses [N] float32 and hits [N] bool, as `token_loss_`.
+
+    Raises:
+        ValueError: the shapes do not fit, or the backend is unknown.
+
+    >>> logits = torch.zeros(1, 4, requires_grad=True)
+    >>> losses, hits = token_loss(logits, torch.tensor([2]), torch.tensor([True]))
+    >>> torch.autograd.grad(losses.sum(), logits)[0].tolist()
+    [[-0.0833..., -0.0833..., 0.25, -0.0833...]]
     """
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return token_loss_(logits, labels, away, None, threshold, backend=backend)
@@ -260,14 +358,13 @@ class _LinearTokenLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, away: Tensor,
         threshold: float, rows: int, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        want_grad = ctx.needs_input_grad[0]
-        grad_hidden = torch.empty_like(hidden) if want_grad else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses, hits = [], []
         for part in range(0, max(hidden.shape[0], 1), rows):
             span = slice(part, part + rows)
             logits = torch.nn.functional.linear(hidden[span], weight, bias)
-            ones = torch.ones(logits.shape[0], device=logits.device) if want_grad else None
-            loss, hit = _run("token_loss_", backend, (logits, labels[span], away[span], ones, threshold))
+            ones = None if grad_hidden is None else torch.ones(logits.shape[0], device=logits.device)
+            loss, hit = token_loss_(logits, labels[span], away[span], ones, threshold, backend=backend)
             losses.append(loss)
             hits.append(hit)
             if grad_hidden is not None:
@@ -302,7 +399,10 @@ def linear_token_loss(
     objective on the losses.
 
     Args:
-        hidden: [N, H]. weight: [V, H], frozen. bias: [V] or None. labels, away, threshold: as in `token_loss_`.
+        hidden: [N, H], any float dtype; computed in that of `weight`.
+        weight: [V, H], frozen.
+        labels, away, threshold, backend: as in `token_loss_`.
+        bias: [V] or None.
         chunk_rows: rows of logits held at once; by default as many as fit 2^25 elements.
 
     Returns:
@@ -310,17 +410,17 @@ def linear_token_loss(
 
     Raises:
         ValueError: the head wants a gradient (use `token_loss` on its logits), or shapes do not fit.
+
+    >>> hidden, head = torch.zeros(2, 3, requires_grad=True), torch.eye(4, 3)
+    >>> linear_token_loss(hidden, head, torch.tensor([0, 1]), torch.tensor([False, True]))[0].tolist()
+    [1.386..., 0.287...]
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("the head's weight or bias requires a gradient; linear_token_loss is for a frozen head")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit; expected [N, H], [V, H]"
-        )
-    if labels.shape != hidden.shape[:1] or away.shape != labels.shape:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} and away {tuple(away.shape)} do not fit; expected [{hidden.shape[0]}] each"
-        )
+    _expect("weight", weight, (-1, -1))
+    _expect("hidden", hidden, (-1, weight.shape[1]))
+    for name, tensor in (("labels", labels), ("away", away)):
+        _expect(name, tensor, hidden.shape[:1])
     rows = chunk_rows or max(1, CHUNK_ELEMENTS // weight.shape[0])
     with no_autocast(hidden.device):  # its products are written into tensors of a known dtype
         return _LinearTokenLoss.apply(hidden.to(weight.dtype), weight, bias, labels, away, threshold, rows, backend)
@@ -331,30 +431,3 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def project_(delta: Tensor, epsilon: float | Tensor, norm: str = "l2", *, backend: str = "auto") -> Tensor:
-    """Bring every row of delta [..., H] inside the ball of radius epsilon, in place: the update with a step of 0.
-
-    Args:
-        epsilon: a number or a [] tensor; or one radius a row, in the shape of delta without its last dimension.
-        norm: "l2" (Euclidean, a row at a time) or "linf".
-
-    Returns:
-        delta.
-
-    Raises:
-        ValueError: norm is neither.
-    """
-    if norm not in ("l2", "linf"):
-        raise ValueError(f"norm={norm!r} cannot be projected on; use 'l2' or 'linf'")
-    with torch.no_grad():
-        flat = delta.detach().contiguous().view(1, -1, delta.shape[-1])
-        nothing = torch.zeros((), dtype=torch.float32, device=delta.device).expand(flat.shape[1:])
-        tokens = torch.arange(flat.shape[1], device=delta.device)[:, None]
-        if isinstance(epsilon, Tensor) and epsilon.dim():
-            epsilon = epsilon.reshape(flat.shape[:2])
-        pgd_update_(flat, [nothing], tokens, step_size=0.0, epsilon=epsilon, rule="sign", norm=norm, backend=backend)
-        if not delta.is_contiguous():
-            delta.copy_(flat.view(delta.shape))
-    return delta

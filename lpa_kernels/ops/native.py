@@ -1,8 +1,7 @@
-"""The compiled backend: loads csrc where it was built and enters its kernels in the table of backends.
+"""The compiled backend: loads csrc where it is built and registers its kernels.
 
-The kernels are `torch.ops.lpa_kernels_native.*`, under the very schemas of schema.py but in a namespace of their own:
-`torch.ops.lpa_kernels.*` stays the one front door that follows `LPA_KERNELS_BACKEND` and falls back where a kernel
-cannot take a call, and no kernel that the dispatcher prefers can get in front of it.
+The kernels are `torch.ops.lpa_kernels_native.*`, with the schemas of schema.py in a namespace of their own. So
+`torch.ops.lpa_kernels.*` always picks a backend by the registry; the dispatcher cannot prefer a compiled kernel.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import registry, schema
+from . import registry
+from .schema import SCHEMAS
 
-OPS = registry.OPS
-RULES = ("adamw", "normalized", "sign")
+RULES = ("adamw", "normalised", "sign")
 NORMS = ("l2", "linf", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = Path(__file__).with_name("_native.so")
 
 _library = torch.library.Library("lpa_kernels_native", "DEF")
-for _schema in schema.SCHEMAS:
+for _schema in SCHEMAS:
     _library.define(_schema)
 
 
@@ -30,7 +29,7 @@ for _schema in schema.SCHEMAS:
 def _device_refusal(op: str, device_type: str) -> str | None:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"lpa_kernels_native::{op}", key):
-        return f"it was built without {op} for {device_type}"
+        return f"its build has no {op} for {device_type}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""pgd_update_ as a torch.optim.Optimizer: the one-line adoption for loops that own their perturbations."""
+"""pgd_update_ as a torch.optim.Optimizer, for loops that own their perturbations."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import pgd_update_
-from .reference import NORMS, RULES
+from .functional import norm_named, pgd_update_, rule_named
+
+PASSED = ("epsilon", "rule", "norm", "maximize", "betas", "eps", "weight_decay")  # settings of a group
 
 
 class PGDOptimizer(torch.optim.Optimizer):
     """Projected gradient descent on ordinary tensors with `.grad`, one pass over each.
 
     `step()` applies the rule and then projects each row (the last dimension) into the ball of radius epsilon, as
-    `torch.optim.AdamW(...)` followed by a clamp of the norms does. Rows whose gradient is zero stay where they are
-    at zero. Learning-rate schedulers work: the step size is the group's `lr`.
+    `torch.optim.AdamW` followed by a clamp of the norms does. Learning-rate schedulers work: the step size is the
+    group's `lr`.
 
     Args:
-        params: tensors [..., H], contiguous.
+        params: tensors [..., H], float32 and contiguous.
         lr: step size.
         epsilon: radius of the ball.
-        norm, rule, betas, eps, weight_decay, maximize: as in `lpa_kernels.ops.pgd_update_`.
+        norm, rule, betas, eps, weight_decay, maximize, backend: as in `lpa_kernels.pgd_update_`.
 
     Raises:
         ValueError: an unknown rule or norm, a negative lr or epsilon, or a parameter that is not contiguous.
+
+    >>> delta = torch.zeros(1, 2, requires_grad=True)
+    >>> optimizer = PGDOptimizer([delta], lr=2.0, epsilon=1.0, rule="normalised")
+    >>> (delta @ torch.tensor([3.0, 4.0])).sum().backward()
+    >>> optimizer.step()
+    >>> delta.tolist()
+    [[-0.6..., -0.8...]]
     """
 
     def __init__(
@@ -43,22 +51,11 @@ class PGDOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         backend: str = "auto",
     ) -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
-        if norm not in NORMS:
-            raise ValueError(f"norm={norm!r} is unknown; use one of {', '.join(NORMS)}")
+        rule, norm = rule_named(rule), norm_named(norm)
         if lr < 0 or epsilon < 0:
             raise ValueError(f"lr={lr} and epsilon={epsilon} must not be negative")
-        defaults = {
-            "lr": lr,
-            "epsilon": epsilon,
-            "norm": norm,
-            "rule": rule,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
+        defaults = {"lr": lr, "epsilon": epsilon, "norm": norm, "rule": rule, "betas": betas, "eps": eps,
+                    "weight_decay": weight_decay, "maximize": maximize}  # fmt: skip
         super().__init__(params, defaults)
         self.backend = backend
         for group in self.param_groups:
@@ -68,7 +65,14 @@ class PGDOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; parameters without one are left alone."""
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew.
+
+        Returns:
+            The closure's loss, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,20 +93,13 @@ class PGDOptimizer(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(flat)
         state["step"] += 1
         assert p.grad is not None
+        settings = {key: value for key, value in group.items() if key in PASSED}
         pgd_update_(
             flat,
             [p.grad.reshape(flat.shape[1:])],
             torch.arange(flat.shape[1], device=p.device)[:, None],
-            exp_avg=state.get("exp_avg"),
-            exp_avg_sq=state.get("exp_avg_sq"),
-            step=state["step"],
+            **state,
             step_size=group["lr"],
-            epsilon=group["epsilon"],
-            rule=group["rule"],
-            norm=group["norm"],
-            maximize=group["maximize"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            **settings,
             backend=self.backend,
         )

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import registry
 
-RULES = ("adamw", "normalized", "sign", "adam", "rmsprop", "sgd")
+RULES = ("adamw", "normalised", "sign", "adam", "rmsprop", "sgd")
 NORMS = ("l2", "linf", "none")
-BLOCK = 1 << 18  # logits that token_loss_ takes at once on a CPU: these and what is made of them stay in its cache
+BLOCK = 1 << 18  # logits that token_loss_ takes at once on a CPU, so that its temporaries stay in the cache
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -20,12 +20,12 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:
-    """Adam's bias correction 1 - beta**step; the difference itself would lose 6e-5 of it in float32 at step 1."""
+    """Adam's bias correction 1 - beta**step. In float32 the plain difference loses 6e-5 of it at step 1."""
     return -torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step)
 
 
 def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
-    """hidden [T,H] plus delta [R,H] at `rows` [T] (-1: untouched), summed in float32 and rounded once."""
+    """hidden [T, H] plus delta [R, H] at `rows` [T] (-1: none), summed in float32 and rounded once."""
     touched = rows >= 0
     if delta.shape[0] == 0:
         return hidden.clone()
@@ -34,7 +34,15 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
 
 
 def gather_grad(grad: Tensor, tokens: Tensor) -> Tensor:
-    """Sum of the token gradients of each row: grad [T,H], tokens [R,K] (-1: none) -> [R,H], float32 or wider."""
+    """Sum of the gradients of each row's tokens.
+
+    Args:
+        grad: [T, H], any float dtype.
+        tokens: [R, K] int64, -1 for none.
+
+    Returns:
+        [R, H], float32 or wider.
+    """
     dtype = _at_least_float32(grad.dtype)
     if grad.shape[0] == 0 or tokens.shape[1] == 0:
         return torch.zeros(tokens.shape[0], grad.shape[1], dtype=dtype, device=grad.device)
@@ -53,7 +61,7 @@ def row_norm(delta: Tensor, norm: str) -> Tensor:
 
 
 def project(delta: Tensor, norms: Tensor, epsilon: Tensor, norm: str) -> Tensor:
-    """delta [..., H] inside the ball of radius epsilon ([] or one a row); `norms` as `row_norm` gives them."""
+    """delta [..., H] brought inside the ball of radius epsilon ([], or one a row), given its `row_norm`."""
     radius = epsilon.expand(norms.shape).unsqueeze(-1)
     if norm == "l2":
         length = norms.unsqueeze(-1)
@@ -82,11 +90,11 @@ def pgd_update_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of `rule` on delta [S,R,H] and the projection; see `lpa_kernels.ops.pgd_update_`."""
+    """One step of `rule` on delta [S, R, H] and the projection, as `lpa_kernels.pgd_update_` describes it."""
     dtype = _at_least_float32(delta.dtype)
     live = (tokens >= 0).any(1, keepdim=True)
-    # factors by row, so that a row without tokens keeps what it has: its gradient is 0, and it is multiplied by 1
-    one = torch.ones((), dtype=dtype, device=delta.device)  # two numbers would be of torch's default dtype
+    # one factor a row: a row without tokens has gradient 0 and is multiplied by 1, so it keeps every bit
+    one = torch.ones((), dtype=dtype, device=delta.device)  # torch.where of two numbers has torch's default dtype
     moved = torch.where(live, step_size, 0.0)
     kept1, kept2, least = (torch.where(live, one * value, one) for value in (beta1, beta2, eps))
     for site, grad in enumerate(grads):
@@ -97,9 +105,9 @@ def pgd_update_(
             d = d * (1 - moved * weight_decay)
         elif weight_decay and rule in ("adam", "rmsprop", "sgd"):
             g = torch.where(live, g + weight_decay * d, g)
-        if rule == "normalized":
+        if rule == "normalised":
             largest = g.abs().amax(-1, keepdim=True) if g.shape[-1] else g.new_ones(g.shape[0], 1)
-            unit = torch.where(largest > 0, g / largest, torch.zeros_like(g))  # squares of small numbers would vanish
+            unit = torch.where(largest > 0, g / largest, torch.zeros_like(g))  # squares of small numbers vanish
             length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
             direction = torch.where(length > 0, unit / length, unit)
         elif rule == "sign":
@@ -132,9 +140,9 @@ def pgd_update_(
 def token_loss_(
     logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and hit of each row of logits [N,V]; with `weight`, the gradient over the logits in place.
+    """Loss and hit of each row of logits [N, V]; with `weight`, the gradient over the logits in place.
 
-    See `lpa_kernels.ops.token_loss_`. The softplus form keeps full precision where the probability of the label
+    As `lpa_kernels.token_loss_` describes it. The softplus form keeps full precision where the label's probability
     is near 0 or near 1.
     """
     on_cpu = logits.device.type == "cpu"
@@ -165,7 +173,7 @@ def _token_loss_rows(
     hits = ~ignored & (own >= others.amax(1)) if z.shape[0] else ~ignored
     if weight is not None:
         slope = torch.where(away, s.sigmoid(), -(-s).sigmoid()) * weight  # d loss / d s
-        finite = log_rest.clamp(min=torch.finfo(z.dtype).min)  # where there is no other token it is -inf, as they are
+        finite = log_rest.clamp(min=torch.finfo(z.dtype).min)  # -inf where no other token is possible
         grad = others.sub_(finite[:, None]).exp_().mul_(-slope[:, None]).scatter_(1, label, slope[:, None])
         logits.copy_(grad.masked_fill_(off[:, None], 0))
     return losses, hits

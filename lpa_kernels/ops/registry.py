@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-OPS = ("perturb", "pgd_update_", "token_loss_")
 BACKENDS = ("reference", "triton", "native")
 ENVIRONMENT_VARIABLE = "LPA_KERNELS_BACKEND"
 
 
 @dataclass(frozen=True)
 class Impl:
-    """One op on one backend. `fn` has exactly the arguments of the op's schema, positional.
+    """One op on one backend.
 
-    `unsupported` gets the same arguments and says in a few words why the call cannot be taken, or None.
+    Attributes:
+        fn: takes the arguments of the op's schema, by position.
+        unsupported: takes the same arguments; returns in a few words why `fn` cannot take this call, or None.
     """
 
     fn: Callable[..., Any]
@@ -27,8 +28,8 @@ class Impl:
 
 
 _table: dict[tuple[str, str], Impl] = {}
-_missing: dict[str, str] = {}  # backend -> why it could not be loaded at all
-_told: set[tuple[str, str, str]] = set()
+_missing: dict[str, str] = {}  # backend -> why it could not be loaded
+_logged: set[tuple[str, str, str]] = set()
 logger = logging.getLogger(__name__)
 
 
@@ -38,19 +39,18 @@ def register(op: str, backend: str, fn: Callable[..., Any], unsupported: Callabl
 
 
 def table() -> frozenset[tuple[str, str]]:
-    """The (op, backend) pairs that there are."""
+    """Every (op, backend) pair that is implemented."""
     return frozenset(_table)
 
 
 def register_missing(backend: str, reason: str) -> None:
-    """Remember why a whole backend is absent, for errors and for `backends()`."""
+    """Keep why a whole backend is absent, for errors and for `backends()`."""
     _missing[backend] = reason
 
 
-def _tell(op: str, backend: str, reason: str) -> None:
-    """Say once that a backend which is there leaves an op to the reference."""
-    if (op, backend, reason) not in _told:
-        _told.add((op, backend, reason))
+def _log_once(op: str, backend: str, reason: str) -> None:
+    if (op, backend, reason) not in _logged:
+        _logged.add((op, backend, reason))
         logger.info("%s runs on the reference backend, not on %s: %s", op, backend, reason)
 
 
@@ -62,7 +62,7 @@ def _refusal(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
 
 
 def requested(backend: str) -> str:
-    """The backend asked for: the argument, or the environment variable where the argument is "auto".
+    """The backend asked for: `backend`, or `LPA_KERNELS_BACKEND` of the environment where `backend` is "auto".
 
     Raises:
         ValueError: the name is none of auto, reference, triton, native.
@@ -80,12 +80,13 @@ def preferred(device_type: str) -> tuple[str, ...]:
 
 
 def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The implementation of `op` that takes `args` (the first of which is a tensor).
+    """The function that runs `op` on `args`, of which the first is a tensor.
+
+    A named backend that has no such op leaves it to the reference; the log says so once.
 
     Raises:
         ValueError: the backend is unknown.
-        RuntimeError: a backend was named and cannot take this call; the message says why. (One that never had the op
-            leaves it to the reference, which is logged once.)
+        RuntimeError: the named backend cannot take this call; the message says why.
     """
     name = requested(backend)
     if name != "auto":
@@ -94,7 +95,7 @@ def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
             return _table[op, name].fn
         if (op, name) in _table or name in _missing:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use backend='auto' or 'reference'")
-        _tell(op, name, reason)  # a backend that is there but never had this op
+        _log_once(op, name, reason)
         return _table[op, "reference"].fn
     device: torch.device = args[0].device
     for candidate in preferred(device.type):
@@ -102,14 +103,14 @@ def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
         if reason is None:
             return _table[op, candidate].fn
         if candidate not in _missing:
-            _tell(op, candidate, reason)
+            _log_once(op, candidate, reason)
     raise RuntimeError(f"no backend can run {op} on {device}")
 
 
 def backends() -> str:
-    """A table of op x backend and, where a backend is absent, why. Printed by `lpa_kernels.backends()`."""
+    """A table of ops and backends as text, with the reason for each backend that is absent."""
     rows: list[tuple[str, ...]] = [("op", *BACKENDS)]
-    for op in OPS:
+    for op in dict.fromkeys(op for op, _ in _table):
         rows.append((op, *("yes" if (op, b) in _table else "no" for b in BACKENDS)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,4 +1,4 @@
-"""The three ops of this package in torch.library: one schema each, their fakes, and the default kernel."""
+"""The ops of this package in torch.library: one schema each, their fakes, and a default kernel that picks a backend."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry  # reference registers itself as the default backend
-
-_library = torch.library.Library("lpa_kernels", "DEF")
+from . import registry
 
 SCHEMAS = (
     "perturb(Tensor hidden, Tensor delta, Tensor rows) -> Tensor",
@@ -19,6 +17,9 @@ SCHEMAS = (
     "token_loss_(Tensor(a!) logits, Tensor labels, Tensor away, Tensor? weight, float threshold)"
     " -> (Tensor losses, Tensor hits)",
 )
+OPS = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+
+_library = torch.library.Library("lpa_kernels", "DEF")
 
 
 def _default(op: str) -> Any:
@@ -28,9 +29,8 @@ def _default(op: str) -> Any:
     return run
 
 
-for _schema in SCHEMAS:
+for _schema, _op in zip(SCHEMAS, OPS, strict=True):
     _library.define(_schema)
-for _op in registry.OPS:
     _library.impl(_op, _default(_op), "CompositeExplicitAutograd")
 
 
@@ -56,17 +56,18 @@ def _setup_perturb(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
     ctx.delta = (delta.shape, delta.dtype)
 
 
-def perturb_backward(grad: Tensor, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Gradient of delta: the gradients grad [T,H] of the tokens of each row, summed in float32 or wider."""
+def perturb_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    """Gradients of perturb's hidden, delta and rows from that of its result, grad [T, H].
+
+    delta's is the sum of the gradients of each row's tokens, in float32 or wider.
+    """
+    if not ctx.needs_input_grad[1]:
+        return grad, None, None
+    (rows,) = ctx.saved_tensors
+    shape, dtype = ctx.delta
     total = torch.zeros(shape[0] + 1, shape[1], dtype=torch.promote_types(dtype, torch.float32), device=grad.device)
     total.index_add_(0, torch.where(rows >= 0, rows, shape[0]), grad.to(total.dtype))  # the last row is the bin
-    return total[:-1].to(dtype)
+    return grad, total[:-1].to(dtype), None
 
 
-def _perturb_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-    (rows,) = ctx.saved_tensors
-    grad_delta = perturb_backward(grad, rows, *ctx.delta) if ctx.needs_input_grad[1] else None
-    return grad, grad_delta, None
-
-
-torch.library.register_autograd("lpa_kernels::perturb", _perturb_backward, setup_context=_setup_perturb, lib=_library)
+torch.library.register_autograd("lpa_kernels::perturb", perturb_gradients, setup_context=_setup_perturb, lib=_library)

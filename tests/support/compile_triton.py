@@ -1,11 +1,11 @@
 """Compiles every Triton launch of an 8B model's attack ahead of time, with no GPU, and prints what it costs.
 
-    python -m tests.support.compile_triton            # a table; fails where a kernel spills on sm_80 or sm_90
+    python -m tests.support.compile_triton            # a table; fails where a kernel spills registers
     python -m tests.support.compile_triton --asm DIR  # keeps PTX, SASS and AMD assembly too
     python -m tests.support.compile_triton --corners  # odd shapes, strides and dtypes instead: that they compile at all
 
-The launches are recorded from the ops themselves, called on tensors without memory, so that what is compiled is what
-runs. TRITON_INTERPRET must not be set.
+The launches are recorded from the ops themselves, called on tensors without memory: the compiled kernels are those
+that run. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NO_SPILLS = ("sm_80", "sm_90")
 MULTIPROCESSORS = 132
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int32: "i32",
@@ -50,7 +50,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kernel needs on one target; `vector` is the share of its global accesses that are 16 bytes wide."""
+    """What one kernel needs on one target; `wide` counts its global accesses of 16 bytes among all of them."""
 
     kernel: str
     target: str
@@ -62,7 +62,7 @@ class Cost:
 
 
 def recorded(call: Callable[[], object], warp: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(kernel, positional arguments, keywords) of every launch that `call` makes, none of which happens."""
+    """(kernel, positional arguments, keywords) of every launch that `call` would make; nothing is launched."""
     launches = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -78,7 +78,7 @@ def recorded(call: Callable[[], object], warp: int) -> list[tuple[Any, tuple[Any
 
 
 def source(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
-    """The kernel specialised on these arguments as a launch would do it, and its options."""
+    """The kernel specialised on these arguments as a launch specialises it, and its options."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -133,7 +133,7 @@ def calls(width: int, vocabulary: int) -> dict[str, Callable[[], object]]:
     return {
         "perturb": lambda: perturb(grads[0], new(rows, width), where),
         "update adamw l2": update("adamw", "l2"),
-        "update normalized l2": update("normalized", "l2"),
+        "update normalised l2": update("normalised", "l2"),
         "update sign linf": update("sign", "linf"),
         "loss of many rows": loss(256, True),
         "loss of many rows, no gradient": loss(256, False),
@@ -196,7 +196,11 @@ def costs(width: int, vocabulary: int, folder: Path, targets: list[str]) -> list
 
 
 def corners() -> int:
-    """Compile what specialises differently: ones become constants, big strides 64-bit, other layouts other loads."""
+    """Compile odd cases: ones become constants, large strides need 64 bits, other layouts other loads.
+
+    Returns:
+        How many kernels were compiled.
+    """
 
     def meta(value: Any) -> Any:
         if isinstance(value, list):
@@ -213,7 +217,7 @@ def corners() -> int:
         (perturb, perturb_case(5, 3, 33, half, layout="rows")),
         *((pgd_update_, update_case(1, 1, width, 1, 1, layout="columns")) for width in (1, 33, wide)),
         (pgd_update_, update_case(1, 1, 24, 1, 1, half)),
-        (pgd_update_, update_case(2, 3, wide, 4, rule="normalized", norm="linf", maximize=True)),
+        (pgd_update_, update_case(2, 3, wide, 4, rule="normalised", norm="linf", maximize=True)),
         (pgd_update_, update_case(2, 3, 24, 4, rule="sign", norm="none", per_row_epsilon=True, layout="expanded")),
         (pgd_update_, tuple(unlike)),
         (token_loss_, loss_case(1, 2)),
@@ -250,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         found = costs(options.width, options.vocabulary, folder, options.targets)
     for c in found:
         print(f"{c.kernel:46} {c.target:7} {c.threads:7} {c.registers:5} {c.spills:6} {c.shared:6} {c.wide:>8}")
-    spilling = [f"{c.kernel} on {c.target}" for c in found if c.spills and c.target in NO_SPILLS]
+    spilling = [f"{c.kernel} on {c.target}" for c in found if c.spills]
     if spilling:
         print("registers spill to memory:", "; ".join(spilling))
     return bool(spilling)

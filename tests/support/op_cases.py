@@ -1,8 +1,7 @@
 """Random calls of each op and their comparison with the oracle, for the tests of every backend.
 
-A case is the op's positional arguments, as the schema orders them, on the device asked for. `run_against_oracle`
-runs a backend on a copy of them with the outputs poisoned by NaN, runs the reference in float64 on another, and
-compares everything the op writes.
+A case is a tuple of the op's arguments in the schema's order. `run_against_oracle` runs a backend on a copy of it with
+NaN-poisoned outputs, runs the reference in float64 on another copy, and compares everything that the op writes.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ def copied(args: Args, dtype: torch.dtype | None = None) -> Args:
 
 
 def implementation(op: str, backend: str, args: Args) -> Callable[..., Any]:
-    """The function of `backend` for this very call. Raises RuntimeError where it cannot take it."""
+    """The function of `backend` for this call. Raises RuntimeError where the backend cannot take it."""
     return registry.select(op, backend, args)
 
 

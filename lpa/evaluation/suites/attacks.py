@@ -124,5 +124,5 @@ def _perturber(run: Run, mode: str) -> Callable[[Sequence[str]], LatentAttack]:
 def bounded_pgd(run: Run, sites: Sequence[str], epsilon: float, steps: int) -> LatentPGD:
     """An attack whose radius binds: steps along the normalised gradient, 2.5 radii in all."""
     return LatentPGD(
-        run.model, list(sites), epsilon=epsilon, steps=steps, step_size=_STEP * epsilon / steps, rule="normalized"
+        run.model, list(sites), epsilon=epsilon, steps=steps, step_size=_STEP * epsilon / steps, rule="normalised"
     )

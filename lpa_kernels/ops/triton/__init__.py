@@ -1,4 +1,4 @@
-"""The ops in Triton, for CUDA and ROCm GPUs; on the CPU only under Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The ops in Triton, for CUDA and ROCm GPUs; on a CPU under Triton's interpreter alone (TRITON_INTERPRET=1)."""
 
 from .. import registry
 

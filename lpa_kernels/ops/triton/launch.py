@@ -1,4 +1,4 @@
-"""What every launch needs to know of its device: may it run there, which device is current, how wide is it."""
+"""What every launch asks about its device: whether it can run there, and how wide the device is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Triton decides this when a kernel is defined, so that a later change of the variable has no effect here either.
+# Triton reads the variable when a kernel is defined; a later change of it has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +29,7 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def on(tensor: Tensor) -> AbstractContextManager[None]:
-    """Makes the tensor's GPU the current one where it is not: Triton launches on the current device."""
+    """Within it the tensor's GPU is the current device, on which Triton launches."""
     device = tensor.device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE

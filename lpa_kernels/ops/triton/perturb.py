@@ -38,21 +38,21 @@ def _perturb(
     x = tl.load(hidden + token * hidden_stride + column, mask=inside, other=0.0)
     touched = inside & (row >= 0)
     d = tl.load(delta + row * delta_stride + column, mask=touched, other=0.0)
-    # The others are taken over as they are: x + 0 would turn -0.0 into 0.0.
+    # The other tokens are copied: x + 0 would turn -0.0 into 0.0.
     tl.store(out + token * WIDTH + column, tl.where(touched, (x.to(tl.float32) + d).to(x.dtype), x), mask=inside)
 
 
 def block(width: int) -> int:
-    """Columns a program handles: the largest power of two that divides the width, so that no lane is idle.
+    """Columns a program handles: the largest power of two that divides the width, so that every lane works.
 
-    Below 64 (a cache line of bf16) the next power of two instead, with the lanes past the width masked.
+    Where that is below 64 (a cache line of bf16), the next power of two above the width, with masked lanes.
     """
     even = min(width & -width, TILE)
     return even if even >= 64 else min(launch.power_of_two(width), TILE)
 
 
 def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
-    """hidden [T,H] plus delta [R,H] float32 at `rows` [T] (-1: untouched), summed in float32 and rounded once."""
+    """hidden [T, H] plus delta [R, H] float32 at `rows` [T] (-1: none), summed in float32 and rounded once."""
     tokens, width = hidden.shape
     out = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
     if out.numel():

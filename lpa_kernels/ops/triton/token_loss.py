@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import launch
 
-ROW_THREADS = 1024  # one program a multiprocessor, so that the rows in flight stay in L2 between the two sweeps
+ROW_THREADS = 1024  # one program a multiprocessor: the rows in flight stay in L2 between the two sweeps
 PART_THREADS = 128
 MOST_PARTS = 64
 LOADS = 4  # 16-byte loads that a thread has in flight
@@ -62,9 +62,9 @@ def _read(logits, column, bound):
 def _fold(
     logits, column, bound, label, largest, total, STEP: tl.constexpr, LABEL: tl.constexpr
 ):  # fmt: skip
-    """Four tiles [LANES, VECTOR] taken into each lane's (largest, sum); with LABEL, the label is left out.
+    """Add four tiles [LANES, VECTOR] to each lane's (largest, sum); with LABEL, without the label's logit.
 
-    All four are needed for the largest, which keeps four loads in flight.
+    The largest needs all four, which keeps four loads in flight.
     """
     a = _read(logits, column, bound).to(tl.float32)
     b = _read(logits, column + STEP, bound).to(tl.float32)
@@ -85,9 +85,9 @@ def _fold(
 def _scan(logits, start, stop, bound, label, VECTOR: tl.constexpr, LANES: tl.constexpr):
     """(largest, sum of exponentials in units of 2^_power(largest)) over logits[start:stop] without the label's.
 
-    `bound` is the vocabulary, or 0 for a row that is not to be read. A lane, one thread with 16-byte loads of VECTOR
-    neighbours, keeps its own pair: no word passes between threads before the end. The tile of the label comes
-    first, so that no other has to look for it.
+    `bound` is the vocabulary, or 0 for an ignored row. A lane, one thread with 16-byte loads of VECTOR neighbours,
+    keeps its own pair; the threads exchange nothing before the end. The tile of the label comes first, so that no
+    other has to look for it.
     """
     step: tl.constexpr = LANES * VECTOR
     span = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -109,7 +109,7 @@ def _scan(logits, start, stop, bound, label, VECTOR: tl.constexpr, LANES: tl.con
 
 @triton.jit
 def _own(logits, label, vocabulary):
-    """The label's logit; NaN, and with it the row's loss and gradient, for a label that is no token."""
+    """The label's logit. For a label outside the vocabulary it is NaN, as are then the row's loss and gradient."""
     return tl.load(logits + label, mask=(label >= 0) & (label < vocabulary), other=float("nan")).to(tl.float32)
 
 
@@ -143,7 +143,7 @@ def _write(
     span = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     power = _power(peak)
     share = slope / tl.where(total == 0, 1.0, total)
-    # A row that is off is not read; the exponential of -inf makes the zeros that it gets.
+    # A row that is off is not read: every load gives -inf, whose exponential is the zero to write.
     bound = tl.where(slope != 0, vocabulary, 0)
     count = tl.cdiv(stop - start, 4 * step)
     for i in range(count):
@@ -156,7 +156,7 @@ def _write(
         _replace(logits, b, column + step, vocabulary, share, power)
         _replace(logits, c, column + 2 * step, vocabulary, share, power)
         _replace(logits, d, column + 3 * step, vocabulary, share, power)
-    tl.debug_barrier()  # some thread has just written the label's place with the others
+    tl.debug_barrier()  # another thread has just written the label's place
     tl.store(logits + label, slope.to(logits.dtype.element_ty), mask=(label >= start) & (label < stop))
 
 
@@ -197,7 +197,7 @@ def _scan_part(
     place = parts + row * tl.num_programs(1) + part
     tl.store(place, peak)
     tl.store(place + size, total)
-    # The label's logit too: when it is needed, another program may have written the gradient over it.
+    # The label's logit too: in the second sweep another program may write its gradient first.
     tl.store(place + 2 * size, _own(logits, label, vocabulary))
 
 
@@ -232,11 +232,10 @@ def _finish_part(
 def parts(rows: int, vocabulary: int, vector: int, multiprocessors: int) -> int:
     """How many programs share a row.
 
-    One, where there are rows for every multiprocessor: between a row's two sweeps only one row a multiprocessor is
-    under way, 132 * 256 KB = 34 MB on an H200 at a vocabulary of 128k in bf16, which its L2 of 60 MB keeps, so that
-    the second sweep reads nothing from memory (two bytes read and two written an element, where two launches over
-    more logits than L2 holds read four). With fewer rows than multiprocessors all of them fit L2 anyway, and several
-    programs a row, two launches, keep the whole GPU busy: four a multiprocessor.
+    One, where the rows suffice for all multiprocessors. Then one row a multiprocessor is in flight between its two
+    sweeps: 132 * 256 KB = 34 MB on an H200 at a vocabulary of 128k in bf16. Its L2 of 60 MB holds them, so that the
+    second sweep reads nothing from memory. With fewer rows L2 holds all of them, and several programs a row, in two
+    launches, keep the whole GPU busy: four a multiprocessor.
     """
     if rows >= multiprocessors:
         return 1
@@ -246,7 +245,7 @@ def parts(rows: int, vocabulary: int, vector: int, multiprocessors: int) -> int:
 def token_loss_(
     logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and hit of each row of logits [N,V]; with `weight`, the gradient over the logits in place."""
+    """Loss and hit of each row of logits [N, V]; with `weight`, the gradient over the logits in place."""
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     hits = torch.empty(rows, dtype=torch.bool, device=logits.device)

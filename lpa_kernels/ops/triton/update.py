@@ -1,7 +1,7 @@
 """pgd_update_ in Triton: gradient, rule, norm, projection and count of all sites in one pass and one launch.
 
 Memory traffic an element: delta, and for "adamw" both moments, read and written once, 8 and 24 bytes; the gradients
-of K tokens read where autograd left them, 2 K bytes in bf16. Nothing else is as large as a row.
+of K tokens read where autograd left them, 2 K bytes in bf16. All else is smaller than a row.
 """
 
 # The parameters of a kernel have no Python types.
@@ -53,7 +53,7 @@ def _gradient(
 
 @triton.jit
 def _state(delta, exp_avg, exp_avg_sq, offset, mask, RULE: tl.constexpr):
-    """delta and its moments (delta again where the rule has none); these loads wait for no other."""
+    """delta and its moments, or delta thrice for a rule without moments; these loads wait for no other."""
     d = tl.load(delta + offset, mask=mask, other=0.0)
     m = tl.load(exp_avg + offset, mask=mask, other=0.0) if RULE == "adamw" else d
     v = tl.load(exp_avg_sq + offset, mask=mask, other=0.0) if RULE == "adamw" else d
@@ -65,7 +65,7 @@ def _moved(
     d, m, v, g, exp_avg, exp_avg_sq, offset, inside, length, t, size,
     log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE: tl.constexpr,
 ):  # fmt: skip
-    """delta after the step and before the projection; writes the moments. What is not `inside` stays."""
+    """delta after the step and before the projection, changed only `inside`; writes the moments."""
     if RULE == "adamw":
         m = beta1 * m + rest1 * g
         tl.store(exp_avg + offset, m, mask=inside)
@@ -74,7 +74,7 @@ def _moved(
         scale = size / _one_minus_power(log_beta1, t)
         root = 1 / tl.sqrt(_one_minus_power(log_beta2, t))
         new = d * (1 - size * weight_decay) - scale * m / (tl.sqrt(v) * root + eps)
-    elif RULE == "normalized":
+    elif RULE == "normalised":
         new = d - size * tl.where(length > 0, g / length, 0.0)
     else:
         new = d - size * tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
@@ -83,7 +83,7 @@ def _moved(
 
 @triton.jit
 def _largest(x):
-    """[A, 1]: the largest magnitude of each row of x, NaN where there is one: as an integer it is above inf."""
+    """[A, 1]: the largest magnitude of each row of x, NaN for a row with a NaN (as an integer it is above inf)."""
     return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1)[:, None].to(tl.float32, bitcast=True)
 
 
@@ -130,7 +130,7 @@ def _update(
         d, m, v = _state(delta, exp_avg, exp_avg_sq, offset, real & (span < WIDTH), RULE)
         inside = live & (span < WIDTH)
         g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, span, SHARES, UNIT, MAXIMIZE)
-        if RULE == "normalized":
+        if RULE == "normalised":
             largest = tl.max(tl.abs(g), 1)[:, None]
             g = g / tl.where(largest > 0, largest, 1.0)
             length = tl.sqrt(tl.sum(g * g, 1)[:, None])
@@ -143,7 +143,7 @@ def _update(
     else:
         partial = tl.zeros([ROWS, BLOCK], tl.float32)
         largest = tl.full([ROWS, 1], 1.0, tl.float32)
-        if RULE == "normalized":
+        if RULE == "normalised":
             for start in range(0, WIDTH, BLOCK):
                 column = start + span
                 inside = live & (column < WIDTH)
@@ -170,7 +170,7 @@ def _update(
             d, m, v = _state(delta, exp_avg, exp_avg_sq, offset, real & (column < WIDTH), RULE)
             inside = live & (column < WIDTH)
             g = _gradient(grad, row_stride, column_stride, tokens, row, real, inside, column, SHARES, UNIT, MAXIMIZE)
-            g = g / largest if RULE == "normalized" else g
+            g = g / largest if RULE == "normalised" else g
             d = _moved(
                 d, m, v, g, exp_avg, exp_avg_sq, offset, inside, length, t, size,
                 log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, weight_decay, RULE,
@@ -181,7 +181,7 @@ def _update(
             else:
                 partial += d * d
         norm = _largest(partial) if NORM == "linf" else tl.sqrt(tl.sum(partial, 1)[:, None])
-        if NORM != "none":  # once more over a row that must shrink, and no other; it still lies in the caches
+        if NORM != "none":  # once more over the rows that must shrink, which still lie in the caches
             tl.debug_barrier()
             for start in range(0, WIDTH, BLOCK):
                 column = start + span
@@ -196,9 +196,9 @@ def _update(
 
 
 def _runs(grads: list[Tensor]) -> Iterator[tuple[int, list[Tensor], bool]]:
-    """(first site, gradients, whether their columns lie side by side), one for each launch.
+    """One (first site, gradients, whether their columns lie side by side) for each launch.
 
-    The sites of a launch share a dtype and that answer; in an attack all of them do, and there is one launch.
+    The sites of a launch share a dtype and that answer. In an attack all of them do, which makes one launch.
     """
     first = 0
     for i in range(1, len(grads) + 1):
@@ -214,14 +214,13 @@ def _runs(grads: list[Tensor]) -> Iterator[tuple[int, list[Tensor], bool]]:
 
 
 def plan(width: int) -> tuple[int, int, int]:
-    """The fixed table by width: rows of a program, columns it holds at once, threads.
+    """Rows of a program, columns that it holds at once, and threads, by the width of a row.
 
-    Up to 4096 a row is held whole, 16 elements a thread: delta, both moments and the gradient are 64 registers, and
-    the 80 to 98 of the whole kernel (Triton 3.6 to 3.9) let two or three programs of 256 threads share a
-    multiprocessor, so that one loads while another reduces or writes. Narrow rows share a program of 64 threads. A
-    wider row held whole would need 512 threads or more of over 64 registers, which leaves one program a
-    multiprocessor and nothing to overlap; it goes in chunks, and is read again, from the caches, only where the
-    projection shortens it.
+    Up to 4096 a row is held whole, 16 elements a thread: delta, both moments and the gradient take 64 registers. The
+    whole kernel takes 80 to 98 (Triton 3.6 to 3.9), so that two or three programs of 256 threads share a
+    multiprocessor, and one loads while another reduces or writes. Narrow rows share a program of 64 threads. A wider
+    row would need 512 threads or more of over 64 registers, one program a multiprocessor with nothing to overlap.
+    It goes in chunks, and is read again, from the caches, only where the projection shortens it.
     """
     columns = launch.power_of_two(width)
     if columns > WIDEST:
@@ -249,7 +248,7 @@ def pgd_update_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of `rule` on delta [S,R,H] and the projection; see `lpa_kernels.ops.pgd_update_`."""
+    """One step of `rule` on delta [S, R, H] and the projection, as `lpa_kernels.pgd_update_` describes it."""
     _, rows, width = delta.shape
     if not delta.numel():
         norms.zero_()
@@ -310,8 +309,8 @@ def unsupported(
     *_: object,
 ) -> str | None:
     """Why the kernel cannot take this call, or None."""
-    if rule not in ("adamw", "normalized", "sign"):
-        return f"rule={rule!r}; it has 'adamw', 'normalized' and 'sign'"
+    if rule not in ("adamw", "normalised", "sign"):
+        return f"rule={rule!r}; it has 'adamw', 'normalised' and 'sign'"
     if norm not in ("l2", "linf", "none"):
         return f"norm={norm!r}; it has 'l2', 'linf' and 'none'"
     for tensor in (delta, exp_avg, exp_avg_sq, norms):

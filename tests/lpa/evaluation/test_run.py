@@ -149,7 +149,7 @@ def test_a_perturbed_answer_does_not_depend_on_its_batch() -> None:
     model = random_model()
     words = Bench(model, tokenizer(), system_prompt=None, max_new_tokens=8)
     prompts = [words.prompt_tokens(text) for text in ("the cat", "a dog ran in the park and sat")]
-    pgd = LatentPGD(model, ["embedding", "mlp:1"], epsilon=5.0, step_size=5.0, steps=2, rule="normalized")
+    pgd = LatentPGD(model, ["embedding", "mlp:1"], epsilon=5.0, step_size=5.0, steps=2, rule="normalised")
 
     def attacked(chosen: list[list[int]]) -> Any:
         longest = max(map(len, chosen)) + 1

@@ -72,7 +72,7 @@ def test_batches_share_a_bucket(family: str, attn: str, recorded: list[Any]) -> 
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"rule": "normalized", "norm": "linf", "step_size": 0.1, "epsilon": 0.02},
+    {"rule": "normalised", "norm": "linf", "step_size": 0.1, "epsilon": 0.02},
     {"coefs": {"toward": 1.0}},
     {"coefs": {"away": 2.0}},
     {"l2_penalty": 0.5, "clip_grad": 0.01},

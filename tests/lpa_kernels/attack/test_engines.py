@@ -112,7 +112,7 @@ def test_bfloat16(family: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_and_norms(rule: str, norm: str) -> None:
     model = shared_llama()
-    size = {"sgd": 3.0, "normalized": 0.2}.get(rule, 0.02)
+    size = {"sgd": 3.0, "normalised": 0.2}.get(rule, 0.02)
     epsilon = {"linf": 0.03, "l2_sequence": 0.3}.get(norm, 0.1)
     got, want = both(model, rule=rule, norm=norm, step_size=size, epsilon=epsilon)
     assert_same(got, want)

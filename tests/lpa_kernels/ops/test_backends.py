@@ -1,6 +1,6 @@
-"""Every op on every backend and device that this process has, against the oracle in float64, over one grid.
+"""Every op on every backend and device of this process, against the oracle in float64, over one grid.
 
-Triton fixes when it is imported whether it interprets: without a GPU its part of the grid runs in the process that
+Triton decides at its import whether it interprets: without a GPU its part of the grid runs in the process that
 `test_triton.py` starts.
 """
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lpa_kernels import linear_token_loss, perturb, pgd_update_, token_loss, token_loss_
-from lpa_kernels.ops import native, reference, registry
+from lpa_kernels.ops import native, reference, registry, schema
 from tests.support.op_cases import (
     LAYOUTS,
     PROBABILITIES,
@@ -29,7 +29,7 @@ from tests.support.op_cases import (
 CUDA = torch.cuda.is_available()
 WIDTHS = (1, 33, 576, 3584, 4096, 8192, 16384)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KERNEL_RULES = ("adamw", "normalized", "sign")  # of Triton and native; the reference has more
+KERNEL_RULES = ("adamw", "normalised", "sign")  # of Triton and native; the reference has more
 
 PLACES = [("reference", "cpu"), ("native", "cpu"), ("triton", "cpu")]
 if CUDA:
@@ -132,7 +132,7 @@ def test_update_sizes(rows, tokens, shares, place):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_update_layouts(layout, dtype, place):
     backend, device = need("pgd_update_", place)
-    for rule, width in product(("adamw", "normalized"), (33, 64)):
+    for rule, width in product(("adamw", "normalised"), (33, 64)):
         case = update_case(3, 8, width, 9, dtype=dtype, rule=rule, layout=layout, device=device)
         run_against_oracle("pgd_update_", backend, case)
 
@@ -180,9 +180,9 @@ def test_update_leaves_rows_without_tokens_bitwise(norm, width, place):
 @everywhere
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-20, 1.0, 1e25])
 @pytest.mark.parametrize("width", [20, 4100])
-def test_normalized_by_a_norm_whose_square_leaves_float32(width, magnitude, place):
+def test_normalised_by_a_norm_whose_square_leaves_float32(width, magnitude, place):
     backend, device = need("pgd_update_", place)
-    case = update_case(1, 3, width, 4, 1, rule="normalized", norm="none", masked=0.0, bad=False, device=device)
+    case = update_case(1, 3, width, 4, 1, rule="normalised", norm="none", masked=0.0, bad=False, device=device)
     case[3][0].mul_(magnitude * 1e3)
     run_against_oracle("pgd_update_", backend, case)
 
@@ -212,7 +212,7 @@ def test_nan_in_delta_shows_in_the_norm(norm, width, place):
 
 def test_bf16_state_on_the_reference():
     """Computed in float32 and rounded once a step: the state differs from float32's by one rounding."""
-    for rule in ("adamw", "adam", "rmsprop", "normalized", "sign", "sgd"):
+    for rule in ("adamw", "adam", "rmsprop", "normalised", "sign", "sgd"):
         case = update_case(2, 5, 64, 9, rule=rule, epsilon=8.0)
         got = list(copied(case))
         for i in range(3):
@@ -318,7 +318,7 @@ def on_device(op: str, device: str):
 
 
 @everywhere
-@pytest.mark.parametrize("op", registry.OPS)
+@pytest.mark.parametrize("op", schema.OPS)
 def test_opcheck(op, place, monkeypatch):
     backend, device = need(op, place)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
@@ -329,7 +329,7 @@ def test_opcheck(op, place, monkeypatch):
 
 
 @everywhere
-@pytest.mark.parametrize("op", registry.OPS)
+@pytest.mark.parametrize("op", schema.OPS)
 def test_compiles_whole_and_gives_the_same(op, place, monkeypatch):
     """aot_eager: the graph, its fakes and its functionalisation are what is at stake, not the code generator."""
     backend, device = need(op, place)
@@ -372,7 +372,7 @@ def test_the_faces_compile_whole_with_their_gradients():
 
 
 @everywhere
-@pytest.mark.parametrize("op", registry.OPS)
+@pytest.mark.parametrize("op", schema.OPS)
 def test_never_waits_for_the_gpu_and_can_be_captured(op, place):
     backend, device = need(op, place)
     if device != "cuda" or backend == "reference":

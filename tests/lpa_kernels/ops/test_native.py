@@ -1,8 +1,7 @@
-"""What the compiled kernels alone promise, on every instruction set that this CPU has; csrc's CUDA through nvcc.
+"""The promises of the compiled kernels alone, on every instruction set of this CPU; csrc's CUDA through nvcc.
 
-The grid of `test_backends.py` holds them to the oracle.
-
-Without the extension these tests are skipped, or fail where LPA_KERNELS_REQUIRE_NATIVE=1.
+`test_backends.py` compares them with the oracle. Without the extension these tests are skipped; with
+LPA_KERNELS_REQUIRE_NATIVE=1 they fail.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpa_kernels.ops import functional, native, reference, registry
+from lpa_kernels.ops import functional, native, reference, registry, schema
 from tests.support.op_cases import assert_near, copied, implementation, loss_case, perturb_case, update_case
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,7 +27,7 @@ CAPABILITIES = ("default", "avx2", "avx512")  # PyTorch's names, of which ATEN_C
 built = pytest.mark.skipif(not native.BUILT, reason="the native backend is not built (see setup.py)")
 
 
-@pytest.mark.skipif(not REQUIRED, reason="asked for by LPA_KERNELS_REQUIRE_NATIVE=1")
+@pytest.mark.skipif(not REQUIRED, reason="LPA_KERNELS_REQUIRE_NATIVE=1 requires it")
 def test_is_built():
     assert native.BUILT, registry.backends()
 
@@ -66,7 +65,7 @@ def test_the_kernels_follow_the_request():
 @built
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_gradient_is_read_exactly(dtype):
-    """With beta1 = 0 the first moment is the gradient; what is not finite counts as 0."""
+    """With beta1 = 0 the first moment is the gradient; a non-finite entry counts as 0."""
     grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
     delta, zeros = torch.zeros(1, 64, 1024), torch.zeros(1, 64, 1024)
     first = torch.full_like(delta, 7.0)
@@ -138,7 +137,7 @@ def test_loss_offsets_beyond_2_to_the_31():
 
 
 @built
-@pytest.mark.parametrize("op", native.OPS)
+@pytest.mark.parametrize("op", schema.OPS)
 def test_same_bits_on_any_number_of_threads(op):
     make, size = {
         "perturb": (perturb_case, (300, 200, 576)),

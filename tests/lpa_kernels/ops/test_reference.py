@@ -78,7 +78,7 @@ def test_a_radius_or_a_beta_of_zero():
 
 def test_the_smallest_gradients_still_count():
     delta = torch.zeros(1, 1, 2)
-    pgd_update_(delta, [torch.tensor([[3e-30, 4e-30]])], torch.tensor([[0]]), step_size=0.1, rule="normalized",
+    pgd_update_(delta, [torch.tensor([[3e-30, 4e-30]])], torch.tensor([[0]]), step_size=0.1, rule="normalised",
                 backend="reference")  # fmt: skip
     torch.testing.assert_close(delta[0, 0], torch.tensor([-0.06, -0.08]))
 
@@ -93,12 +93,24 @@ def test_a_row_in_which_the_label_alone_is_possible():
     assert logits[0].tolist() == [0, 0, 0]
 
 
-def test_normalized_and_sign_steps():
+def test_normalised_and_sign_steps():
     grad = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    for rule, want in (("normalized", [[-0.06, -0.08], [0, 0]]), ("sign", [[-0.1, -0.1], [0, 0]])):
+    for rule, want in (("normalised", [[-0.06, -0.08], [0, 0]]), ("sign", [[-0.1, -0.1], [0, 0]])):
         delta = torch.zeros(1, 2, 2)
         pgd_update_(delta, [grad], torch.tensor([[0], [1]]), step_size=0.1, rule=rule, backend="reference")
         torch.testing.assert_close(delta[0], torch.tensor(want, dtype=torch.float32))
+
+
+def test_the_american_spelling_of_a_rule_is_an_alias():
+    grad = torch.tensor([[3.0, 4.0]])
+    delta, parameter = torch.zeros(1, 1, 2), torch.zeros(1, 2, requires_grad=True)
+    pgd_update_(delta, [grad], torch.tensor([[0]]), step_size=0.1, rule="normalized")
+    optimizer = PGDOptimizer([parameter], lr=0.1, rule="normalized")
+    parameter.grad = grad
+    optimizer.step()
+    assert optimizer.param_groups[0]["rule"] == "normalised"
+    for moved in (delta[0], parameter.detach()):
+        torch.testing.assert_close(moved, torch.tensor([[-0.06, -0.08]]))
 
 
 def test_update_sums_tokens_skips_rows_and_zeroes_what_is_not_finite():
@@ -279,7 +291,7 @@ def test_faces_refuse_shapes_that_do_not_fit():
         ({"rule": "lion"}, "rule='lion'"),
         ({"norm": "l1"}, "norm='l1'"),
         ({"tokens": own[:1]}, "tokens has shape"),
-        ({"grads": []}, "0 grads"),
+        ({"grads": []}, "there are 0 grads; expected 1"),
         ({"grads": [torch.zeros(2, 4)]}, "a gradient has shape"),
         ({}, "needs the moments"),
     ):
@@ -297,11 +309,11 @@ def test_faces_refuse_shapes_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=words):
             pgd_update_(delta, [torch.zeros(2, 3)], own, **({"step_size": 1.0} | state | change))
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="labels has shape"):
         linear_token_loss(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(1, dtype=torch.long), torch.zeros(1) > 0)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="labels has shape"):
         token_loss_(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long), torch.zeros(2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="cannot be projected"):
+    with pytest.raises(ValueError, match="norm='l1' has no projection"):
         project_(delta, 1.0, "l1")
 
 
@@ -314,15 +326,13 @@ def test_registry(monkeypatch):
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
     args = perturb_case(4, 2, 3)
     assert registry.select("perturb", "auto", args) is reference.perturb
-    monkeypatch.setitem(
-        registry._table, ("perturb", "native"), registry.Impl(lambda *a: None, lambda *a: "no such luck")
-    )
-    with pytest.raises(RuntimeError, match="cannot run perturb: no such luck"):
+    monkeypatch.setitem(registry._table, ("perturb", "native"), registry.Impl(lambda *a: None, lambda *a: "a reason"))
+    with pytest.raises(RuntimeError, match="cannot run perturb: a reason"):
         registry.select("perturb", "native", args)
     monkeypatch.delitem(registry._table, ("perturb", "native"))
     monkeypatch.delitem(
         registry._missing, "native", raising=False
-    )  # loaded, but without this op: left to the reference
+    )  # loaded, but without this op: the reference runs it
     assert registry.select("perturb", "native", args) is reference.perturb
     table = registry.backends()
     assert "pgd_update_" in table

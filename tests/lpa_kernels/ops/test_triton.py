@@ -1,8 +1,7 @@
-"""What the Triton kernels alone promise, on a GPU or under Triton's interpreter, and what compiling them costs.
+"""The promises of the Triton kernels alone, on a GPU or under Triton's interpreter, and the cost of compiling them.
 
-Triton fixes when it is imported whether it interprets, so that without a GPU (and without TRITON_INTERPRET=1) the
-tests of the kernels, here and in `test_backends.py`, are skipped in this process and run in another, by
-`test_under_the_interpreter`.
+Triton decides at its import whether it interprets. Without a GPU and without TRITON_INTERPRET=1 this process skips the
+tests of the kernels, here and in `test_backends.py`, and `test_under_the_interpreter` runs them in another.
 """
 
 from __future__ import annotations
@@ -66,11 +65,11 @@ def test_under_the_interpreter():
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="compiled by the process that started this one")
 def test_compiled_ahead_of_time():
-    """For sm_80, sm_90, sm_100 and gfx942, in the shapes of an 8B model; no spills on the first two."""
+    """For every target, in the shapes of an 8B model, without spills (which the command checks)."""
     out = python("-m", "tests.support.compile_triton")
     print(out)
     for kernel in ("_perturb", "_update", "_row", "_scan_part", "_finish_part"):
-        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
             assert re.search(rf": {kernel} +{target} +\d+ +\d+", out), f"{kernel} is missing on {target}:\n{out}"
 
 
@@ -134,7 +133,7 @@ def test_loss_below_the_threshold_is_off(multiprocessors, monkeypatch):
 @kernels
 @pytest.mark.parametrize("multiprocessors", [WHOLE, PARTS])
 def test_loss_of_strange_rows(multiprocessors, monkeypatch):
-    """Forbidden tokens (-inf) are exact; a NaN or a label that is no token is heard of, in its own row alone."""
+    """Forbidden tokens (-inf) are exact; a NaN or a label outside the vocabulary shows in its own row alone."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
     case = loss_case(6, 4100, ignored=0.0, away=False, device=DEVICE)
     logits, labels = case[:2]
