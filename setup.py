@@ -26,7 +26,8 @@ def native(wanted: str) -> dict[str, Any]:
             "and give pip --no-build-isolation."
         ) from error
     cuda = wanted == "1" and torch.version.cuda is not None and CUDA_HOME is not None
-    sources = ["csrc/ops.cpp", "csrc/cpu/baseline.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/ops_block.cpp", "csrc/cpu/dispatch.cpp"]
+    sources += [f"csrc/cpu/{name}.cpp" for name in ("baseline", "avx2", "avx512")]
     macros = [("TORCH_TARGET_VERSION", OLDEST_TORCH)]
     flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]}
     if cuda:

@@ -1,9 +1,10 @@
-// Checks the arguments of pgd_update_ and turns them into an `Update`; the same for the CPU and CUDA.
+// Checks the arguments of ops and turns them into plain numbers and pointers; the same for the CPU and CUDA.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -31,6 +32,14 @@ inline Matrix matrix_of(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), dtype_of(tensor, name)};
 }
 
+// The same of a matrix whose columns lie side by side, where `beside` lives.
+inline Matrix lines_of(const Tensor& tensor, const Tensor& beside, const char* name) {
+  const Matrix matrix = matrix_of(tensor, name);
+  STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, "the last stride of ", name, " is not 1");
+  STD_TORCH_CHECK(tensor.device() == beside.device(), name, " is on another device than the first argument");
+  return matrix;
+}
+
 // The memory of a contiguous tensor of one dtype that lives where `beside` does.
 template <class T>
 T* data_of(const Tensor& tensor, const Tensor& beside, ScalarType dtype, int64_t numel, const char* name) {
@@ -40,6 +49,10 @@ T* data_of(const Tensor& tensor, const Tensor& beside, ScalarType dtype, int64_t
   STD_TORCH_CHECK(tensor.device() == beside.device(), name, " is on another device than the first argument");
   return static_cast<T*>(tensor.data_ptr());
 }
+
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+inline int64_t grain_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
 inline Update update_of(const Tensor& delta, const std::optional<Tensor>& exp_avg,
                         const std::optional<Tensor>& exp_avg_sq, const std::vector<Tensor>& grads,

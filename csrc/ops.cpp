@@ -1,4 +1,4 @@
-// The ops on the CPU, as torch.ops.lpa_kernels_native.*.
+// The ops of an attack on the CPU, as torch.ops.lpa_kernels_native.*.
 //
 // Only the stable part of libtorch is used, so that one build serves every torch from 2.11 on. The schemas are those of
 // lpa_kernels/ops/schema.py, defined in Python before this library is loaded.
@@ -7,8 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <tuple>
 
 #include "arguments.h"
@@ -16,31 +14,6 @@
 
 namespace lpa::cpu {
 namespace {
-
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
-
-// The widest that this CPU runs; ATEN_CPU_CAPABILITY caps it with the words that PyTorch takes.
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
-#if defined(__x86_64__)
-    const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
-    const bool any = cap == nullptr || std::strcmp(cap, "avx512") == 0;
-    __builtin_cpu_init();
-    if (any && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return kernels_avx512;
-    }
-    if ((any || std::strcmp(cap, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      return kernels_avx2;
-    }
-#endif
-    return kernels_baseline;
-  }();
-  return chosen;
-}
-
-int64_t grain_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
 Tensor perturb(Tensor hidden, Tensor delta, Tensor rows) {
   Perturb call{};

@@ -8,7 +8,7 @@
 #define LPA_WIDTH 8
 #define LPA_TABLE kernels_avx2
 #define LPA_NAME "avx2"
-#include "kernels.inl"
+#include "table.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

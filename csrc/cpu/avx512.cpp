@@ -8,7 +8,7 @@
 #define LPA_WIDTH 16
 #define LPA_TABLE kernels_avx512
 #define LPA_NAME "avx512"
-#include "kernels.inl"
+#include "table.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

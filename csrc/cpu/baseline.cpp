@@ -2,4 +2,4 @@
 #define LPA_WIDTH 4
 #define LPA_TABLE kernels_baseline
 #define LPA_NAME "default"
-#include "kernels.inl"
+#include "table.inl"

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../update.h"
+#include "block.h"
 
 namespace lpa::cpu {
 
@@ -38,6 +39,10 @@ struct Kernels {
   void (*update_rows)(const Update& call, const Matrix* grads, int64_t begin, int64_t end);
   // Rows [begin, end) of the logits.
   void (*token_loss_rows)(const TokenLoss& call, int64_t begin, int64_t end);
+  // Tokens [begin, end), as the next two.
+  void (*add_norm_rows)(const AddNorm& call, int64_t begin, int64_t end);
+  void (*add_norm_backward_rows)(const AddNormBackward& call, int64_t begin, int64_t end);
+  void (*gate_rows)(const Gate& call, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_baseline;  // what every CPU of this architecture has
@@ -45,5 +50,8 @@ extern const Kernels kernels_baseline;  // what every CPU of this architecture h
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+
+// Those of the widest instruction set that this CPU runs; ATEN_CPU_CAPABILITY caps it, with PyTorch's names.
+const Kernels& kernels();
 
 }  // namespace lpa::cpu

@@ -1,6 +1,7 @@
-"""The ops: perturb, pgd_update_, token_loss_, and the faces built on them."""
+"""The ops: of the attack (perturb, pgd_update_, token_loss_) and of a frozen block, and the faces built on them."""
 
-from . import native, reference, triton  # noqa: F401  each registers what it has, or why it is absent
+from . import block_reference, native, reference, triton  # noqa: F401  each registers what it has, or why it is absent
+from .block import Stream, add_norm, add_norm_backward, attention, attention_backward_, swiglu, swiglu_backward_
 from .functional import (
     THRESHOLD,
     linear_token_loss,
@@ -22,6 +23,11 @@ __all__ = [
     "RULES",
     "THRESHOLD",
     "PGDOptimizer",
+    "Stream",
+    "add_norm",
+    "add_norm_backward",
+    "attention",
+    "attention_backward_",
     "backends",
     "gather_grad",
     "linear_token_loss",
@@ -32,6 +38,8 @@ __all__ = [
     "project_",
     "requested",
     "rule_named",
+    "swiglu",
+    "swiglu_backward_",
     "token_loss",
     "token_loss_",
 ]

@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 1 << 25  # logits that linear_token_loss holds at once
 SPELLINGS = {"normalized": "normalised"}  # other names of rules, and ours
 
 
-def _run(op: str, backend: str, args: tuple[Any, ...], written: Sequence[Tensor | None] = ()) -> Any:
+def run(op: str, backend: str, args: tuple[Any, ...], written: Sequence[Tensor | None] = ()) -> Any:
     """Call `op`: straight to its backend in eager mode; through the dispatcher, which costs more, when compiling.
 
     Args:
@@ -36,13 +36,13 @@ def _run(op: str, backend: str, args: tuple[Any, ...], written: Sequence[Tensor 
 def _fits(own: Sequence[int], shape: Sequence[int]) -> bool:
     if len(own) != len(shape):
         return False
-    for i, size in enumerate(shape):  # a loop: these checks stand before every call, and a generator costs more
+    for i, size in enumerate(shape):  # noqa: SIM110  before every call, and a generator costs more
         if size != own[i] and size != -1:
             return False
     return True
 
 
-def _expect(name: str, tensor: Tensor | None, *shapes: Sequence[int]) -> None:
+def expect(name: str, tensor: Tensor | None, *shapes: Sequence[int]) -> None:
     """Raise ValueError where `tensor` has none of these shapes; -1 stands for any size."""
     if tensor is None:
         return
@@ -59,7 +59,7 @@ class _Perturb(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, delta: Tensor, rows: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.delta = (delta.shape, delta.dtype)
-        return _run("perturb", backend, (hidden, delta, rows))
+        return run("perturb", backend, (hidden, delta, rows))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
@@ -88,14 +88,15 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor, *, backend: str = "auto
     >>> perturb(hidden, delta, torch.tensor([-1, 0, -1])).tolist()
     [[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]]
     """
-    _expect("hidden", hidden, (-1, delta.shape[-1]))
-    _expect("delta", delta, (-1, -1))
-    _expect("rows", rows, hidden.shape[:1])
+    expect("hidden", hidden, (-1, delta.shape[-1]))
+    expect("delta", delta, (-1, -1))
+    expect("rows", rows, hidden.shape[:1])
+    rows = rows.contiguous()
     if torch.compiler.is_compiling() and backend == "auto":
         return torch.ops.lpa_kernels.perturb(hidden, delta, rows)
     if torch.is_grad_enabled() and (hidden.requires_grad or delta.requires_grad):
         return _Perturb.apply(hidden, delta, rows, backend)
-    return _run("perturb", backend, (hidden, delta, rows))
+    return run("perturb", backend, (hidden, delta, rows))
 
 
 def rule_named(rule: str) -> str:
@@ -191,13 +192,13 @@ def pgd_update_(
     ([[[-0.6..., -0.8...]]], [[2.0]], [1])
     """
     rule, norm = rule_named(rule), norm_named(norm)
-    _expect("delta", delta, (-1, -1, -1))
+    expect("delta", delta, (-1, -1, -1))
     if len(grads) != delta.shape[0]:
         raise ValueError(f"there are {len(grads)} grads; expected {delta.shape[0]}, one for each site of delta")
     rows, device = delta.shape[:2], delta.device
     for grad in grads:
-        _expect("a gradient", grad, (-1, delta.shape[2]))
-    _expect("tokens", tokens, (rows[1], -1))
+        expect("a gradient", grad, (-1, delta.shape[2]))
+    expect("tokens", tokens, (rows[1], -1))
     if rule in ("adamw", "adam", "rmsprop") and (exp_avg_sq is None or (exp_avg is None and rule != "rmsprop")):
         raise ValueError(f"rule={rule!r} needs the moments exp_avg and exp_avg_sq, [S, R, H]")
     if norms is None:
@@ -206,18 +207,19 @@ def pgd_update_(
         clipped = torch.zeros(rows[:1], dtype=torch.int32, device=device)
     scalars = [as_scalar(value, device) for value in (step, step_size, epsilon)]
     # a kernel would read or write past the end of what is too small
-    _expect("exp_avg", exp_avg, delta.shape)
-    _expect("exp_avg_sq", exp_avg_sq, delta.shape)
-    _expect("norms", norms, rows)
-    _expect("clipped", clipped, rows[:1])
-    _expect("step", scalars[0], ())
-    _expect("step_size", scalars[1], ())
-    _expect("epsilon", scalars[2], (), rows)
+    expect("exp_avg", exp_avg, delta.shape)
+    expect("exp_avg_sq", exp_avg_sq, delta.shape)
+    expect("norms", norms, rows)
+    expect("clipped", clipped, rows[:1])
+    expect("step", scalars[0], ())
+    expect("step_size", scalars[1], ())
+    expect("epsilon", scalars[2], (), rows)
     if clipped.dtype != torch.int32:
         raise ValueError(f"clipped has dtype {clipped.dtype}; expected torch.int32")
-    args = (delta, exp_avg, exp_avg_sq, list(grads), tokens, *scalars, norms, clipped, rule, norm, maximize,
-            *betas, eps, weight_decay)  # fmt: skip
-    _run("pgd_update_", backend, args, written=(delta, exp_avg, exp_avg_sq, norms, clipped))
+    scalars = [scalar.contiguous() for scalar in scalars]
+    args = (delta, exp_avg, exp_avg_sq, list(grads), tokens.contiguous(), *scalars, norms, clipped, rule, norm,
+            maximize, *betas, eps, weight_decay)  # fmt: skip
+    run("pgd_update_", backend, args, written=(delta, exp_avg, exp_avg_sq, norms, clipped))
     return norms, clipped
 
 
@@ -287,11 +289,13 @@ def token_loss_(
     >>> losses.tolist(), logits.tolist()
     ([1.386...], [[0.25, 0.25, -0.75, 0.25]])
     """
-    _expect("logits", logits, (-1, -1))
+    expect("logits", logits, (-1, -1))
     for name, tensor in (("labels", labels), ("away", away), ("weight", weight)):
-        _expect(name, tensor, logits.shape[:1])
-    written = logits if weight is not None else None
-    return _run("token_loss_", backend, (logits, labels, away, weight, threshold), written=(written,))
+        expect(name, tensor, logits.shape[:1])
+    labels, away = labels.contiguous(), away.contiguous()
+    if weight is None:
+        return run("token_loss_", backend, (logits, labels, away, None, threshold))
+    return run("token_loss_", backend, (logits, labels, away, weight.contiguous(), threshold), written=(logits,))
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -417,10 +421,10 @@ def linear_token_loss(
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("the head's weight or bias requires a gradient; linear_token_loss is for a frozen head")
-    _expect("weight", weight, (-1, -1))
-    _expect("hidden", hidden, (-1, weight.shape[1]))
+    expect("weight", weight, (-1, -1))
+    expect("hidden", hidden, (-1, weight.shape[1]))
     for name, tensor in (("labels", labels), ("away", away)):
-        _expect(name, tensor, hidden.shape[:1])
+        expect(name, tensor, hidden.shape[:1])
     rows = chunk_rows or max(1, CHUNK_ELEMENTS // weight.shape[0])
     with no_autocast(hidden.device):  # its products are written into tensors of a known dtype
         return _LinearTokenLoss.apply(hidden.to(weight.dtype), weight, bias, labels, away, threshold, rows, backend)

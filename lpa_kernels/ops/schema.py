@@ -16,6 +16,17 @@ SCHEMAS = (
     " bool maximize, float beta1, float beta2, float eps, float weight_decay) -> ()",
     "token_loss_(Tensor(a!) logits, Tensor labels, Tensor away, Tensor? weight, float threshold)"
     " -> (Tensor losses, Tensor hits)",
+    "add_norm(Tensor x, Tensor? residual, Tensor? low, Tensor? up, Tensor? delta, Tensor? rows, Tensor? weight,"
+    " float scale, float eps) -> (Tensor r, Tensor normed, Tensor rstd)",
+    "add_norm_backward(Tensor grad, Tensor r, Tensor rstd, Tensor weight, Tensor? residual) -> Tensor",
+    "swiglu(Tensor gate, Tensor up, str activation) -> Tensor",
+    "swiglu_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad, str activation) -> ()",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor q_places, Tensor k_places,"
+    " Tensor q_starts, Tensor k_starts, int longest_q, int longest_k, float scale, float softcap, int window)"
+    " -> (Tensor out, Tensor lse)",
+    "attention_backward_(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) d_q,"
+    " Tensor(b!) d_k, Tensor(c!) d_v, Tensor? cos, Tensor? sin, Tensor q_places, Tensor k_places, Tensor q_starts,"
+    " Tensor k_starts, int longest_q, int longest_k, float scale, float softcap, int window) -> ()",
 )
 OPS = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
@@ -48,6 +59,40 @@ def _(*args: Any) -> None:
 def _(logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
     losses = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
     return losses, logits.new_empty(logits.shape[0], dtype=torch.bool)
+
+
+@torch.library.register_fake("lpa_kernels::add_norm", lib=_library)
+def _(
+    x: Tensor, residual: Tensor | None, low: Tensor | None, up: Tensor | None, delta: Tensor | None,
+    rows: Tensor | None, weight: Tensor | None, scale: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+    added = residual is not None or low is not None or (delta is not None and len(delta) > 0)
+    r = x.new_empty(x.shape if added else 0)
+    if weight is None:
+        return r, x.new_empty(0), x.new_empty(0, dtype=wide)
+    return r, x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=wide)
+
+
+@torch.library.register_fake("lpa_kernels::add_norm_backward", lib=_library)
+def _(grad: Tensor, r: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    return r.new_empty(r.shape)
+
+
+@torch.library.register_fake("lpa_kernels::swiglu", lib=_library)
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("lpa_kernels::attention", lib=_library)
+def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.register_fake("lpa_kernels::swiglu_backward_", lib=_library)
+@torch.library.register_fake("lpa_kernels::attention_backward_", lib=_library)
+def _(*args: Any) -> None:
+    return None
 
 
 def _setup_perturb(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

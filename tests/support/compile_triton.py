@@ -28,10 +28,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpa_kernels.ops.triton import launch
+from lpa_kernels.ops.triton import gate, launch, norm
 from lpa_kernels.ops.triton.perturb import perturb
 from lpa_kernels.ops.triton.token_loss import token_loss_
 from lpa_kernels.ops.triton.update import pgd_update_
+from tests.support.block_cases import gate_case, norm_backward_case, norm_case
 from tests.support.op_cases import loss_case, perturb_case, update_case
 
 TARGETS = {
@@ -129,7 +130,13 @@ def calls(width: int, vocabulary: int) -> dict[str, Callable[[], object]]:
         labels, away = new(rows, dtype=torch.int64), new(rows, dtype=torch.bool)
         return lambda: token_loss_(logits, labels, away, new(rows) if weighted else None, -5.0)
 
-    where = new(tokens, dtype=torch.int64)
+    def half(*shape: int) -> Tensor:
+        return new(*shape, dtype=torch.bfloat16)
+
+    where, x, weight = new(tokens, dtype=torch.int64), half(tokens, width), new(width)
+    inner = 7 * width // 2  # of the feed-forward, as in Llama-3
+    products = half(tokens, 2 * inner).split(inner, 1)
+    lora = half(tokens, 64), half(width, 64)
     return {
         "perturb": lambda: perturb(grads[0], new(rows, width), where),
         "update adamw l2": update("adamw", "l2"),
@@ -138,6 +145,14 @@ def calls(width: int, vocabulary: int) -> dict[str, Callable[[], object]]:
         "loss of many rows": loss(256, True),
         "loss of many rows, no gradient": loss(256, False),
         "loss of few rows": loss(28, True),
+        "norm": lambda: norm.add_norm(x, x, None, None, None, None, weight, 1.0, 1e-5),
+        "norm of a site": lambda: norm.add_norm(x, x, None, None, new(rows, width), where, weight, 1.0, 1e-5),
+        "norm of a site with LoRA": lambda: norm.add_norm(x, x, *lora, new(rows, width), where, weight, 1.0, 1e-5),
+        "norm backward": lambda: norm.add_norm_backward(x, x, new(tokens), weight, x),
+        "norm of heads": lambda: norm.add_norm(half(tokens, 128), None, None, None, None, None, new(128), 1.0, 1e-5),
+        "SwiGLU": lambda: gate.swiglu(*products, "silu"),
+        "SwiGLU backward": lambda: gate.swiglu_backward_(*products, half(tokens, inner), "silu"),
+        "GELU backward": lambda: gate.swiglu_backward_(*products, half(tokens, inner), "gelu_tanh"),
     }
 
 
@@ -223,6 +238,13 @@ def corners() -> int:
         (token_loss_, loss_case(1, 2)),
         (token_loss_, loss_case(1, 40000, half, gap=3, weighted=False)),
         (token_loss_, loss_case(200, 33, gap=3)),
+        (norm.add_norm, norm_case(1, 1, scale=0.5)),
+        (norm.add_norm, norm_case(17, 300, half, rank=1, layout="rows")),
+        (norm.add_norm, norm_case(3, 9000, residual=False)),
+        (norm.add_norm_backward, norm_backward_case(3, 9000, half)),
+        (norm.add_norm_backward, norm_backward_case(1, 1, residual=False)),
+        (gate.swiglu, gate_case(1, 1)),
+        (gate.swiglu_backward_, gate_case(3, 33, half, backward=True, layout="rows")),
     ]
     count = 0
     for op, args in ops:

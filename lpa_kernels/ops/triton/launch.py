@@ -11,21 +11,15 @@ from torch import Tensor
 
 # Triton reads the variable when a kernel is defined; a later change of it has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _HERE: AbstractContextManager[None] = nullcontext()
 
 
-def refuse(*tensors: Tensor | None) -> str | None:
-    """Why a kernel cannot be launched on these tensors together, or None."""
-    first = tensors[0]
-    assert first is not None
-    if first.device.type != "cuda" and not (INTERPRETED and first.device.type == "cpu"):
-        return f"tensors on {first.device.type}: Triton kernels need a GPU (or TRITON_INTERPRET=1)"
-    for tensor in tensors:
-        if tensor is not None and tensor.device != first.device:
-            return f"tensors on {first.device} and {tensor.device}"
-    return None
+def unavailable(tensor: Tensor) -> str | None:
+    """Why no kernel can be launched on this tensor's device, or None."""
+    if tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu"):
+        return None
+    return f"tensors on {tensor.device.type}: Triton kernels need a GPU (or TRITON_INTERPRET=1)"
 
 
 def on(tensor: Tensor) -> AbstractContextManager[None]:

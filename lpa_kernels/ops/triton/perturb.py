@@ -62,7 +62,7 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
             _perturb[(triton.cdiv(tokens, many), triton.cdiv(width, columns))](
                 hidden,
                 delta,
-                rows.contiguous(),
+                rows,
                 out,
                 tokens,
                 hidden.stride(0),
@@ -73,12 +73,3 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
                 num_warps=launch.warps(TILE // 8),
             )
     return out
-
-
-def unsupported(hidden: Tensor, delta: Tensor, rows: Tensor) -> str | None:
-    """Why the kernel cannot take this call, or None."""
-    if hidden.dtype not in launch.FLOATS or delta.dtype != torch.float32:
-        return f"hidden is {hidden.dtype} and delta {delta.dtype}; it takes float32, bf16 or fp16, and float32"
-    if hidden.numel() and (hidden.stride(1) != 1 or delta.stride(1) != 1) and hidden.shape[1] > 1:
-        return f"hidden has strides {hidden.stride()} and delta {delta.stride()}; their last ones must be 1"
-    return launch.refuse(hidden, delta, rows)

@@ -251,8 +251,6 @@ def token_loss_(
     hits = torch.empty(rows, dtype=torch.bool, device=logits.device)
     if not rows:
         return losses, hits
-    labels, away = labels.contiguous(), away.contiguous()
-    weight = weight if weight is None else weight.contiguous()
     stride, gradient, vector = logits.stride(0), weight is not None, 16 // logits.element_size()
     count = parts(rows, vocabulary, vector, launch.multiprocessors(logits.device))
     with launch.on(logits):
@@ -274,12 +272,3 @@ def token_loss_(
                 GRADIENT=gradient, PARTS=launch.power_of_two(count), **shape,
             )  # fmt: skip
     return losses, hits
-
-
-def unsupported(logits: Tensor, labels: Tensor, away: Tensor, weight: Tensor | None, threshold: float) -> str | None:
-    """Why the kernels cannot take this call, or None."""
-    if logits.dtype not in launch.FLOATS:
-        return f"logits are {logits.dtype}; it takes float32, bf16 and fp16"
-    if logits.numel() and logits.stride(1) != 1 and logits.shape[1] > 1:
-        return f"logits have strides {logits.stride()}; the last one must be 1"
-    return launch.refuse(logits, labels, away, weight)

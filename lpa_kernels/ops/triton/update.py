@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -254,7 +253,6 @@ def pgd_update_(
         norms.zero_()
         return
     rows_each, columns, threads = plan(width)
-    tokens, epsilon = tokens.contiguous(), epsilon.contiguous()
     with launch.on(delta):
         for first, some, unit in _runs(grads):
             _update[(triton.cdiv(rows, rows_each), len(some))](
@@ -291,32 +289,3 @@ def pgd_update_(
                 BLOCK=columns,
                 num_warps=launch.warps(threads),
             )
-
-
-def unsupported(
-    delta: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    grads: list[Tensor],
-    tokens: Tensor,
-    step: Tensor,
-    step_size: Tensor,
-    epsilon: Tensor,
-    norms: Tensor,
-    clipped: Tensor,
-    rule: str,
-    norm: str,
-    *_: object,
-) -> str | None:
-    """Why the kernel cannot take this call, or None."""
-    if rule not in ("adamw", "normalised", "sign"):
-        return f"rule={rule!r}; it has 'adamw', 'normalised' and 'sign'"
-    if norm not in ("l2", "linf", "none"):
-        return f"norm={norm!r}; it has 'l2', 'linf' and 'none'"
-    for tensor in (delta, exp_avg, exp_avg_sq, norms):
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            return "delta, its moments and norms must be float32 and contiguous"
-    for grad in grads:
-        if grad.dtype not in launch.FLOATS:
-            return f"a gradient is {grad.dtype}; it takes float32, bf16 and fp16"
-    return launch.refuse(delta, exp_avg, exp_avg_sq, *grads, tokens, step, step_size, epsilon, norms, clipped)

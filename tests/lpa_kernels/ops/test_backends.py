@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lpa_kernels import linear_token_loss, perturb, pgd_update_, token_loss, token_loss_
-from lpa_kernels.ops import native, reference, registry, schema
+from lpa_kernels.ops import reference, registry
+from tests.support.backends import everywhere, need
 from tests.support.op_cases import (
     LAYOUTS,
     PROBABILITIES,
@@ -26,28 +27,12 @@ from tests.support.op_cases import (
     update_case,
 )
 
-CUDA = torch.cuda.is_available()
 WIDTHS = (1, 33, 576, 3584, 4096, 8192, 16384)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = ("perturb", "pgd_update_", "token_loss_")  # those of a block are in test_block.py
 KERNEL_RULES = ("adamw", "normalised", "sign")  # of Triton and native; the reference has more
 
-PLACES = [("reference", "cpu"), ("native", "cpu"), ("triton", "cpu")]
-if CUDA:
-    PLACES = [*PLACES[:2], ("reference", "cuda"), ("native", "cuda"), ("triton", "cuda")]
-everywhere = pytest.mark.parametrize("place", PLACES, ids="-".join)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log(0), in the interpreter
-
-
-def need(op: str, place: tuple[str, str]) -> tuple[str, str]:
-    """`place`, or a skip where this process has no such kernel."""
-    backend, device = place
-    if backend == "native" and (not native.BUILT or native._device_refusal(op, device)):
-        pytest.skip(f"the native {op} is not built for {device} (see setup.py)")
-    if backend == "triton":
-        launch = pytest.importorskip("lpa_kernels.ops.triton.launch")
-        if device == "cpu" and not launch.INTERPRETED:
-            pytest.skip("no GPU; runs under the interpreter")
-    return place
 
 
 # ---- perturb ----
@@ -318,7 +303,7 @@ def on_device(op: str, device: str):
 
 
 @everywhere
-@pytest.mark.parametrize("op", schema.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, place, monkeypatch):
     backend, device = need(op, place)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
@@ -329,7 +314,7 @@ def test_opcheck(op, place, monkeypatch):
 
 
 @everywhere
-@pytest.mark.parametrize("op", schema.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_compiles_whole_and_gives_the_same(op, place, monkeypatch):
     """aot_eager: the graph, its fakes and its functionalisation are what is at stake, not the code generator."""
     backend, device = need(op, place)
@@ -372,7 +357,7 @@ def test_the_faces_compile_whole_with_their_gradients():
 
 
 @everywhere
-@pytest.mark.parametrize("op", schema.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_never_waits_for_the_gpu_and_can_be_captured(op, place):
     backend, device = need(op, place)
     if device != "cuda" or backend == "reference":

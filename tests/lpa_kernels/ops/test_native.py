@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpa_kernels.ops import functional, native, reference, registry, schema
+from lpa_kernels.ops import functional, native, reference, registry
+from tests.support.block_cases import norm_case
 from tests.support.op_cases import assert_near, copied, implementation, loss_case, perturb_case, update_case
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -137,7 +138,7 @@ def test_loss_offsets_beyond_2_to_the_31():
 
 
 @built
-@pytest.mark.parametrize("op", schema.OPS)
+@pytest.mark.parametrize("op", ["perturb", "pgd_update_", "token_loss_"])
 def test_same_bits_on_any_number_of_threads(op):
     make, size = {
         "perturb": (perturb_case, (300, 200, 576)),
@@ -217,6 +218,29 @@ def test_a_row_out_of_range_is_refused():
     rows[4] = 3
     with pytest.raises(RuntimeError, match="row 3 of a delta of 3 rows"):
         implementation("perturb", "native", (hidden, delta, rows))(hidden, delta, rows)
+
+
+@built
+def test_what_a_block_cannot_take_is_refused():
+    native_ops = torch.ops.lpa_kernels_native
+    case = norm_case(6, 5)
+    case[5][3] = 3
+    with pytest.raises(RuntimeError, match="row 3 of a delta of 3 rows"):
+        native_ops.add_norm(*case)
+    x, weight = torch.zeros(6, 5), torch.ones(5)
+    for call, words in (
+        (lambda: native_ops.add_norm(x, x, x, x, None, None, weight, 1.0, 1e-5), "LoRA's product"),
+        (
+            lambda: native_ops.add_norm(x, x[:5], None, None, None, None, weight, 1.0, 1e-5),
+            "residual has another shape",
+        ),
+        (lambda: native_ops.add_norm_backward(x, x, torch.zeros(5), weight, None), "rstd has 5 entries; expected 6"),
+        (lambda: native_ops.swiglu(x, x.bfloat16(), "silu"), "up has another shape or dtype"),
+        (lambda: native_ops.swiglu(x, x, "relu"), "activation='relu'"),
+        (lambda: native_ops.swiglu(x.t(), x.t(), "silu"), "last stride of gate is not 1"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            call()
 
 
 @built

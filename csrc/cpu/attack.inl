@@ -1,4 +1,4 @@
-// The three ops over a range of rows, written once for every vector width (see simd.h).
+// The ops of an attack over a range of rows, written once for every vector width (see simd.h).
 
 #include "kernels.h"
 #include "simd.h"
@@ -306,7 +306,4 @@ void token_loss_rows(const TokenLoss& call, int64_t begin, int64_t end) {
 }
 
 }  // namespace
-
-const Kernels LPA_TABLE = {LPA_NAME, perturb_rows, update_rows, token_loss_rows};
-
 }  // namespace lpa::cpu

@@ -1,0 +1,212 @@
+"""A frozen block's ops: the oracle against autograd, and every backend and device of this process against the oracle.
+
+Without a GPU Triton's part of the grid runs in the process that `test_triton.py` starts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lpa_kernels.ops import add_norm, add_norm_backward, block_reference, registry, swiglu, swiglu_backward_
+from tests.support.backends import everywhere, need
+from tests.support.block_cases import gate_case, norm_backward_case, norm_case, run_against_oracle
+from tests.support.op_cases import copied, implementation
+
+WIDTHS = (1, 33, 64, 576, 4096, 8192, 9000)  # in Triton: many rows a program, one, and in chunks
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = block_reference.ACTIVATIONS
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.double, requires_grad=True)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_formulas_of_a_norm_are_autograds():
+    torch.manual_seed(0)
+    x, residual, low, up, delta, weight = (
+        double(5, 7), double(5, 7), double(5, 2), double(7, 2), double(2, 7), double(7).detach(),
+    )  # fmt: skip
+    rows = torch.tensor([1, -1, 0, 1, -1])
+    r, normed, rstd = add_norm(
+        x, residual, weight, lora=(low, up), delta=delta, rows=rows, scale=0.5, eps=0.1, backend="reference"
+    )
+    added = x + low @ up.T + torch.where((rows >= 0)[:, None], delta[rows.clamp(min=0)], 0)
+    want = residual + 0.5 * added
+    torch.testing.assert_close(r, want)
+    torch.testing.assert_close(normed, F.rms_norm(want, (7,), weight, 0.1))
+    torch.testing.assert_close(rstd, (want.square().mean(1) + 0.1).rsqrt())
+
+    stream, passing = want.detach().requires_grad_(), torch.randn(5, 7, dtype=torch.double)
+    grad = torch.randn(5, 7, dtype=torch.double)
+    (right,) = torch.autograd.grad(F.rms_norm(stream, (7,), weight, 0.1), stream, grad)
+    found = add_norm_backward(grad, r.detach(), rstd.detach(), weight, backend="reference")
+    torch.testing.assert_close(found, right)
+    found = add_norm_backward(grad, r.detach(), rstd.detach(), weight, passing, backend="reference")
+    torch.testing.assert_close(found, right + passing)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add_norm(width, dtype, place):
+    backend, device = need("add_norm", place)
+    for residual, attacked, normed in ((1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 1), (1, 1, 0)):
+        case = norm_case(5, width, dtype, residual=residual, attacked=attacked, normed=normed, device=device)
+        run_against_oracle("add_norm", backend, case)
+    run_against_oracle("add_norm", backend, norm_case(3, width, dtype, scale=0.22, layout="rows", device=device))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(3, 33, 1), (17, 64, 16), (20, 576, 24), (33, 300, 64)])
+def test_add_norm_with_lora(tokens, width, rank, dtype, place):
+    backend, device = need("add_norm", place)
+    if backend == "native":
+        pytest.skip("on a CPU a library takes the product")
+    for residual, normed in ((1, 1), (0, 1), (1, 0)):
+        case = norm_case(tokens, width, dtype, residual=residual, rank=rank, normed=normed, device=device)
+        run_against_oracle("add_norm", backend, case, tolerance=4e-6)
+
+
+@everywhere
+@pytest.mark.parametrize("tokens", [0, 1, 133])
+def test_numbers_of_tokens(tokens, place):
+    backend, device = need("add_norm", place)
+    run_against_oracle("add_norm", backend, norm_case(tokens, 65, torch.bfloat16, device=device))
+    run_against_oracle("add_norm_backward", backend, norm_backward_case(tokens, 65, torch.bfloat16, device=device))
+    run_against_oracle("swiglu", backend, gate_case(tokens, 65, torch.bfloat16, device=device))
+    run_against_oracle("swiglu_backward_", backend, gate_case(tokens, 65, backward=True, device=device))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add_norm_backward(width, dtype, place):
+    backend, device = need("add_norm_backward", place)
+    for residual, layout in ((1, "contiguous"), (0, "contiguous"), (1, "rows")):
+        if residual or width > 1:  # of one entry the norm's own gradient is 0: nothing but rounding
+            case = norm_backward_case(5, width, dtype, residual=residual, layout=layout, device=device)
+            run_against_oracle("add_norm_backward", backend, case)
+
+
+def test_a_norm_alone_returns_its_input_as_the_stream():
+    x = torch.randn(4, 6)
+    r, normed, rstd = add_norm(x, weight=torch.ones(6))
+    assert r is x
+    torch.testing.assert_close(normed, F.rms_norm(x, (6,), eps=1e-6))
+    r, normed, rstd = add_norm(x, torch.ones(4, 6))
+    torch.testing.assert_close(r, x + 1)
+    assert normed.numel() == rstd.numel() == 0
+
+
+def test_lora_is_the_same_product_on_a_cpu():
+    x, residual, low, up, *_ = norm_case(6, 9, rank=3)
+    for backend in ("auto", "reference"):
+        r, _, _ = add_norm(x, residual, lora=(low, up), scale=0.5, backend=backend)
+        torch.testing.assert_close(r, residual + 0.5 * (x + low @ up.T))
+
+
+# ---- the gate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_formulas_of_the_gate_are_autograds(activation):
+    torch.manual_seed(0)
+    gate, up, grad = double(4, 6), double(4, 6), torch.randn(4, 6, dtype=torch.double)
+    out = swiglu(gate, up, activation, backend="reference")
+    want = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    torch.testing.assert_close(out, want)
+    right = torch.autograd.grad(want, (gate, up), grad)
+    found = gate.detach().clone(), up.detach().clone()
+    swiglu_backward_(*found, grad, activation, backend="reference")
+    torch.testing.assert_close(found, right)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 33, 576, 1100, 4096])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_swiglu(activation, width, dtype, place):
+    backend, device = need("swiglu", place)
+    for layout in ("contiguous", "rows"):
+        options = {"activation": activation, "layout": layout, "device": device}
+        run_against_oracle("swiglu", backend, gate_case(5, width, dtype, **options))
+        run_against_oracle("swiglu_backward_", backend, gate_case(5, width, dtype, backward=True, **options))
+
+
+@everywhere
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gates_far_out(activation, place):
+    """Where an exponential could overflow."""
+    backend, device = need("swiglu", place)
+    gate = torch.tensor([[-200.0, -90.0, -30.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 30.0, 90.0, 200.0]], device=device)
+    up, grad = torch.full_like(gate, 1.5), torch.full_like(gate, 0.5)
+    want = copied((gate, up), torch.float64)
+    right = block_reference.swiglu(*want, activation)
+    found = implementation("swiglu", backend, (gate, up, activation))(gate, up, activation)
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)
+    block_reference.swiglu_backward_(*want, grad.double(), activation)
+    implementation("swiglu_backward_", backend, (gate, up, grad, activation))(gate, up, grad, activation)
+    for own, correct in zip((gate, up), want, strict=True):
+        torch.testing.assert_close(own.double(), correct, rtol=1e-5, atol=1e-6)
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "add_norm": norm_case(6, 5),
+    "add_norm_backward": norm_backward_case(6, 5),
+    "swiglu": gate_case(6, 5),
+    "swiglu_backward_": gate_case(6, 5, backward=True),
+}
+
+
+def on_device(op: str, device: str):
+    return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in copied(SMALL[op]))
+
+
+@everywhere
+@pytest.mark.parametrize("op", SMALL)
+def test_opcheck(op, place, monkeypatch):
+    backend, device = need(op, place)
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
+    torch.library.opcheck(getattr(torch.ops.lpa_kernels, op).default, on_device(op, device))
+
+
+@everywhere
+@pytest.mark.parametrize("op", SMALL)
+def test_compiles_whole_and_gives_the_same(op, place, monkeypatch):
+    backend, device = need(op, place)
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
+    eager, compiled = on_device(op, device), on_device(op, device)
+    call = getattr(torch.ops.lpa_kernels, op)
+    first = call(*eager)
+    second = torch.compile(lambda *args: call(*args), fullgraph=True, backend="aot_eager")(*compiled)
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(eager[0], compiled[0])
+
+
+def test_the_faces_refuse():
+    x = torch.zeros(2, 3)
+    for call, words in (
+        (lambda: add_norm(x, torch.zeros(2, 4)), r"residual has shape \[2, 4\]; expected \[2, 3\]"),
+        (lambda: add_norm(x, x, delta=x), "delta and rows come together"),
+        (lambda: add_norm(x, scale=2.0), "scale=2.0 without a residual"),
+        (lambda: add_norm(x, x, lora=(torch.zeros(2, 4), torch.zeros(3, 5))), "low has shape"),
+        (lambda: add_norm_backward(x, x, torch.zeros(3), torch.ones(3)), "rstd has shape"),
+        (lambda: swiglu(x, torch.zeros(2, 4)), "up has shape"),
+        (lambda: swiglu(x, x, "relu"), "activation='relu' is unknown; use one of silu, gelu_tanh"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_float64_goes_to_the_reference(op):
+    assert implementation(op, "auto", copied(SMALL[op], torch.float64)) is getattr(block_reference, op)
