@@ -415,7 +415,9 @@ class FrozenStack:
             rotate_(dk, cos, -sin)
         dq, dk, dv = dq.flatten(1), dk.flatten(1), dv.flatten(1)
         if part.q_norm is not None and part.k_norm is not None:
-            dq, dk = (head_norm_backward(*each) for each in zip((dq, dk), (part.q_norm, part.k_norm), normed, strict=True))
+            dq, dk = (
+                head_norm_backward(*each) for each in zip((dq, dk), (part.q_norm, part.k_norm), normed, strict=True)
+            )
         into = part.v.back(dv, part.k.back(dk))
         if few:
             return into.index_add_(0, self.stream.scored, part.q.back(dq))
