@@ -1,6 +1,6 @@
 """A fast, exact inner loop for latent adversarial training."""
 
-from .attack import LatentAttack, LatentPGD, Objective, PairBatch
+from .attack import AttackResult, AttackSettings, LatentAttack, LatentPGD, Objective, PairBatch
 from .compat import EmbeddingSpaceAttack, clear_hooks, fused_latent_pgd, patch_latent_at
 from .ops import PGDOptimizer, linear_token_loss, perturb, pgd_update_, project_, token_loss, token_loss_
 from .ops import backends as _backends
@@ -14,6 +14,8 @@ def backends() -> str:
 
 
 __all__ = [
+    "AttackResult",
+    "AttackSettings",
     "EmbeddingSpaceAttack",
     "LatentAttack",
     "LatentPGD",

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lpa_kernels.attack.packed import InnerStep
+from lpa_kernels.attack.loop import InnerStep
 from lpa_kernels.ops import registry
 
 from .machine import versions

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.loop_cases import Shape, conventional, model_of, ours
-from lpa_kernels import LatentAttack
-from lpa_kernels.attack import capture
+from lpa_kernels import AttackResult
+from lpa_kernels.attack import graphs
 
 from .compiled import compiled_blocks
 from .goals import CONVENTIONAL
@@ -63,7 +63,7 @@ def synchronized() -> float:
 @contextmanager
 def fresh(own: Shape) -> Iterator[dict[str, Any]]:
     """No graph, no cache of an earlier way; what the way has needed is in the dictionary afterwards."""
-    capture.forget(model_of(own))
+    graphs.forget_graphs(model_of(own))
     gc.collect()
     found: dict[str, Any] = {}
     if torch.cuda.is_available():
@@ -72,7 +72,7 @@ def fresh(own: Shape) -> Iterator[dict[str, Any]]:
     try:
         yield found
     finally:
-        capture.forget(model_of(own))
+        graphs.forget_graphs(model_of(own))
     found |= peaks()
 
 
@@ -99,7 +99,7 @@ def timed(make: Callable[[], Callable[[], Any]], own: Shape, steps: int, rounds:
         host = (time.process_time() - host) / rounds / steps * 1e3  # waiting for the device is part of it
         found |= {"milliseconds": statistics.median(taken), "rounds": [round(t, 3) for t in taken]}
         found["host ms"] = round(host, 3)
-        if isinstance(result, LatentAttack):
+        if isinstance(result, AttackResult):
             found |= {"captured": result.captured, "last loss": result.losses[-1]["total"]}
         else:
             found["last loss"] = result

@@ -69,9 +69,9 @@ def train(own: Shape, lpa_steps: int, dry: bool, **settings: Any) -> dict[str, A
 
 def trainer_captured(trainer: Any) -> str:
     """Whether the last attacks were replayed, from what the engine remembers of the model."""
-    from lpa_kernels.attack import capture
+    from lpa_kernels.attack import graphs
 
-    return capture._off.get(trainer.model) or ("yes" if capture._captured.get(trainer.model) else "no")
+    return graphs._off.get(trainer.model) or ("yes" if graphs._captured.get(trainer.model) else "no")
 
 
 def run(setting: Setting) -> Cases:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.loop_cases import Shape, model_of, ours
 from lpa_kernels.attack import pgd
-from lpa_kernels.attack.packing import pack
+from lpa_kernels.attack.layout import pack
 
 from .inner import STEPS, blocks, timed
 from .shapes import shape

@@ -13,7 +13,7 @@ from torch import Tensor
 from lpa.data import DataError
 from lpa.data.templates import ChatEncoder
 from lpa.models import context_length
-from lpa_kernels.attack import LatentAttack, output_head
+from lpa_kernels.attack import AttackResult, output_head
 
 Tokens = list[int]
 
@@ -67,7 +67,7 @@ class Bench:
         return tokens
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Tokens], attack: LatentAttack | None = None) -> list[str]:
+    def answers(self, prompts: Sequence[Tokens], attack: AttackResult | None = None) -> list[str]:
         """Greedy answers to one batch of prompts (with an attack: the very batch that was attacked)."""
         longest = max(map(len, prompts))
         pad = self._pad

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
 from lpa_kernels.model import decoder_layers, frozen_eval
 
 from ..config import LPAConfig, default_sites
@@ -38,7 +38,7 @@ def attack_of(model: Any, config: LPAConfig, **changes: Any) -> LatentPGD:
 
 
 @torch.no_grad()
-def completion_log_probs(pgd: LatentPGD, batch: PairBatch, attack: LatentAttack | None = None) -> Tensor:
+def completion_log_probs(pgd: LatentPGD, batch: PairBatch, attack: AttackResult | None = None) -> Tensor:
     """[B, 2] float32: total log-probability of each pair's rejected and chosen completion, under an attack or not."""
     with frozen_eval(pgd.model):
         rows = pgd.rows(batch, attack)

@@ -15,17 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from lpa_kernels.attack import LatentAttack, PairBatch, packed
-from lpa_kernels.attack.head import selected_logits
-from lpa_kernels.attack.packed import InnerStep
-from lpa_kernels.attack.packing import PackedLayout, unshared
-from lpa_kernels.attack.pgd import Plan
-from lpa_kernels.attack.reference import adapters_off
+from lpa_kernels.attack import AttackResult, Layout, PairBatch, adapters_off, layout_logits, loop, unshared
+from lpa_kernels.attack.loop import HookedForward, InnerStep
+from lpa_kernels.attack.passes import layout_rows
 from lpa_kernels.attack.state import AttackState
-from lpa_kernels.attack.trim import scored_tokens
-from lpa_kernels.model import modes
+from lpa_kernels.model import decoder_layers, in_block, modes
 from lpa_kernels.model.modes import inner_mode
-from lpa_kernels.model.sites import decoder_layers, in_block
+from lpa_kernels.model.perturbation import fixed_rows, kept_for_recompute
 
 from ..config import BENIGN_TERMS, LPAConfig
 from ..evaluation.measure import attack_of
@@ -130,8 +126,8 @@ class _DryRun:
         self.pgd = attack_of(model, args, backend="reference")
         # what losses.pair_terms asks of an attack's object
         self.rows_of = SimpleNamespace(
-            backend="reference",
-            rows=lambda batch, attack: packed.attacked_rows(model, self.meta, self.size, self.packed, attack),
+            settings=self.pgd.settings,
+            rows=self._rows,
         )
         self.ledger = Ledger(model.get_output_embeddings().weight.shape[0])
         self.flops: dict[str, float] = {"attack": 0.0, "defence": 0.0}
@@ -181,7 +177,7 @@ class _DryRun:
         yield
         self.flops[phase] += self.ledger.flops - before
 
-    def _attack(self) -> LatentAttack:
+    def _attack(self) -> AttackResult:
         """One inner step, with all that stays over the steps; returns the perturbations."""
         self.ledger.mark()
         with ExitStack() as stack:
@@ -189,21 +185,29 @@ class _DryRun:
             with self.ledger.kind("copies", self.sharers), sharded:
                 stack.enter_context(inner_mode(self.model, self.args.merge_adapters))
             with self.ledger.kind("perturbations"):
-                state = to_meta(AttackState(self.pgd, self.batch, (1.0, 1.0)))
-                state.steps = self.args.steps
+                state = to_meta(AttackState(self.pgd.settings, self.pgd.widths(), self.batch, (1.0, 1.0)))
             head = self.model.get_output_embeddings()
-            large = self.layout.labels.shape[0] * head.weight.shape[0] >= packed.CHUNK_FROM
+            large = self.layout.labels.shape[0] * head.weight.shape[0] >= loop.CHUNK_FROM
             chunked = large and type(head) is nn.Linear and not self.args.fsdp
-            step = InnerStep(self.pgd, state, self.meta, self.packed, chunked)
-            step.last, step.needed = self._trimmed()
+            forward = HookedForward(self.model, self.pgd.sites, self.meta, "reference", *self._trimmed())
+            step = InnerStep(self.model, self.pgd.settings, state, self.meta, forward, chunked)
             step.prepare()
             with self._counted("attack"):
                 step()
             self.settle()
-            return state.finish(self.pgd, self.batch, Plan("packed"), "")
+            return AttackResult(
+                self.pgd.sites, state.deltas, state.grid, 1.0, {}, state.grid, state.grid, "packed", batch=self.batch,
+                backend="reference",
+            )  # fmt: skip
+
+    def _rows(self, batch: PairBatch, attack: AttackResult | None) -> Any:
+        if attack is None:
+            return layout_rows(self.model, self.meta)
+        with kept_for_recompute(self.model, lambda: attack.applied(fixed_rows(self.meta.token_rows))):
+            return layout_rows(self.model, self.meta)
 
     def _trimmed(self) -> tuple[nn.Module | None, Tensor | None]:
-        """As `InnerStep.trim`, of which only the question whether it may is left out."""
+        """As `HookedForward.trim`, of which only the question whether it may is left out."""
         try:
             layers = decoder_layers(self.model)
             module = in_block(layers[-1], len(layers) - 1, "mlp")
@@ -211,7 +215,7 @@ class _DryRun:
             return None, None
         if any(site.module in set(module.modules()) for site in self.pgd.sites):
             return None, None
-        return module, scored_tokens(self.layout).to("meta")
+        return module, self.layout.scored_tokens.to("meta")
 
     def _of_other_micro_batches(self, trained: list[nn.Parameter]) -> list[Tensor]:
         """Their perturbations; the gradients are put where they belong, whole: FSDP2 scatters the last one's alone."""
@@ -236,7 +240,7 @@ class _DryRun:
         with self.ledger.kind("optimiser", self.sharers):
             return [torch.empty_like(p) for p in trained for _ in range(2)]
 
-    def _defence(self, attacks: list[LatentAttack]) -> Counter[str]:
+    def _defence(self, attacks: list[AttackResult]) -> Counter[str]:
         """One micro-batch of an update that is not the first."""
         args, model = self.args, self.model
         benign = [name for name in BENIGN_TERMS if name in args.coefs]
@@ -269,11 +273,11 @@ class _DryRun:
         """Benign rows on the meta device, with what `losses.benign_terms` asks of them."""
         ids, mask = self.shape.benign(self.size)
         nothing = torch.zeros_like(mask)
-        layout: PackedLayout = to_meta(unshared(PairBatch(ids, nothing, ids, mask, nothing)))
+        layout: Layout = to_meta(unshared(PairBatch(ids, nothing, ids, mask, nothing)))
         return SimpleNamespace(
             ids=layout.input_ids,
             labels=layout.labels,
-            logits=lambda model, at=False: selected_logits(model, layout, packed=False),
+            logits=lambda model, at=False: layout_logits(model, layout),
         )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpa_kernels.attack import PairBatch
-from lpa_kernels.attack.packing import PackedLayout, pack, unshared
+from lpa_kernels.attack import AttackSettings, PairBatch
+from lpa_kernels.attack.layout import Layout, pack, unshared
 
 FOUR_BIT, FOUR_BIT_NESTED, EIGHT_BIT = "4-bit", "4-bit nested", "8-bit"
 
@@ -73,18 +73,18 @@ def to_meta(value: Any) -> Any:
         return value.to("meta")
     if isinstance(value, list):
         return [to_meta(part) for part in value]
-    if isinstance(value, PackedLayout):
+    if isinstance(value, Layout):
         names = [field.name for field in fields(value) if field.init]
-        layout = PackedLayout(**{name: getattr(value, name).to("meta") for name in names})
+        layout = Layout(**{name: to_meta(getattr(value, name)) for name in names})
         object.__setattr__(layout, "masks", _SameMask(layout.shape))
         return layout
-    if hasattr(value, "__dict__"):
+    if hasattr(value, "__dict__") and not isinstance(value, AttackSettings):
         for name, part in vars(value).items():
             setattr(value, name, to_meta(part))
     return value
 
 
-def laid_out(batch: PairBatch, packed: bool) -> PackedLayout:
+def laid_out(batch: PairBatch, packed: bool) -> Layout:
     """The layout of a batch, on the CPU."""
     return pack(batch) if packed else unshared(batch)
 

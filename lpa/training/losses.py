@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa_kernels.attack import (
-    LatentAttack,
+    AttackResult,
     LatentPGD,
     Objective,
     PairBatch,
     kl_rows,
-    selected_logits,
+    layout_logits,
     two_pass_rows,
     unshared,
 )
@@ -58,7 +58,7 @@ class BenignBatch:
         ids = F.pad(self.ids, (0, 1)) if at else self.ids
         nothing = torch.zeros_like(mask)
         layout = unshared(PairBatch(ids, nothing, ids, mask, nothing))
-        return selected_logits(model, layout, packed=False)
+        return layout_logits(model, layout)
 
 
 @torch.no_grad()
@@ -69,14 +69,14 @@ def reference_gap(pgd: LatentPGD, base: Any, batch: PairBatch, objective: Object
         base: the trained model with its adapters off, or another.
     """
     rows = pgd.rows(batch) if base is pgd.model else two_pass_rows(base, batch)
-    losses, _ = token_loss(rows.logits, rows.labels, torch.zeros_like(rows.rejected), backend=pgd.backend)
+    losses, _ = token_loss(rows.logits, rows.labels, torch.zeros_like(rows.rejected), backend=pgd.settings.backend)
     return objective.pair_gap(losses, ~rows.rejected, rows.example, rows.size)
 
 
 def pair_terms(
     pgd: LatentPGD,
     batch: PairBatch,
-    attack: LatentAttack | None,
+    attack: AttackResult | None,
     objective: Objective,
     counts: tuple[float, float],
     reference: Tensor | None = None,
@@ -93,7 +93,7 @@ def pair_terms(
     rows = pgd.rows(batch, attack)
     favoured = ~rows.rejected
     losses, _ = token_loss(
-        rows.logits, rows.labels, objective.scored_away(favoured), objective.threshold, backend=pgd.backend
+        rows.logits, rows.labels, objective.scored_away(favoured), objective.threshold, backend=pgd.settings.backend
     )
     return objective.combine(losses, favoured, rows.example, rows.size, (counts[1], counts[0]), reference)
 

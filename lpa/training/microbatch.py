@@ -11,7 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
-from lpa_kernels.attack import LatentAttack, PairBatch
+from lpa_kernels.attack import AttackResult, PairBatch
 
 from .losses import BenignBatch
 from .ranks import from_all
@@ -39,7 +39,7 @@ class MicroBatch:
     counts: tuple[int, int, int]
     size: int
     attacked: bool = False
-    attack: LatentAttack | None = None
+    attack: AttackResult | None = None
     base: Tensor | None = None
     reference: Tensor | None = None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lpa_kernels.attack import LatentAttack, PairBatch
+from lpa_kernels.attack import AttackResult, PairBatch
 
 from ..config import PAIR_TERMS
 
@@ -34,7 +34,7 @@ class StepRecord:
         self.start = time.perf_counter()
         self.spans: dict[str, list[Any]] = {"attack": [], "defence": []}
         self.sums: dict[str, Any] = {}
-        self.attacks: list[tuple[LatentAttack, float]] = []
+        self.attacks: list[tuple[AttackResult, float]] = []
         self.micro = len(pairs)
         both = sum(text_tokens(p.rejected_mask) + text_tokens(p.chosen_mask) for p in pairs)
         self.tokens = both * (args.steps + args.defence_steps)
@@ -63,11 +63,11 @@ class StepRecord:
     def _add(self, name: str, value: Any) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def add_attack(self, attack: LatentAttack, share: float = 1.0) -> None:
+    def add_attack(self, attack: AttackResult, share: float = 1.0) -> None:
         """Keep an inner loop, on `share` of a micro-batch, for the step's end."""
         self.attacks.append((attack, share))
 
-    def _read(self, attack: LatentAttack, share: float) -> None:
+    def _read(self, attack: AttackResult, share: float) -> None:
         """Losses at both ends of an inner loop, norms, rows at the boundary, places of its passes without a token."""
         for end, losses in (("first", attack.losses[0]), ("last", attack.losses[-1])):
             for name in PAIR_TERMS:

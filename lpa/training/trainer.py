@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from lpa_kernels.attack import LatentPGD, PairBatch, adapters_off, forget
+from lpa_kernels.attack import LatentPGD, PairBatch, adapters_off, forget_graphs
 from lpa_kernels.model import frozen_eval
 
 from ..config import BENIGN_TERMS, LPAConfig
@@ -256,7 +256,7 @@ class LPATrainer(DurableTrainer):
         assert self._record is not None
         self._record.forget_defence()
         model.zero_grad(set_to_none=True)
-        forget(self.model)
+        forget_graphs(self.model)
         free_memory()
         self._micro = [[part for micro in parts for part in micro.split(self._memory.size)] for parts in self._micro]
 
@@ -301,9 +301,10 @@ class LPATrainer(DurableTrainer):
         seed = self._seed(micro, 0)
         torch.manual_seed(seed)
         if self.objective is not None and self.args.steps:
-            self.pgd.generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
+            generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
             try:
-                micro.attack = self.pgd.attack(micro.pairs, self._normalisers(micro)[:2], part=True)
+                counts = self._normalisers(micro)[:2]
+                micro.attack = self.pgd.attack(micro.pairs, counts, part=True, generator=generator)
             except FloatingPointError as error:
                 raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
         if micro.attack is not None:

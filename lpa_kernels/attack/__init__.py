@@ -1,30 +1,38 @@
-"""The attack: pairs, sites, the inner loop and what it returns."""
+"""The attack: settings, a batch of pairs, the inner loop and what it returns."""
 
-from ..model import Site, resolve_sites
-from .attack import LatentAttack
+from ..model import Site, forget, output_head, resolve_sites
 from .batch import PairBatch
-from .capture import forget
-from .head import output_head, selected_logits
-from .objective import Objective, PairRows, kl_rows
-from .packing import unshared
-from .pgd import ENGINES, NORMS, LatentPGD
-from .reference import adapters_off, two_pass_rows
+from .graphs import forget_graphs
+from .layout import Layout, pack, unshared
+from .objective import Objective, kl_rows
+from .passes import PairRows, adapters_off, layout_logits, two_pass_rows
+from .pgd import LatentPGD
+from .result import AttackResult
+from .settings import ENGINES, GRAPHS, NORMS, AttackSettings
+
+LatentAttack = AttackResult  # its name until 0.2
 
 __all__ = [
     "ENGINES",
+    "GRAPHS",
     "NORMS",
+    "AttackResult",
+    "AttackSettings",
     "LatentAttack",
     "LatentPGD",
+    "Layout",
     "Objective",
     "PairBatch",
     "PairRows",
     "Site",
     "adapters_off",
     "forget",
+    "forget_graphs",
     "kl_rows",
+    "layout_logits",
     "output_head",
+    "pack",
     "resolve_sites",
-    "selected_logits",
     "two_pass_rows",
     "unshared",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from .packing import CHOSEN, PADDING, PREFIX, PackedLayout
+from .layout import CHOSEN, PADDING, PREFIX, Layout
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -33,14 +33,14 @@ class MaskCalls:
     local_sizes: set[int] = field(default_factory=set)
 
 
-_active: ContextVar[tuple[PackedLayout, MaskCalls] | None] = ContextVar("packed_layout", default=None)
+_active: ContextVar[tuple[Layout, MaskCalls] | None] = ContextVar("packed_layout", default=None)
 _lock = threading.Lock()
 _users = 0
 _installed: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # ours, the library's
 
 
 @contextmanager
-def packed_masks(layout: PackedLayout) -> Iterator[MaskCalls]:
+def packed_masks(layout: Layout) -> Iterator[MaskCalls]:
     """Within it, every attention mask that a transformers model asks for is that of `layout`.
 
     A query sees the keys that the library's own pattern (causal, sliding window, chunks) allows at their *position
@@ -69,7 +69,7 @@ def packed_masks(layout: PackedLayout) -> Iterator[MaskCalls]:
         _active.reset(token)
 
 
-def visible(layout: PackedLayout) -> Tensor:
+def visible(layout: Layout) -> Tensor:
     """[B, L, L] bool: whether query i may see key j as far as branches go (the pattern comes on top)."""
     query, key = layout.branch[:, :, None], layout.branch[:, None, :]
     return (query == key) | ((query <= CHOSEN) & (query > PREFIX) & (key == PREFIX))
@@ -113,7 +113,7 @@ def _wrapped(original: Callable[..., Any], implementation: str) -> Callable[...,
 
 
 def _mask(
-    layout: PackedLayout,
+    layout: Layout,
     implementation: str,
     *,
     batch_size: int,
@@ -142,7 +142,7 @@ def _mask(
     )
     if key not in layout.masks:
 
-        def make(layout: PackedLayout) -> Tensor:
+        def make(layout: Layout) -> Tensor:
             with torch.inference_mode(False):  # a mask first asked for there must serve a pass with gradients later
                 seen = _evaluate(layout, mask_function).to(device)
                 if implementation == "eager":
@@ -154,13 +154,13 @@ def _mask(
     return layout.masks[key][0]
 
 
-def refill_masks(layout: PackedLayout) -> None:
+def refill_masks(layout: Layout) -> None:
     """Make the masks of a layout again, where they are, after its tensors were changed in place."""
     for mask, make in layout.masks.values():
         mask.copy_(make(layout))
 
 
-def _evaluate(layout: PackedLayout, mask_function: Callable[..., Tensor]) -> Tensor:
+def _evaluate(layout: Layout, mask_function: Callable[..., Tensor]) -> Tensor:
     """[B, 1, L, L] bool: the pattern at position ids, and visibility, and the diagonal for padding."""
     rows, length = layout.shape
     device = layout.branch.device

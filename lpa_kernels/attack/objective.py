@@ -9,28 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.functional import THRESHOLD
+from ..ops import THRESHOLD
 
 TERMS = ("toward", "away", "dpo", "ipo", "kl")
-
-
-@dataclass(frozen=True)
-class PairRows:
-    """The rows of logits that predict completion tokens, rejected ones first, both in row-major order.
-
-    Attributes:
-        logits: [N, V].
-        labels: [N] int64.
-        rejected: [N] bool.
-        example: [N] int64, which pair of the batch.
-        size: pairs in the batch.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    rejected: Tensor
-    example: Tensor
-    size: int
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,21 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..model.modes import adapter_state
-from ..model.sharding import is_sharded
+from ..model.facts import model_key, remembered, text_config
+from ..model.modes import eval_mode
 from ..model.sites import decoder_layers
 from ..model.walk import parameters_of
+from ..ops import no_autocast
 from .batch import PairBatch
-from .head import selected_logits
+from .layout import CHOSEN, REJECTED, Layout, pack, unshared
 from .masks import IMPLEMENTATIONS, packed_masks
-from .packing import CHOSEN, REJECTED, PackedLayout, pack, unshared
+from .passes import layout_logits
 
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
@@ -39,9 +40,6 @@ class Verdict:
         return self.ok
 
 
-_verdicts: WeakKeyDictionary[nn.Module, dict[object, Verdict]] = WeakKeyDictionary()
-
-
 def can_pack(model: nn.Module, length: int = 0) -> Verdict:
     """Whether packed pairs give the model's own results, exactly up to rounding.
 
@@ -58,35 +56,21 @@ def can_pack(model: nn.Module, length: int = 0) -> Verdict:
       so there the second completion's must be less than half as far off as with positions that run on, and less than
       a tenth as far or twice as far as more padding moves them.
 
-    Cached for as long as the model lives, by its configuration, dtypes, devices and the state of its adapters.
+    Found out once for a state of the model (`facts.model_key`).
 
     Args:
         length: the longest row that is to be run, for models whose positions change meaning beyond some length.
     """
-    devices = {str(parameter.device) for parameter in parameters_of(model)}
-    # A save notes things in the main rank's configuration alone, and where weights are sharded all ranks have to probe.
-    config = None if _config(model) is None or is_sharded(model) else hash(str(vars(_config(model))))
-    key = (config, frozenset(_dtypes(model)), frozenset(devices), str(_adapter(model)), adapter_state(model))
-    known = _verdicts.setdefault(model, {})
-    if key not in known:
-        reason = _refusal(model)
-        known[key] = Verdict(not reason, reason)
-    verdict = known[key]
-    limit = _length_limit(_config(model)) if verdict else None
+    verdict = remembered(model, "packs", model_key(model), partial(_verdict, model))
+    limit = _length_limit(text_config(model)) if verdict else None
     if limit is not None and length > limit:
         return Verdict(False, f"its positions change meaning beyond {limit} tokens and rows have up to {length}")
     return verdict
 
 
-def _config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    get = getattr(config, "get_text_config", None)
-    return get(decoder=True) if get is not None else config
-
-
-def _adapter(model: nn.Module) -> object:
-    """The name of PEFT's active adapter; None without PEFT. (transformers' own attribute raises without adapters.)"""
-    return getattr(model, "active_adapter", None) if hasattr(model, "get_base_model") else None
+def _verdict(model: nn.Module) -> Verdict:
+    reason = _refusal(model)
+    return Verdict(not reason, reason)
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
@@ -106,7 +90,7 @@ def _read(model: nn.Module) -> str:
     """Why the model cannot be packed as far as it says so itself; "" if it does not."""
     get: Any = getattr(model, "get_base_model", None)
     base: Any = model if get is None else get()
-    config = _config(base)
+    config = text_config(base)
     if config is None:
         return f"{type(base).__name__} has no configuration"
     implementation = getattr(config, "_attn_implementation", None)
@@ -143,11 +127,16 @@ def _length_limit(config: Any) -> int | None:
 
 def _probe(model: nn.Module) -> str:
     """Why the model, run on two pairs, cannot be packed; "" if it can."""
-    with _at_rest(model), _short_windows(_config(model)) as windows:
+    with (
+        torch.no_grad(),
+        no_autocast(next(model.parameters()).device),
+        eval_mode(model),
+        _short_windows(text_config(model)) as windows,
+    ):
         batch = _pairs(model)
         layout = pack(batch)
         with packed_masks(layout) as calls:
-            base = selected_logits(model, layout)
+            base = layout_logits(model, layout)
         if not calls.count:
             return "it does not make its masks with the library's mask functions"
         if windows - calls.local_sizes:
@@ -173,13 +162,13 @@ def _pairs(model: nn.Module) -> PairBatch:
     return batch.to(embeddings.weight.device)
 
 
-def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor) -> str:
+def _isolation(model: nn.Module, layout: Layout, base: Tensor) -> str:
     """Why the completions are not independent of each other; "" if they are."""
 
     def moved(change: Tensor, rows: Tensor) -> float:
         """How far the logits of `rows` move when the tokens in `change` do."""
         ids = torch.where(change, layout.input_ids[:, :1], layout.input_ids)
-        return float((selected_logits(model, replace(layout, input_ids=ids)) - base)[rows.to(base.device)].abs().max())
+        return float((layout_logits(model, replace(layout, input_ids=ids)) - base)[rows.to(base.device)].abs().max())
 
     leak = max(
         moved(layout.branch == REJECTED, ~layout.rejected),
@@ -194,9 +183,9 @@ def _isolation(model: nn.Module, layout: PackedLayout, base: Tensor) -> str:
     return f"one completion's tokens move the other's logits by {leak:.1e}, those of another row by {noise:.1e}"
 
 
-def _parity(model: nn.Module, batch: PairBatch, layout: PackedLayout, base: Tensor) -> str:
+def _parity(model: nn.Module, batch: PairBatch, layout: Layout, base: Tensor) -> str:
     """Why packed logits are not those of separate passes; "" if they are."""
-    plain = selected_logits(model, unshared(batch), packed=False)
+    plain = layout_logits(model, unshared(batch))
     error, scale = float((base - plain).abs().max()), float(plain.abs().max())
     if error <= _FLOAT32_TOLERANCE * scale:
         return ""
@@ -207,8 +196,8 @@ def _parity(model: nn.Module, batch: PairBatch, layout: PackedLayout, base: Tens
     index = torch.arange(layout.shape[1], device=layout.branch.device).expand(layout.shape)
     others = {
         "packed": base,
-        "wrong": selected_logits(model, replace(layout, position_ids=index)),
-        "padded": selected_logits(model, unshared(batch, bucket=layout.shape[1]), packed=False),
+        "wrong": layout_logits(model, replace(layout, position_ids=index)),
+        "padded": layout_logits(model, unshared(batch, bucket=layout.shape[1])),
     }
     far = {name: _distance(logits, plain, where) for name, logits in others.items()}
     if far["packed"] <= far["wrong"] / 2 and far["packed"] <= max(far["wrong"] / 10, 2 * far["padded"]):
@@ -222,20 +211,6 @@ def _parity(model: nn.Module, batch: PairBatch, layout: PackedLayout, base: Tens
 def _distance(logits: Tensor, other: Tensor, where: Tensor) -> float:
     """The root mean square of the difference in the rows of `where`."""
     return float((logits.float() - other.float())[where.to(logits.device)].square().mean().sqrt())
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients or autocast; every module's mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device.type
-    try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

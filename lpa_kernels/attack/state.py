@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import pgd_update_
-from ..ops.reference import gather_grad
-from .attack import LatentAttack
+from ..ops import gather_grad, pgd_update_
 from .batch import PairBatch
-from .objective import PairRows
-from .packing import text_lengths
-
-if TYPE_CHECKING:
-    from .pgd import LatentPGD, Plan
+from .layout import Layout, text_lengths
+from .passes import PairRows
+from .settings import AttackSettings
 
 STATEFUL = {"adamw": 2, "adam": 2, "rmsprop": 1}  # how many moments a rule keeps
+_BY_ROW = {"row_example": 0, "own_rows": -1}  # tensors with a row a row of delta, and what stands where there is none
 
 
 @dataclass
@@ -54,7 +51,7 @@ class AttackState:
     """The state of one inner loop; `update` is one step of it.
 
     Attributes:
-        grid: [B, La] int64, see `PairBatch.grid`. size: B. rows: R. steps: how many the loop has.
+        settings: of the attack. grid: [B, La] int64, see `PairBatch.grid`. size: B. rows: R.
         row_example: [R] int64, the pair of each row. own_rows: [R, 1] int64, its own number, -1 where no scored token
             depends on it: rows at or past the last label of both texts, which are left as they are.
         counts: [2] float32, the tokens that the means of "toward" and "away" divide by.
@@ -65,15 +62,20 @@ class AttackState:
         groups: the perturbations.
     """
 
-    def __init__(self, pgd: LatentPGD, batch: PairBatch, counts: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        settings: AttackSettings,
+        widths: Sequence[tuple[int, torch.device]],
+        batch: PairBatch,
+        counts: tuple[float, float],
+    ) -> None:
+        self.settings = settings
         device = batch.attack_mask.device
         self.grid = batch.grid
         self.row_example = batch.attack_mask.nonzero()[:, 0]
         self.rows = self.row_example.shape[0]
         self.size = len(batch)
-        self.steps = pgd.steps
-        self.stop_below = pgd.stop_below
-        scored = batch.only(*pgd.halves)
+        scored = batch.only(*settings.halves)
         ends = torch.maximum(text_lengths(scored.rejected_mask), text_lengths(scored.chosen_mask))
         used = batch.attack_mask.nonzero()[:, 1] < ends[self.row_example]
         self.own_rows = torch.where(used, torch.arange(self.rows, device=device), -1)[:, None]
@@ -83,15 +85,13 @@ class AttackState:
         self.index = torch.zeros(1, dtype=torch.long, device=device)
         self.done = torch.zeros(self.size, dtype=torch.bool, device=device)
         self.history: dict[str, Tensor] = {}
-        widths = pgd.widths()
         self.groups = [
-            self._group(pgd, [i for i, other in enumerate(widths) if other == key], *key)
-            for key in dict.fromkeys(widths)
+            self._group([i for i, other in enumerate(widths) if other == key], *key) for key in dict.fromkeys(widths)
         ]
 
-    def _group(self, pgd: LatentPGD, sites: list[int], width: int, device: torch.device) -> Group:
-        shape, moments = (len(sites), self.rows, width), STATEFUL.get(pgd.rule, 0)
-        new = lambda: torch.zeros(shape, dtype=pgd.state_dtype, device=device)  # noqa: E731
+    def _group(self, sites: list[int], width: int, device: torch.device) -> Group:
+        shape, moments = (len(sites), self.rows, width), STATEFUL.get(self.settings.rule, 0)
+        new = lambda: torch.zeros(shape, dtype=self.settings.state_dtype, device=device)  # noqa: E731
         return Group(
             sites,
             new(),
@@ -99,8 +99,8 @@ class AttackState:
             new() if moments > 0 else None,
             torch.zeros(shape[:2], device=device),
             torch.zeros(shape[0], dtype=torch.int32, device=device),
-            torch.full((), float(pgd.epsilon), device=device),
-            torch.full((), float(pgd.step_size), device=device),
+            torch.full((), float(self.settings.epsilon), device=device),
+            torch.full((), float(self.settings.step_size), device=device),
         )
 
     @property
@@ -115,16 +115,17 @@ class AttackState:
 
     # ---- before the first step ---------------------------------------------------------------------------------
 
-    def set_relative_radius(self, epsilon: float, norm: str, hidden_norms: Tensor) -> None:
+    def set_relative_radius(self, hidden_norms: Tensor) -> None:
         """Radii relative to the norms [S, R] of the hidden states perturbed, or to their sequence's joint norm."""
-        if norm == "l2_sequence":
+        if self.settings.norm == "l2_sequence":
             hidden_norms = torch.stack([self._sequence_norms(row[:, None]) for row in hidden_norms])
         hidden_norms = hidden_norms.clamp(min=torch.finfo(torch.float32).tiny)  # rows past the end of both texts
         for group in self.groups:
-            group.epsilon = (epsilon * hidden_norms[group.sites]).to(group.delta.device).contiguous()
+            group.epsilon = (self.settings.epsilon * hidden_norms[group.sites]).to(group.delta.device).contiguous()
 
-    def start_randomly(self, norm: str, generator: torch.Generator | None) -> None:
+    def start_randomly(self, generator: torch.Generator | None) -> None:
         """Uniform in the ball: of each coordinate for "linf", of each sequence for "l2_sequence", else of each row."""
+        norm = self.settings.norm
         for group in self.groups:
             for k, delta in enumerate(group.delta):
                 drawn = partial(_drawn, generator=generator, device=delta.device)
@@ -151,7 +152,7 @@ class AttackState:
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
-    def record(self, terms: dict[str, Tensor], losses: Tensor, hits: Tensor, rows: PairRows) -> None:
+    def record(self, terms: dict[str, Tensor], losses: Tensor, hits: Tensor, rows: PairRows | Layout) -> None:
         """Write this step's terms and accuracies into the history, on the device; mark the examples that may stop."""
         scored = rows.labels != -100
         values = dict(terms)
@@ -159,21 +160,22 @@ class AttackState:
             values[name] = (hits & mask).sum() / mask.sum().clamp(min=1)
         for name, value in values.items():
             if name not in self.history:
-                self.history[name] = torch.zeros(self.steps, dtype=value.dtype, device=self.index.device)
+                self.history[name] = torch.zeros(self.settings.steps, dtype=value.dtype, device=self.index.device)
             self.history[name].index_copy_(0, self.index, value.detach().reshape(1).to(self.index.device))
         self.index += 1
-        if self.stop_below is not None:
+        if self.settings.stop_below is not None:
             toward = (rows.rejected & scored).float()
             zeros = torch.zeros(self.size, device=losses.device)
             total = zeros.index_add(0, rows.example, losses.float() * toward)
             tokens = zeros.index_add(0, rows.example, toward)
-            self.done |= (total < self.stop_below * tokens).to(self.done.device)
+            self.done |= (total < self.settings.stop_below * tokens).to(self.done.device)
 
-    def update(self, pgd: LatentPGD, grads: list[Tensor], tokens: Tensor) -> None:
+    def update(self, grads: list[Tensor], tokens: Tensor) -> None:
         """One update of every site. grads: one [T, H] a site; tokens: [R, K], the tokens of each row."""
         tokens = self._live(tokens)
-        if pgd.clip_grad is not None:
-            grads, tokens = clip_jointly(grads, tokens, pgd.clip_grad), self._live(self.own_rows)
+        settings = self.settings
+        if settings.clip_grad is not None:
+            grads, tokens = clip_jointly(grads, tokens, settings.clip_grad), self._live(self.own_rows)
         self.step += 1
         for group in self.groups:
             device = group.delta.device
@@ -188,17 +190,17 @@ class AttackState:
                 epsilon=group.epsilon,
                 norms=group.norms,
                 clipped=group.clipped,
-                rule=pgd.rule,
-                norm="none" if pgd.norm == "l2_sequence" else pgd.norm,
-                weight_decay=pgd.weight_decay,
-                backend=pgd.backend,
+                rule=settings.rule,
+                norm="none" if settings.norm == "l2_sequence" else settings.norm,
+                weight_decay=settings.weight_decay,
+                backend=settings.backend,
             )
-            if pgd.norm == "l2_sequence":
+            if settings.norm == "l2_sequence":
                 self._project_sequences(group)
 
     def _live(self, tokens: Tensor) -> Tensor:
         """`tokens` [R, K] without those of examples that have stopped: such rows are left as they are."""
-        if self.stop_below is None:
+        if self.settings.stop_below is None:
             return tokens
         return torch.where(self.done[self.row_example][:, None], -1, tokens)
 
@@ -210,58 +212,52 @@ class AttackState:
             group.clipped[k] += (norms > radius).sum()
             delta.div_((norms / radius).clamp(min=1)[:, None])
 
-    # ---- after the last step -----------------------------------------------------------------------------------
-
-    def finish(self, pgd: LatentPGD, batch: PairBatch, plan: Plan, captured: str) -> LatentAttack:
-        """The attack on `batch` that this loop has found."""
-        device = self.grid.device
-        epsilon: float | Tensor = math.inf if pgd.norm == "none" else float(pgd.epsilon)
-        if self.groups[0].epsilon.dim() and pgd.norm != "none":
-            epsilon = torch.stack([e.to(device) for e in self.per_site("epsilon")])
-        return LatentAttack(
-            sites=pgd.sites,
-            deltas_by_row=self.deltas,
-            grid=self.grid,
-            epsilon=epsilon,
-            history=self.history,
-            row_norms=torch.stack([n.to(device) for n in self.per_site("norms")]),
-            clipped=torch.stack([c.to(device) for c in self.per_site("clipped")]),
-            engine=plan.engine,
-            reason=plan.reason,
-            layout=plan.layout,
-            batch=batch,
-            backend=pgd.backend,
-            captured=captured,
-        )
-
     # ---- copies of another size, for captured graphs -----------------------------------------------------------
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that a step reads, in a fixed order; the history is written alone."""
-        own = [value for value in vars(self).values() if isinstance(value, Tensor) and value is not self.grid]
-        return own + [value for group in self.groups for value in group.tensors.values()]
 
     def padded(self, rows: int) -> AttackState:
         """A copy with `rows` rows, of which those beyond this state's belong to no token and stay where they are."""
-        extra = rows - self.rows
         other = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(other, name, value.clone())
-        other.rows = rows
-        other.row_example = padded(self.row_example, 0, extra, 0)
-        other.own_rows = padded(self.own_rows, 0, extra, -1)
-        other.history = {name: value.clone() for name, value in self.history.items()}
+        other.rows, other.history = rows, {}
+        for name, value in self._own.items():
+            setattr(other, name, value.new_empty((rows, *value.shape[1:]) if name in _BY_ROW else value.shape))
         other.groups = []
         for group in self.groups:
-            by_row = {name: value.dim() > 1 for name, value in group.tensors.items()}
-            copies: dict[str, Any] = {
-                name: padded(value, 1, extra, 1 if name == "epsilon" else 0) if by_row[name] else value.clone()
+            room: dict[str, Any] = {
+                name: value.new_empty((value.shape[0], rows, *value.shape[2:]) if value.dim() > 1 else value.shape)
                 for name, value in group.tensors.items()
             }
-            other.groups.append(replace(group, **copies))
+            other.groups.append(replace(group, **room))
+        self.fill(other)
         return other
+
+    def fill(self, other: AttackState) -> None:
+        """Write this state to the tensors of `other`, which has as many rows or more; the history is left alone."""
+        for name, value in self._own.items():
+            room = getattr(other, name)
+            if name in _BY_ROW:
+                room[: self.rows].copy_(value)
+                room[self.rows :].fill_(_BY_ROW[name])
+            else:
+                room.copy_(value)
+        for group, into in zip(self.groups, other.groups, strict=True):
+            for name, value in group.tensors.items():
+                room = getattr(into, name)
+                if value.dim() > 1:
+                    room[:, : self.rows].copy_(value)
+                    room[:, self.rows :].fill_(1 if name == "epsilon" else 0)
+                else:
+                    room.copy_(value)
+
+    @property
+    def _own(self) -> dict[str, Tensor]:
+        """The tensors that a step reads, but for the groups'."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "grid"}
+
+    @property
+    def bytes(self) -> int:
+        """The memory of all that a step reads."""
+        tensors = [*self._own.values(), *(value for group in self.groups for value in group.tensors.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def take(self, found: AttackState) -> None:
         """What a loop on a padded copy of this state has found, copied out."""
@@ -270,13 +266,6 @@ class AttackState:
             group.delta = other.delta[:, : self.rows].clone()
             group.norms = other.norms[:, : self.rows].clone()
             group.clipped = other.clipped.clone()
-
-
-def padded(values: Tensor, dim: int, extra: int, fill: float) -> Tensor:
-    """A copy of `values` with `extra` more entries of `fill` along `dim`."""
-    shape = list(values.shape)
-    shape[dim] = extra
-    return torch.cat([values, values.new_full(shape, fill)], dim)
 
 
 def _drawn(kind: str, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..attack import LatentAttack
+from ..attack import AttackResult
 from ..model import hidden_of, rows_by_length, with_hidden
 from ..ops import perturb, project_
 
@@ -170,7 +170,7 @@ def make_room(model: nn.Module, accumulation: str) -> None:
             hook.remove()
 
 
-def install(attack: LatentAttack, epsilon: float) -> list[CustomHook]:
+def install(attack: AttackResult, epsilon: float) -> list[CustomHook]:
     """Put an attack in force: one `CustomHook` a site, until it is removed or dropped.
 
     The perturbations require no gradient: the defence would compute one that nobody reads.

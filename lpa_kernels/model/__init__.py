@@ -1,18 +1,24 @@
 """What is known of a model and done to it for the time of an attack."""
 
-from .hooks import rows_by_length
-from .modes import frozen_eval, merged_adapters
+from .facts import forget, say_once
+from .head import output_head
+from .modes import eval_mode, frozen_eval, merged_adapters
+from .perturbation import rows_by_length
 from .sites import Site, decoder_layers, hidden_of, in_block, resolve_sites, unwrapped, with_hidden
 
 __all__ = [
     "Site",
     "decoder_layers",
+    "eval_mode",
+    "forget",
     "frozen_eval",
     "hidden_of",
     "in_block",
     "merged_adapters",
+    "output_head",
     "resolve_sites",
     "rows_by_length",
+    "say_once",
     "unwrapped",
     "with_hidden",
 ]

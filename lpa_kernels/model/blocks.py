@@ -220,11 +220,16 @@ def _block(layer: Any, name: str) -> Block:
     used = {"self_attn", "mlp", *names}
     if others := [key for key, child in children.items() if key not in used and list(child.parameters())]:
         raise UnsupportedStack(f"{name} ({type(layer).__name__}) has {others[0]}, which a stack does not run")
-    norms = [_norm(children.get(key), f"{name}.{key}") if key else None for key in names]
+    first, second, third, fourth = (_norm(children.get(key), f"{name}.{key}") if key else None for key in names)
     return Block(
-        _attention(children["self_attn"], f"{name}.self_attn"), _mlp(children["mlp"], f"{name}.mlp"), *norms,
-        float(getattr(layer, "residual_multiplier", 1.0)),
-    )  # fmt: skip
+        attention=_attention(children["self_attn"], f"{name}.self_attn"),
+        mlp=_mlp(children["mlp"], f"{name}.mlp"),
+        pre_attention=first,
+        post_attention=second,
+        pre_mlp=third,
+        post_mlp=fourth,
+        scale=float(getattr(layer, "residual_multiplier", 1.0)),
+    )
 
 
 def _attention(module: Any, name: str) -> Attention:
@@ -242,11 +247,15 @@ def _attention(module: Any, name: str) -> Attention:
         maps = _linears(module, name, ("q_proj", "k_proj", "v_proj", "o_proj"))
     if maps[0].weight.shape[0] != heads * dim or maps[1].weight.shape[0] != kv_heads * dim:
         raise UnsupportedStack(f"{name}'s queries are {maps[0].weight.shape[0]} wide, not {heads} heads of {dim}")
-    norms = [_norm(children[key], f"{name}.{key}") if key in children else None for key in ("q_norm", "k_norm")]
-    if (norms[0] is None) != (norms[1] is None):
+    q_norm, k_norm = (
+        _norm(children[key], f"{name}.{key}") if key in children else None for key in ("q_norm", "k_norm")
+    )
+    if (q_norm is None) != (k_norm is None):
         raise UnsupportedStack(f"{name} ({type(module).__name__}) norms one of queries and keys alone")
+    q, k, v, o = maps
+    softcap = getattr(module, "attn_logit_softcapping", None)
     return Attention(
-        *maps, heads, kv_heads, dim, *norms, float(module.scaling), getattr(module, "attn_logit_softcapping", None),
+        q, k, v, o, heads, kv_heads, dim, q_norm, k_norm, float(module.scaling), softcap,
         bool(getattr(module, "use_rope", True)),
     )  # fmt: skip
 
@@ -279,8 +288,9 @@ def _linear(module: Any, name: str) -> Linear:
     if type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear":
         _plain(module, name, lean=True)
         if (parts := _lora_parts(module)) is not None:
-            weight, bias, a, b, scaling = parts
-            return Linear(weight.detach(), None if bias is None else bias.detach(), a.detach(), b.detach(), scaling)
+            frozen = [None if part is None else part.detach() for part in parts[:4]]
+            assert frozen[0] is not None
+            return Linear(frozen[0], frozen[1], frozen[2], frozen[3], parts[4])
         if module.disable_adapters or module.merged or not set(module.active_adapters) & set(module.lora_A):
             module = module.base_layer
     module = unwrapped(module)
@@ -315,13 +325,13 @@ def _norm(module: Any, name: str) -> Norm:
 def _activation(function: Any, name: str) -> str:
     x = torch.linspace(-4, 4, 33)
     for kind, wanted in (("silu", nn.functional.silu(x)), ("gelu_tanh", nn.functional.gelu(x, approximate="tanh"))):
-        if isinstance(function, nn.Module | Callable) and torch.allclose(function(x), wanted, atol=1e-6):  # type: ignore[arg-type]
+        if isinstance(function, nn.Module | Callable) and torch.allclose(function(x), wanted, atol=1e-6):
             return kind
     raise UnsupportedStack(f"{name} has the activation {type(function).__name__}; a stack runs SiLU and GELU (tanh)")
 
 
 def _plain(module: Any, name: str, lean: bool = False) -> Any:
-    """`module`, which runs the forward of its class, without hooks. lean: our own lean forward may stand in its place."""
+    """`module`, which has no hooks and runs its class's forward. lean: or our lean forward, which stands for it."""
     if module._forward_hooks or module._forward_pre_hooks or ("forward" in module.__dict__ and not lean):
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has hooks or a forward that is not its class's")
     return module

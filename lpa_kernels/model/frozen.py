@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from .facts import model_key, remembered
+from .hooks import forwards, hooked
 from .sites import Site, decoder_layers
 
 
@@ -37,21 +39,13 @@ def _detached(output: Any) -> Any:
     return output
 
 
-_exact: WeakKeyDictionary[nn.Module, dict[tuple[int, int], bool]] = WeakKeyDictionary()
-
-
 @torch.no_grad()
 def can_freeze(model: nn.Module, depth: int) -> bool:
     """Whether replaying the lowest `depth` blocks leaves the logits of a few tokens bitwise the same.
 
-    Cached by the depth and the number of hooks in those blocks. A model that raises an error when it is asked may not.
+    Found out once for a state of the model (`facts.model_key`). A model that raises an error when it is asked may not.
     """
-    known = _exact.setdefault(model, {})
-    blocks = list(decoder_layers(model))[:depth]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for block in blocks for m in block.modules())
-    if (depth, hooks) not in known:
-        known[depth, hooks] = _replays(model, depth)
-    return known[depth, hooks]
+    return remembered(model, "blocks replay", (model_key(model), depth), partial(_replays, model, depth))
 
 
 def _replays(model: nn.Module, depth: int) -> bool:
@@ -77,24 +71,12 @@ def frozen_blocks(model: nn.Module, depth: int) -> Iterator[Replay]:
     """
     blocks = list(decoder_layers(model))[:depth]
     replay = Replay()
-    own = [block.__dict__.get("forward") for block in blocks]
+    with ExitStack() as replaced:
 
-    def restore() -> None:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.__dict__["forward"] = forward
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            if replay.output is None:
+                replay.output = _detached(output)
+                replaced.enter_context(forwards((block, replay) for block in blocks))
 
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        if replay.output is None:
-            replay.output = _detached(output)
-            for block in blocks:
-                block.__dict__["forward"] = replay
-
-    handle = blocks[-1].register_forward_hook(record)
-    try:
-        yield replay
-    finally:
-        handle.remove()
-        restore()
+        with hooked([(blocks[-1], record)]):
+            yield replay

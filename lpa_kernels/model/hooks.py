@@ -1,90 +1,30 @@
-"""Forward hooks that add a perturbation to the outputs of modules, and keep those outputs for their gradients."""
+"""What is put on a model for the time of a pass, and taken off whatever happens: hooks, and attributes exchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops import perturb
-from .sites import Site, hidden_of, with_hidden
+from .facts import ours
 from .walk import modules_of
 
-Rows = Callable[[Tensor], Tensor | None]
-
-
-class _Tapped(torch.autograd.Function):
-    """`perturb` with a fixed delta, whose backward hands the gradient of its result to `tap` too.
-
-    The result itself cannot be differentiated by: models add to it in place (falcon's parallel attention does).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tap: Tensor, delta: Tensor, rows: Tensor, backend: str) -> Tensor:
-        return perturb(hidden, delta, rows, backend=backend)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        return grads[0], grads[0], None, None, None
-
-
-def perturbing_hook(
-    name: str, delta: Callable[[], Tensor], rows: Rows, keep: dict[str, Tensor] | None = None, backend: str = "auto"
-) -> Any:
-    """A forward hook that adds delta [R, H] to the module's hidden states [..., H], out of place.
-
-    Args:
-        delta: read at every call, so that it may be replaced between calls.
-        rows: from the hidden states to the row of each of their tokens ([T] int64, -1: none), or None for a call
-            that is to pass untouched.
-        keep: where, by name, a tensor [T, H] goes whose gradient is that of the perturbed hidden states; that of the
-            first call, since checkpointed blocks are called again by the backward pass. None where delta itself may
-            want a gradient.
-    """
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = hidden_of(output, name)
-        index = rows(hidden)
-        if index is None:
-            return output
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        values, index = delta().to(hidden.device), index.to(hidden.device)
-        if keep is None:
-            out = perturb(flat, values, index, backend=backend)
-        else:
-            tap = flat.new_zeros(()).expand(flat.shape).requires_grad_()  # no memory of its own
-            keep.setdefault(name, tap)
-            out = _Tapped.apply(flat, tap, values, index, backend)
-        return with_hidden(output, out.view(hidden.shape))
-
-    return hook
-
-
-def _same(delta: Tensor) -> Tensor:
-    return delta
+Hook = Callable[..., Any]
 
 
 @contextmanager
-def perturbed(
-    sites: Sequence[Site],
-    deltas: Sequence[Tensor],
-    rows: Rows,
-    keep: dict[str, Tensor] | None = None,
-    backend: str = "auto",
+def hooked(
+    after: Iterable[tuple[nn.Module, Hook]] = (), before: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """While active, every site's output is perturbed by its delta [R, H].
-
-    Where activations are checkpointed, the backward pass runs blocks again and must do so under this too.
-    """
+    """Within it, forward hooks `after` and forward pre-hooks `before` are on their modules."""
     handles = []
     try:
-        for site, delta in zip(sites, deltas, strict=True):
-            hook = perturbing_hook(site.name, partial(_same, delta), rows, keep, backend)
-            handles.append(site.module.register_forward_hook(hook))
+        for module, hook in before:
+            handles.append(module.register_forward_pre_hook(ours(hook)))
+        for module, hook in after:
+            handles.append(module.register_forward_hook(ours(hook)))
         yield
     finally:
         for handle in handles:
@@ -92,30 +32,20 @@ def perturbed(
 
 
 @contextmanager
-def kept_for_recompute(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """`context()` is on within, and again whenever a block that is checkpointed within runs for its gradients.
-
-    For backward passes that run after the block ends. Covers the checkpointing of transformers' models.
-    """
-    within = True
-
-    def kept(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def again(*inputs: Any, **named: Any) -> Any:
-                with ExitStack() as stack:
-                    if not within:
-                        stack.enter_context(context())
-                    return function(*inputs, **named)
-
-            return checkpoint(again, *args, **kwargs)
-
-        return run
-
-    with context(), swapped(model, "_gradient_checkpointing_func", kept):
-        try:
-            yield
-        finally:
-            within = False
+def forwards(replaced: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within it, modules run other forwards. One that somebody exchanges meanwhile is left to them."""
+    held = []
+    try:
+        for module, forward in replaced:
+            held.append((module, forward, module.__dict__.get("forward")))
+            module.__dict__["forward"] = ours(forward)
+        yield
+    finally:
+        for module, forward, own in reversed(held):
+            if module.__dict__.get("forward") is forward:
+                del module.__dict__["forward"]
+                if own is not None:
+                    module.__dict__["forward"] = own
 
 
 @contextmanager
@@ -129,63 +59,3 @@ def swapped(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterat
     finally:
         for module, value in held:
             module.__dict__[name] = value
-
-
-def gradients(output: Tensor, inputs: Sequence[Tensor], grad_output: Tensor | None = None) -> list[Tensor]:
-    """d output / d inputs, as expanded zeros where an input takes no part.
-
-    Raises:
-        RuntimeError: none does.
-    """
-    found = torch.autograd.grad(output, inputs, grad_outputs=grad_output, allow_unused=True)
-    if all(grad is None for grad in found):
-        raise RuntimeError("no gradient reaches any site: something on the way to the logits detaches hidden states")
-    return [i.new_zeros(()).expand(i.shape) if grad is None else grad for grad, i in zip(found, inputs, strict=True)]
-
-
-def fixed_rows(token_rows: Tensor) -> Rows:
-    """The same rows for every site of a pass whose tokens are token_rows' [T].
-
-    Raises (when called):
-        ValueError: a site has another number of tokens.
-    """
-
-    def rows(hidden: Tensor) -> Tensor:
-        tokens = hidden.numel() // hidden.shape[-1]
-        if tokens != token_rows.shape[0]:
-            raise ValueError(f"a site has {tokens} tokens where the attack's pass has {token_rows.shape[0]}")
-        return token_rows
-
-    return rows
-
-
-def rows_by_length(grid: Tensor, length: int) -> Tensor:
-    """[B * length] the rows of the first `length` positions of grid [B, La], -1 where it does not reach."""
-    short = grid[:, :length]
-    return torch.nn.functional.pad(short, (0, length - short.shape[1]), value=-1).flatten()
-
-
-def grid_rows(grid: Tensor) -> Rows:
-    """Rows by position, for plain calls of a model on the attacked batch: grid [B, La] of `PairBatch.grid`.
-
-    A call of one position alone (generation with a cache) passes untouched: the perturbation is already in the
-    cached states.
-
-    Raises (when called):
-        ValueError: the batch has another size than the attack's.
-    """
-    size, attacked = grid.shape
-    by_length: dict[int, Tensor] = {}
-
-    def rows(hidden: Tensor) -> Tensor | None:
-        batch = hidden.shape[0] if hidden.dim() > 2 else size
-        length = hidden.numel() // hidden.shape[-1] // max(batch, 1)
-        if length == 1 and attacked != 1:
-            return None
-        if batch != size:
-            raise ValueError(f"the attack is on a batch of {size}; the model was called with a batch of {batch}")
-        if length not in by_length:
-            by_length[length] = rows_by_length(grid, length)
-        return by_length[length]
-
-    return rows

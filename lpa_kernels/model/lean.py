@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .facts import NotYet, remembered
+from .hooks import forwards
 from .walk import modules_of
 
 
@@ -22,20 +23,11 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     The same numbers up to rounding. Whatever is not exactly such a layer when it is called (other dtypes, several
     adapters, DoRA, hooks on its parts, sharded or quantised weights) runs as it is.
     """
-    changed: list[tuple[nn.Module, Callable[..., Any]]] = []
     # compiled code guards on what a module's forward is, and would be compiled again at every attack
-    compiled = any(map(_compiled, modules_of(model)))
-    try:
-        for module in () if compiled else modules_of(model):
-            lean = None if "forward" in module.__dict__ else _lean_forward(module)
-            if lean is not None:
-                module.__dict__["forward"] = lean
-                changed.append((module, lean))
+    modules = modules_of(model)
+    lean = [(m, f) for m in modules if "forward" not in m.__dict__ and (f := _lean_forward(m)) is not None]
+    with forwards(() if any(map(_compiled, modules)) else lean):
         yield
-    finally:
-        for module, lean in changed:
-            if module.__dict__.get("forward") is lean:
-                del module.__dict__["forward"]
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -113,8 +105,6 @@ def _lora_forward(layer: nn.Module, own: Callable[..., Any], x: Tensor, *args: A
 
 # ---- RMS norms -----------------------------------------------------------------------------------------------------
 
-_offsets: WeakKeyDictionary[nn.Module, tuple[object, float | None]] = WeakKeyDictionary()
-
 
 class _FrozenNorm(torch.autograd.Function):
     """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight, differentiated by x alone."""
@@ -145,29 +135,26 @@ def _norm_eps(module: nn.Module) -> float | None:
     return found[0] if len(found) == 1 and isinstance(found[0], float) else None
 
 
-@torch.no_grad()
 def _norm_offset(module: nn.Module, eps: float) -> float | None:
-    """What it adds to its weight before multiplying by it (0 or 1) where it is an RMS norm, which is tried; else None.
+    """What an RMS norm adds to its weight before it multiplies by it, 0 or 1; None for what is no RMS norm."""
+    return remembered(module, "norm's offset", (type(module), eps), partial(_tried_offset, module, eps))
 
-    Tried on numbers among which its epsilon shows, once for a module and an epsilon.
-    """
-    if module not in _offsets or _offsets[module][0] != eps:
-        weight: Any = module.weight
-        x = torch.linspace(-1, 2, 2 * weight.shape[0], device=weight.device).view(2, -1)
-        x = torch.cat([x, x * eps**0.5])
-        offset = None
-        try:
-            given = module.forward(x)
-            if not bool(given.any()):  # by zero weights, which say nothing of what others would do
-                return None
-            fits = [torch.allclose(given, _FrozenNorm.apply(x, weight + n, eps), 1e-5, 1e-6) for n in (0.0, 1.0)]
-            offset = None if fits[0] == fits[1] else float(fits[1])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever it is, it is not called with hidden states alone
-            offset = None
-        _offsets[module] = eps, offset
-    return _offsets[module][1]
+
+@torch.no_grad()
+def _tried_offset(module: nn.Module, eps: float) -> float | None:
+    weight: Any = module.weight
+    x = torch.linspace(-1, 2, 2 * weight.shape[0], device=weight.device).view(2, -1)
+    x = torch.cat([x, x * eps**0.5])  # among these its epsilon shows
+    try:
+        given = module.forward(x)
+        fits = [torch.allclose(given, _FrozenNorm.apply(x, weight + n, eps), 1e-5, 1e-6) for n in (0.0, 1.0)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever it is, it is not called with hidden states alone
+        return None
+    if not bool(given.any()):  # zero weights say nothing of what others would do
+        raise NotYet(None)
+    return None if fits[0] == fits[1] else float(fits[1])
 
 
 def _norm_forward(

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.functional import no_autocast
+from .facts import remembered, say_once
 from .hooks import swapped
 from .lean import lean_layers
-from .sharding import at_rest, is_sharded, tell_off
+from .sharding import at_rest, is_sharded, left_out
 from .walk import modules_of, parameters_of
 
-logger = logging.getLogger(__name__)
-
 KEPT_ON = {"cuda"}  # devices with captured graphs, which find the copies of adapters where they were
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # adapter -> its copy
-_told: WeakSet[nn.Module] = WeakSet()  # models whose dropout leaves no checkpointing, which has been said
-
-
-def adapter_state(model: nn.Module) -> object:
-    """What else than weights an adapted model's results depend on: which adapters are on, merged, and how strong."""
-    # a model has a method of that name
-    layers = [m for m in modules_of(model) if isinstance(getattr(m, "disable_adapters", None), bool)]
-    names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
-    return tuple(tuple(str(getattr(layer, name, None)) for name in names) for layer in layers)
 
 
 def weights_dtype(model: nn.Module) -> torch.dtype | None:
@@ -69,25 +55,34 @@ def _set_training(module: nn.Module, flag: bool) -> None:
 
 
 @contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module is in the mode that it was in, whatever mode its parent is in."""
+    training = [(m, m.training) for m in modules_of(model)]
+    try:
+        for module, _ in training:
+            _set_training(module, False)
+        yield
+    finally:
+        for module, flag in training:
+            _set_training(module, flag)
+
+
+@contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter that wants a gradient; every module's and parameter's own flag comes back.
+    """`eval_mode`, and no parameter wants a gradient; every parameter's own flag comes back.
 
     Where the model checkpoints its activations, the checkpointed blocks alone are in training mode, which is what
     transformers asks for it; not where that flag would also switch on dropout. Reentrant checkpointing, which knows
     no gradient of anything but inputs, is exchanged for the other kind.
     """
-    training = [(m, m.training) for m in modules_of(model)]
-    try:
-        for module, _ in training:
-            _set_training(module, False)
+    with eval_mode(model):
         checkpointed = _checkpointed(model)
         if checkpointed and _has_dropout(model):
-            if model not in _told:
-                _told.add(model)
-                logger.warning(
-                    "%s has dropout in its configuration: its activations are not checkpointed in the inner loop, "
-                    "since the mode that does so would drop some", type(model).__name__,
-                )  # fmt: skip
+            say_once(
+                model,
+                f"{type(model).__name__} has dropout in its configuration: its activations are not checkpointed in the "
+                "inner loop, since the mode that does so would drop some",
+            )
         else:
             for module in checkpointed:
                 module.training = True
@@ -96,9 +91,6 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
             for p in parameters_of(model):
                 p.requires_grad_(False)
             yield
-    finally:
-        for module, flag in training:
-            _set_training(module, flag)
 
 
 @contextmanager
@@ -129,10 +121,13 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
                 for name, p in module._parameters.items():
                     if p is not None and p.requires_grad and p.dtype == torch.float32:
                         if sharded:
-                            tell_off(model, f"adapters stay float32 in the inner loop, without copies in {dtype}")
+                            say_once(
+                                model,
+                                left_out(model, f"adapters stay float32 in the inner loop, without copies in {dtype}"),
+                            )
                             continue
                         if p not in copies:
-                            copies[p] = _copy(p, dtype)
+                            copies[p] = _copy(module, name, p, dtype)
                         held.append((module, name, p))
                         module._parameters[name] = copies[p]
             if copies:
@@ -143,14 +138,14 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = p
 
 
-def _copy(p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    """Room for a copy of an adapter."""
-    copy: nn.Parameter | None = _copies.get(p)
-    if copy is None or (copy.dtype, copy.device, copy.shape) != (dtype, p.device, p.shape):
-        copy = nn.Parameter(torch.empty_like(p.data, dtype=dtype), requires_grad=False)
-        if p.device.type in KEPT_ON:
-            _copies[p] = copy
-    return copy
+def _copy(module: nn.Module, name: str, p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Room for a copy of an adapter, the same one always on a device with captured graphs."""
+
+    def room() -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(p.data, dtype=dtype), requires_grad=False)
+
+    key = name, dtype, p.device, tuple(p.shape)
+    return remembered(module, "copy of an adapter", key, room) if p.device.type in KEPT_ON else room()
 
 
 def _place(p: Tensor) -> int:

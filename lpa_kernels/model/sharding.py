@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .walk import modules_of
-
-logger = logging.getLogger(__name__)
-_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def _groups(model: nn.Module) -> list[Any]:
@@ -44,9 +39,6 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             group.reshard()
 
 
-def tell_off(model: nn.Module, what: str) -> None:
-    """Say, once a model, what is left out because its weights are sharded."""
-    told = _told.setdefault(model, set())
-    if what not in told:
-        told.add(what)
-        logger.warning("the weights of %s are sharded over ranks: %s", type(model).__name__, what)
+def left_out(model: nn.Module, what: str) -> str:
+    """What to say where something is left out of an attack because the model's weights are sharded."""
+    return f"the weights of {type(model).__name__} are sharded over ranks: {what}"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hooks import hooked
+
 # Attribute names, not model names: what decoder blocks call their two halves.
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "moe", "fc2")
 ATTENTION = ("self_attn", "attention", "attn", "self_attention", "temporal_block", "mixer", "conv", "mamba")
@@ -156,15 +158,11 @@ def site_widths(model: nn.Module, sites: Sequence[Site]) -> list[tuple[int, torc
             hidden = hidden_of(output, site.name)
             seen[site.name].append((hidden.shape[-1], hidden.device))
 
-        return site.module.register_forward_hook(hook)
+        return hook
 
-    handles = [watch(site) for site in sites]
-    try:
+    with hooked((site.module, watch(site)) for site in sites):
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, calls in seen.items():
         if len(calls) != 1:
             raise ValueError(f"site {name!r} ran {len(calls)} times in one forward pass; a site must run exactly once")

@@ -1,4 +1,4 @@
-"""Run a Llama-like decoder forward and backward by hand: where no weight has a gradient, its inputs' are all there is."""
+"""Run a frozen Llama-like decoder forward and backward by hand: its inputs' gradients are all that is wanted."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import perturb
-from .blocks import Attention, Block, Decoder, Mlp, Norm, UnsupportedStack
+from .blocks import Block, Decoder, Mlp, Norm, UnsupportedStack
 from .sites import decoder_layers
 
 EMBEDDING = -1  # the half block that a perturbation of the embedding follows
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """The tokens of one row in a stream: numbers `start` to `start + count`, after `kept` tokens that stand still.
 
     `scored_start`, `scored`: the same of the tokens that predict labels, among all of those.
@@ -116,7 +117,8 @@ def head_norm_forward(x: Tensor, norm: Norm) -> tuple[Tensor, tuple[Tensor, Tens
 
 def head_norm_backward(grad: Tensor, norm: Norm, kept: tuple[Tensor, Tensor]) -> Tensor:
     """The gradient of `head_norm_forward`'s x from that of its norm, both [T, heads * D]."""
-    return norm_backward(grad.reshape(kept[0].shape), *kept, norm).view(grad.shape)
+    parts, rstd = kept
+    return norm_backward(grad.reshape(parts.shape), parts, rstd, norm).view(grad.shape)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -363,7 +365,7 @@ class FrozenStack:
     def backward(self, grad: Tensor) -> dict[str, Tensor]:
         """[T, H] gradients by site, from `grad` [n, H], that of what `forward` gave. Once a forward."""
         found: dict[str, Tensor] = {}
-        passing = norm_backward(grad, *self.saved.pop("norm"), self.decoder.norm)
+        passing = self._normed_back(grad, "norm", self.decoder.norm)
         for half in range(self.last, self.first - 1, -1):
             if half == EMBEDDING:
                 scale = self.decoder.embedding_scale
@@ -374,7 +376,7 @@ class FrozenStack:
                 found[self.streams[half]] = self._spread(passing) if few else passing
             into = passing if block.scale == 1 else passing * block.scale
             if (post := _post(block, half)) is not None:
-                into = norm_backward(into, *self.saved.pop((half, "post")), post)
+                into = self._normed_back(into, (half, "post"), post)
             if half in self.outputs:
                 found[self.outputs[half]] = self._spread(into) if few else into
             if half == self.first:
@@ -388,6 +390,11 @@ class FrozenStack:
             pre = _pre(block, half)
             passing = into + passing if pre is None else norm_backward(into, residual, rstd, pre, passing)
         return found
+
+    def _normed_back(self, grad: Tensor, key: Any, norm: Norm) -> Tensor:
+        """The gradient of what a norm was given, from that of its output; `key` of what it saved."""
+        given, rstd = self.saved.pop(key)
+        return norm_backward(grad, given, rstd, norm)
 
     def _spread(self, few: Tensor) -> Tensor:
         """[T, H]: gradients [n, H] of the scored tokens, and 0 for the others."""
@@ -415,9 +422,8 @@ class FrozenStack:
             rotate_(dk, cos, -sin)
         dq, dk, dv = dq.flatten(1), dk.flatten(1), dv.flatten(1)
         if part.q_norm is not None and part.k_norm is not None:
-            dq, dk = (
-                head_norm_backward(*each) for each in zip((dq, dk), (part.q_norm, part.k_norm), normed, strict=True)
-            )
+            dq = head_norm_backward(dq, part.q_norm, normed[0])
+            dk = head_norm_backward(dk, part.k_norm, normed[1])
         into = part.v.back(dv, part.k.back(dk))
         if few:
             return into.index_add_(0, self.stream.scored, part.q.back(dq))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lpa_kernels.attack import capture
+from lpa_kernels.attack import graphs
 
 
 @pytest.fixture(autouse=True)
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "RECORDERS", {})
+    monkeypatch.setattr(graphs, "RECORDERS", {})

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
 
 from .models import DEVICE, VOCAB, tiny
 
@@ -59,12 +59,12 @@ def llama(lora: bool = False, **options: Any) -> Any:
     return with_lora(model) if lora else model
 
 
-def attack_with(model: nn.Module, batch: PairBatch, sites: Any, engine: str, **options: Any) -> LatentAttack:
+def attack_with(model: nn.Module, batch: PairBatch, sites: Any, engine: str, **options: Any) -> AttackResult:
     settings: dict[str, Any] = {"steps": 3, "step_size": 0.02, "epsilon": 0.1, "threshold": -8.0} | options
     return LatentPGD(model, sites, engine=engine, **settings).attack(batch)
 
 
-def assert_same(got: LatentAttack, want: LatentAttack, losses: float = 2e-6, deltas: float = 1e-3) -> None:
+def assert_same(got: AttackResult, want: AttackResult, losses: float = 2e-6, deltas: float = 1e-3) -> None:
     """Every logged number within `losses` (relative, from 1 on), every delta within `deltas` of the largest entry.
 
     On a GPU, whose products add up in an order that goes by their shape, within five times `losses`.

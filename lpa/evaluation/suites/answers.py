@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lpa.data import DataError
-from lpa_kernels.attack import LatentAttack
+from lpa_kernels.attack import AttackResult
 
 from .. import refusal
 from ..bench import batches
@@ -15,7 +15,7 @@ from .base import Run
 
 NAME = "answers"
 DIRECT = "direct"
-Perturb = Callable[[Sequence[str]], LatentAttack]
+Perturb = Callable[[Sequence[str]], AttackResult]
 
 
 def answer(

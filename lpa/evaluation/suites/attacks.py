@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from lpa.config import default_sites
 from lpa.data import PairCollator
-from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
 from lpa_kernels.model import decoder_layers
 
 from .. import refusal
@@ -105,7 +105,7 @@ def _filled(template: str) -> Callable[[str], str]:
     return lambda text: template.replace("{prompt}", text)
 
 
-def _perturber(run: Run, mode: str) -> Callable[[Sequence[str]], LatentAttack]:
+def _perturber(run: Run, mode: str) -> Callable[[Sequence[str]], AttackResult]:
     """The attack on a batch of prompts: toward beginning to comply, away from declining, on the prompt's tokens."""
     settings, bench = run.settings, run.bench
     inner = [site for site in settings.sites or default_sites(len(decoder_layers(run.model))) if site != "embedding"]
@@ -114,7 +114,7 @@ def _perturber(run: Run, mode: str) -> Callable[[Sequence[str]], LatentAttack]:
     )
     collate = PairCollator(bench.tokenizer, system_prompt=bench.system_prompt, attack_on="prompt")
 
-    def perturb(texts: Sequence[str]) -> LatentAttack:
+    def perturb(texts: Sequence[str]) -> AttackResult:
         batch = collate([{"prompt": text, "rejected": TARGET, "chosen": DECLINE} for text in texts])
         return pgd.attack(PairBatch.from_dict(batch).to(bench.device))
 

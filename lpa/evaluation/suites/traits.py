@@ -11,7 +11,7 @@ import torch
 from lpa.config import default_sites
 from lpa.data import PairCollator, load_pairs
 from lpa.evaluation.measure import completion_log_probs
-from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
 from lpa_kernels.model import decoder_layers
 
 from ..bench import batches
@@ -125,14 +125,14 @@ def conditions(settings: Settings, depth: int) -> Iterator[Condition]:
         yield replace(point, random=True)
 
 
-def boundary_share(attack: LatentAttack, epsilon: float) -> float:
+def boundary_share(attack: AttackResult, epsilon: float) -> float:
     """Of the tokens that were moved at all (the last ones predict nothing), the share that ended at the radius."""
     norms = torch.cat([norm.cpu() for norm in attack.norms.values()])
     moved = norms[norms > 0]
     return float((moved > 0.99 * epsilon).float().mean()) if len(moved) else 0.0
 
 
-def random_twin(attack: LatentAttack, seed: int) -> LatentAttack:
+def random_twin(attack: AttackResult, seed: int) -> AttackResult:
     """The attack with every perturbation replaced by a random one of the same norm."""
     draw = torch.Generator().manual_seed(seed)
     twins = []
@@ -154,7 +154,7 @@ def _batch(run: Run, collate: PairCollator, chunk: Sequence[dict[str, Any]], kin
     return PairBatch.from_dict(collate(rows)).to(run.bench.device)
 
 
-def _scores(pgd: LatentPGD, batch: PairBatch, attack: LatentAttack | None) -> list[list[float]]:
+def _scores(pgd: LatentPGD, batch: PairBatch, attack: AttackResult | None) -> list[list[float]]:
     """[log-probability of agreeing, of disagreeing] of each pair, sums over the completion's tokens."""
     found: list[list[float]] = completion_log_probs(pgd, batch, attack).tolist()
     return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpa_kernels.attack import capture
+from lpa_kernels.attack import graphs as capturing
 from lpa_kernels.model import modes
 from tests.support.jobs import trainer_of, weights
 
@@ -29,7 +29,7 @@ def change(folder: Path, device: str, graphs: str, **settings: Any) -> dict[str,
     before = {name: value.cpu() for name, value in weights(trainer).items()}
     trainer.train()
     assert trainer.model.get_input_embeddings().weight.device.type == device
-    assert (len(capture._captured.get(trainer.model, ())) > 0) == (graphs == "on")
+    assert (len(capturing.graphs_of(trainer.model).kept) > 0) == (graphs == "on")
     return {name: value.cpu() - before[name] for name, value in weights(trainer).items()}
 
 
@@ -47,7 +47,7 @@ def test_captured_steps_train_the_same(
 ) -> None:
     """The weights change in place between attacks, which a graph must see; batches of other lengths share it."""
     if device == "cpu":
-        monkeypatch.setitem(capture.RECORDERS, "cpu", stand_in)
+        monkeypatch.setitem(capturing.RECORDERS, "cpu", stand_in)
         monkeypatch.setattr(modes, "KEPT_ON", {"cpu"})
     # SGD: Adam would make as much of gradients that are rounding as of any
     options = {"merge_adapters": merged, "learning_rate": 0.3, "optim": "sgd"}

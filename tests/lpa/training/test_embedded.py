@@ -14,7 +14,7 @@ from lpa import LPAConfig, assets
 from lpa.data import PairCollator, load_pairs
 from lpa.evaluation.measure import attack_of
 from lpa.models import DEFAULT_MODEL, load
-from lpa_kernels.attack import LatentAttack, LatentPGD, PairBatch
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
 from lpa_kernels.ops import token_loss
 
 pytestmark = pytest.mark.skipif(not assets.is_cached(DEFAULT_MODEL), reason=f"{DEFAULT_MODEL} is not in the cache")
@@ -27,12 +27,12 @@ def embedded() -> tuple[Any, PairBatch]:
     return model, PairBatch.from_dict(PairCollator(tokenizer, system_prompt="Be honest.")([pairs[0], pairs[40]]))
 
 
-def objective(pgd: LatentPGD, batch: PairBatch, attack: LatentAttack | None) -> float:
+def objective(pgd: LatentPGD, batch: PairBatch, attack: AttackResult | None) -> float:
     """What the adversary minimises, at a perturbation."""
     with torch.no_grad():
         rows = pgd.rows(batch, attack)
         losses, _ = token_loss(rows.logits, rows.labels, ~rows.rejected)
-        return float(pgd.objective.combine(losses, rows.rejected, rows.example, rows.size, batch.counts)[0])
+        return float(pgd.settings.objective.combine(losses, rows.rejected, rows.example, rows.size, batch.counts)[0])
 
 
 @pytest.mark.parametrize("rule", ["adamw", "normalised"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lpa import LPATrainer
-from lpa_kernels.attack import LatentPGD, PairBatch, capture
+from lpa_kernels.attack import LatentPGD, PairBatch
 from lpa_kernels.model import modes
 from tests.lpa.training.test_trainer import assert_same, logged, trainer_of, weights
 from tests.support.faults import failing, run_out
@@ -71,11 +71,11 @@ def test_memory_that_runs_out_for_a_graph(
 
     trainer = of_size(tmp_path, 2, engine="packed", capture_graph=graphs, lpa_steps=2)
     device = next(trainer.model.parameters()).device.type
-    monkeypatch.setitem(capture.RECORDERS, device, record)
+    monkeypatch.setitem(capturing.RECORDERS, device, record)
     monkeypatch.setattr(modes, "KEPT_ON", {device})
     trainer.train()
     assert trainer._memory.size == left
-    assert (len(tries) > 1, capture.OUT_OF_MEMORY in caplog.text) == (graphs == "on", True)
+    assert (len(tries) > 1, capturing.OUT_OF_MEMORY in caplog.text) == (graphs == "on", True)
 
 
 def test_earlier_micro_batches_of_the_update_are_made_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from lpa_kernels.attack.pgd import NORMS
+from lpa_kernels.attack import NORMS
 from lpa_kernels.ops.reference import RULES
 from tests.lpa.training.test_trainer import trainer_of, weights
 from tests.support.tiny import rows

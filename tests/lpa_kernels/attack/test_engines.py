@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpa_kernels.attack import LatentPGD, packed, pgd
-from lpa_kernels.attack.trim import trimmable
+from lpa_kernels.attack import LatentPGD, loop, pgd
 from lpa_kernels.model.sites import decoder_layers, in_block
+from lpa_kernels.model.trim import trimmable
 from lpa_kernels.ops.reference import NORMS, RULES
 
 from ...support.batches import PLAIN, RAGGED, assert_close, assert_same, attack_with, llama, pairs, with_lora
@@ -81,7 +81,7 @@ def test_families_that_stand_apart(family: str, caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize("chunk_from", [1, 1 << 27])
 def test_float16(options: dict[str, Any], chunk_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of 1e-6 a token would leave no float16 gradient; these end within float16's rounding of float32's."""
-    monkeypatch.setattr(packed, "CHUNK_FROM", chunk_from)
+    monkeypatch.setattr(loop, "CHUNK_FROM", chunk_from)
     found = {}
     for dtype in (torch.float16, torch.float32):
         for engine in ENGINES:
@@ -248,7 +248,7 @@ def test_the_last_feed_forward_runs_on_few_tokens(family: str, monkeypatch: pyte
     whole = attack_with(model, batch, [*SITES, f"mlp:{DEPTH - 1}"], "packed")  # attacked, so run on all
     assert seen[-3:] == [layout.shape[0] * layout.shape[1]] * 3
     assert whole.losses[0]["total"] == pytest.approx(found.losses[0]["total"], rel=1e-5)
-    monkeypatch.setattr(packed, "trimmable", lambda model, sites: None)
+    monkeypatch.setattr(loop, "trimmable", lambda model, sites: None)
     assert_same(found, attack_with(model, batch, SITES, "packed"))
 
 
@@ -275,9 +275,9 @@ def test_heads(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None
     got, want = both(model)
     assert_same(got, want)
     chunks: list[int] = []
-    original = packed.linear_token_loss
-    monkeypatch.setattr(packed, "linear_token_loss", lambda *a, **k: chunks.append(1) or original(*a, **k))
-    monkeypatch.setattr(packed, "CHUNK_FROM", 1)
+    original = loop.linear_token_loss
+    monkeypatch.setattr(loop, "linear_token_loss", lambda *a, **k: chunks.append(1) or original(*a, **k))
+    monkeypatch.setattr(loop, "CHUNK_FROM", 1)
     assert_same(attack_with(model, pairs(), SITES, "packed"), want)
     assert len(chunks) == (3 if family == "llama" else 0)
 
@@ -286,8 +286,8 @@ def test_heads(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_head_in_chunks_with_other_objectives(coefs: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_llama() if "dpo" in coefs else llama()
     want = attack_with(model, pairs(), SITES, "reference", coefs=coefs)
-    monkeypatch.setattr(packed, "CHUNK_FROM", 1)
-    monkeypatch.setattr(packed, "plain_head", lambda model: type(packed.output_head(model)) is nn.Linear)
+    monkeypatch.setattr(loop, "CHUNK_FROM", 1)
+    monkeypatch.setattr(loop, "plain_head", lambda model: type(loop.output_head(model)) is nn.Linear)
     assert_same(attack_with(model, pairs(), SITES, "packed", coefs=coefs), want)
 
 
@@ -327,8 +327,8 @@ def test_logits_that_a_python_operation_keeps() -> None:
                          ids=["cut", "middle", "whole", "row"])  # fmt: skip
 def test_views_of_such_logits(after: Any) -> None:
     values = torch.randn(1, 7, 101, requires_grad=True)
-    assert packed._saved(after(values.tanh()).flatten(0, -2))
-    assert not packed._saved(after(values * 2).flatten(0, -2))
+    assert loop._saved(after(values.tanh()).flatten(0, -2))
+    assert not loop._saved(after(values * 2).flatten(0, -2))
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
@@ -435,9 +435,9 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_no_step_waits(family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(tiny(family, attn="sdpa"))
-    original, steps = packed.InnerStep.__call__, []
+    original, steps = loop.InnerStep.__call__, []
 
-    def guarded(step: packed.InnerStep) -> None:
+    def guarded(step: loop.InnerStep) -> None:
         if steps:  # the first makes the masks
             if DEVICE == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
@@ -451,7 +451,7 @@ def test_no_step_waits(family: str, options: dict[str, Any], monkeypatch: pytest
             original(step)
         steps.append(1)
 
-    monkeypatch.setattr(packed.InnerStep, "__call__", guarded)
+    monkeypatch.setattr(loop.InnerStep, "__call__", guarded)
     attack_with(model, pairs(), ["embedding", "mlp:1"], "packed", capture_graph=False, **options)
     assert len(steps) == 3
 

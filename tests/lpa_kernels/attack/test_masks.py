@@ -24,9 +24,9 @@ from transformers.masking_utils import (
 
 from lpa_kernels.attack import masks
 from lpa_kernels.attack.batch import PairBatch
-from lpa_kernels.attack.head import selected_logits
+from lpa_kernels.attack.layout import pack
 from lpa_kernels.attack.masks import packed_masks
-from lpa_kernels.attack.packing import pack
+from lpa_kernels.attack.passes import layout_logits
 from lpa_kernels.model.sites import decoder_layers, hidden_of, in_block, resolve_sites, with_hidden
 
 from ...support.models import DEPTH, DEVICE, PACKS, VOCAB, WIDTH, WINDOW, implementations, tiny
@@ -113,7 +113,7 @@ def compare(model: nn.Module) -> int:
         return torch.autograd.grad((logits.log_softmax(-1) * direction).sum(), leaves)
 
     with perturbation.at(layout.token_rows):  # the backward too: checkpointing runs the hooks again
-        logits = selected_logits(model, layout)
+        logits = layout_logits(model, layout)
         grads = gradients(logits)
     expected = separately(model.eval(), batch, perturbation)
     assert_near(logits, expected, 2e-5)
@@ -148,7 +148,7 @@ def test_windows_bind_in_these_tests() -> None:
     """Else the equality above would not test them."""
     batch = ragged_batch()
     with torch.no_grad():
-        short, long = (selected_logits(tiny("mistral", sliding_window=w), pack(batch)) for w in (WINDOW, 100))
+        short, long = (layout_logits(tiny("mistral", sliding_window=w), pack(batch)) for w in (WINDOW, 100))
     assert float((short - long).abs().max()) > 0.1
 
 
@@ -210,8 +210,8 @@ def test_a_mask_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "_evaluate", lambda *args: made.append(1) or evaluate(*args))
     model, layout = tiny("gemma3_text"), pack(ragged_batch())
     with torch.inference_mode():
-        first = selected_logits(model, layout)
-    second = selected_logits(model, layout)  # with gradients, from the masks of the pass without
+        first = layout_logits(model, layout)
+    second = layout_logits(model, layout)  # with gradients, from the masks of the pass without
     second.sum().backward()
     assert torch.equal(first, second.detach())
     assert len(made) == len(layout.masks) == 2  # full and sliding

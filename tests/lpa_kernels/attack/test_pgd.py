@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lpa_kernels.attack import LatentPGD, Objective, PairBatch, Site, packed, resolve_sites
+from lpa_kernels.attack import AttackSettings, LatentPGD, Objective, PairBatch, Site, loop, resolve_sites
 from lpa_kernels.model.modes import cast_adapters, inner_mode, merged_adapters, weights_dtype
 from lpa_kernels.ops import registry
 
@@ -142,7 +142,7 @@ def test_the_warning_that_the_radius_never_binds(caplog: pytest.LogCaptureFixtur
 def test_reach_is_a_bound_that_is_met(rule: str) -> None:
     """By gradients that grow as Adam's bound wants them, in torch's own Adam."""
     steps = 16
-    reach = LatentPGD(llama(), SITES, rule=rule, steps=steps, step_size=1.0).reach(1)
+    reach = AttackSettings(rule=rule, steps=steps, step_size=1.0).reach(1)
     best = 0.0
     for growth in (1.0, 1.02, 1.05, 1.1, 1.12, 1.15, 1.2):
         leaf = nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -377,7 +377,7 @@ def test_autocast_outside_has_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     low = attack_with(model, pairs(), SITES, "packed", autocast=torch.bfloat16)
     assert low.losses[0]["toward"] == pytest.approx(want.losses[0]["toward"], abs=0.1)
     assert low.losses[0]["toward"] != want.losses[0]["toward"]
-    monkeypatch.setattr(packed, "CHUNK_FROM", 1)  # whose products would not be in the autocast's dtype
+    monkeypatch.setattr(loop, "CHUNK_FROM", 1)  # whose products would not be in the autocast's dtype
     again = attack_with(model, pairs(), SITES, "packed", autocast=torch.bfloat16)
     assert_same(again, low, losses=0, deltas=0)
 

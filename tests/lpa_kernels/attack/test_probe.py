@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lpa_kernels.attack import masks, probe
 from lpa_kernels.attack.batch import PairBatch
-from lpa_kernels.attack.head import plain_head, selected_logits, selected_rows
-from lpa_kernels.attack.packing import PackedLayout, pack
+from lpa_kernels.attack.layout import Layout, pack
+from lpa_kernels.attack.passes import layout_hidden, layout_logits
 from lpa_kernels.attack.probe import can_pack
+from lpa_kernels.model.head import plain_head, selected_rows
 
 from ...support.models import DEVICE, FAMILIES, PACKS, STANDS_APART, WINDOW, implementations, tiny
 from .test_masks import ragged_batch
@@ -63,15 +64,15 @@ def test_every_family_is_judged() -> None:
 # ---- broken on purpose
 
 
-def everything_visible(layout: PackedLayout) -> Tensor:
+def everything_visible(layout: Layout) -> Tensor:
     return torch.ones(*layout.shape, layout.shape[1], dtype=torch.bool, device=DEVICE)
 
 
-def chosen_sees_rejected(layout: PackedLayout) -> Tensor:
+def chosen_sees_rejected(layout: Layout) -> Tensor:
     return layout.branch[:, :, None] >= layout.branch[:, None, :]
 
 
-def nothing_but_own_branch(layout: PackedLayout) -> Tensor:
+def nothing_but_own_branch(layout: Layout) -> Tensor:
     return layout.branch[:, :, None] == layout.branch[:, None, :]
 
 
@@ -99,7 +100,7 @@ def test_a_wrong_mask_is_refused(
 def test_windows_by_index_are_refused(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = masks._evaluate
 
-    def by_index(layout: PackedLayout, pattern: Callable[..., Tensor]) -> Tensor:
+    def by_index(layout: Layout, pattern: Callable[..., Tensor]) -> Tensor:
         index = torch.arange(layout.shape[1], device=DEVICE).expand(layout.shape)
         return evaluate(replace(layout, position_ids=index), pattern)
 
@@ -113,7 +114,7 @@ def test_windows_by_index_are_refused(family: str, dtype: torch.dtype, monkeypat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "smollm3"])
 def test_positions_that_run_on_are_refused(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def running(batch: PairBatch) -> PackedLayout:
+    def running(batch: PairBatch) -> Layout:
         layout = pack(batch)
         return replace(layout, position_ids=torch.arange(layout.shape[1], device=DEVICE).expand(layout.shape))
 
@@ -207,14 +208,14 @@ def test_adapters() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "gpt2", "opt", "mixtral"])
-def test_selected_logits_are_rows_of_the_full_ones(family: str) -> None:
+def test_layout_logits_are_rows_of_the_full_ones(family: str) -> None:
     """Tied heads, soft caps and scales included."""
     model, layout = tiny(family), pack(ragged_batch())
     with torch.no_grad(), masks.packed_masks(layout):
         extra = {"attention_mask": layout.attention_mask, "position_ids": layout.position_ids}
         full = model(input_ids=layout.input_ids, use_cache=False, **extra).logits
-        logits = selected_logits(model, layout)
-        hidden = selected_logits(model, layout, run_head=False)
+        logits = layout_logits(model, layout)
+        hidden = layout_hidden(model, layout)
     torch.testing.assert_close(logits, full[layout.select_rows, layout.select_positions], rtol=1e-6, atol=1e-6)
     assert hidden.shape == (len(layout.labels), 32)
     if plain_head(model):
@@ -232,7 +233,13 @@ def test_plain_heads() -> None:
 
 def test_a_head_with_other_hidden_states_is_an_error() -> None:
     model, layout = tiny("llama"), pack(ragged_batch())
-    with selected_rows(model, layout), pytest.raises(ValueError, match="the head got hidden states of shape"):
+    with (
+        selected_rows(model, layout.shape, layout.places),
+        pytest.raises(ValueError, match="the head got hidden states of shape"),
+    ):
         model(input_ids=layout.input_ids[:1])
-    with pytest.raises(ValueError, match="no output embeddings"), selected_rows(nn.Linear(2, 2), layout):
+    with (
+        pytest.raises(ValueError, match="no output embeddings"),
+        selected_rows(nn.Linear(2, 2), layout.shape, layout.places),
+    ):
         pass

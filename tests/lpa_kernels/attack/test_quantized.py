@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lpa_kernels.attack import LatentPGD, packed
-from lpa_kernels.attack.head import plain_head
+from lpa_kernels.attack import LatentPGD, loop
 from lpa_kernels.attack.probe import can_pack
-from lpa_kernels.attack.trim import trimmable
+from lpa_kernels.model.head import plain_head
+from lpa_kernels.model.trim import trimmable
 
 from ...support.batches import assert_same, attack_with, llama, pairs, with_lora
 from ...support.quantized import IntLinear, RoundingLinear, dequantised, quantised
@@ -59,7 +59,7 @@ def test_a_quantised_head_is_run_by_the_model(monkeypatch: Any) -> None:
     assert plain_head(quantised(base))
     whole = quantised(base, skip=())
     assert not plain_head(whole)
-    monkeypatch.setattr(packed, "CHUNK_FROM", 1)
+    monkeypatch.setattr(loop, "CHUNK_FROM", 1)
     calls: list[int] = []
     whole.lm_head.register_forward_hook(lambda *_: calls.append(1))
     found = attack_with(whole, pairs(), SITES, "packed")

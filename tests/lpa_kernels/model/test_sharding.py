@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lpa_kernels.attack import LatentPGD, capture, packed
+from lpa_kernels.attack import LatentPGD, graphs, loop
 from lpa_kernels.model.sharding import is_sharded
 from tests.support import ranks
 
@@ -63,10 +63,10 @@ def attack_both() -> None:
             for each in (model, shared):
                 each.get_base_model().gradient_checkpointing_enable()
                 each.enable_input_require_grads()
-        chunks, packed.CHUNK_FROM = packed.CHUNK_FROM, 1 if name == "all logits at once" else packed.CHUNK_FROM
+        chunks, loop.CHUNK_FROM = loop.CHUNK_FROM, 1 if name == "all logits at once" else loop.CHUNK_FROM
         before = [p.full_tensor() for p in shared.parameters()]
         want, got = (attack_with(each, batch, sites, engine, **options) for each in (model, shared))
-        packed.CHUNK_FROM = chunks
+        loop.CHUNK_FROM = chunks
         assert_same(got, want)
         # the shards are as they were, bit for bit, and are the parameters that the optimiser knows
         assert all(torch.equal(a, p.full_tensor()) for a, p in zip(before, shared.parameters(), strict=True)), name
@@ -81,11 +81,11 @@ def attack_both() -> None:
         for one, mean in zip(*grads, strict=True):
             dist.all_reduce(one)
             assert_close(mean.full_tensor(), one / 2, 1e-4)
-    with pytest.raises(RuntimeError, match="capture_graph=True, but"):
+    with pytest.raises(RuntimeError, match='capture_graph="on", but'):
         attack_with(shared, batch, BOTH, "packed", capture_graph=True)
     assert [text.partition("over ranks: ")[2][:13] for text in told if "sharded" in text] == ["the head make"]
     told.clear()
-    capture.RECORDERS["cpu"] = capture.cuda_graph  # this device has graphs, and half of the weights' precision
+    graphs.RECORDERS["cpu"] = graphs.cuda_graph  # this device has graphs, and half of the weights' precision
     half = llama(lora=True, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
     shared = shared_by_ranks(half)

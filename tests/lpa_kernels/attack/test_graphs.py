@@ -11,12 +11,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from lpa_kernels.attack import LatentPGD, capture, packed
-from lpa_kernels.attack.capture import bucketed, padded_layout
-from lpa_kernels.attack.head import plain_head
-from lpa_kernels.attack.packing import pack
-from lpa_kernels.attack.trim import scored_tokens
+from lpa_kernels.attack import LatentPGD, graphs, loop
+from lpa_kernels.attack.graphs import bucketed, padded_layout
+from lpa_kernels.attack.layout import pack
+from lpa_kernels.attack.state import AttackState
 from lpa_kernels.model import modes
+from lpa_kernels.model.head import plain_head
 from lpa_kernels.model.modes import merged_adapters
 
 from ...support.batches import RAGGED, assert_same, attack_with, llama, pairs, with_lora
@@ -37,13 +37,13 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     def record(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], None]:
         steps.append(step)
         if request.param == "graphs":
-            return capture.cuda_graph(step, restore)
+            return graphs.cuda_graph(step, restore)
         for _ in range(2):  # as a warm-up does, and it must leave no trace
             restore()
             step()
         return step
 
-    monkeypatch.setitem(capture.RECORDERS, DEVICE, record)
+    monkeypatch.setitem(graphs.RECORDERS, DEVICE, record)
     monkeypatch.setattr(modes, "KEPT_ON", {DEVICE})
     return steps
 
@@ -51,7 +51,7 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def check(model: Any, batch: Any, sites: Any = SITES, **options: Any) -> None:
     got = attack_with(model, batch, sites, "packed", capture_graph=True, **options)
     want = attack_with(model, batch, sites, "packed", capture_graph=False, **options)
-    assert (got.captured, want.captured) == ("yes", "capture_graph=False")
+    assert (got.captured, want.captured) == ("yes", "capture_graph='off'")
     assert torch.equal(got.grid, want.grid)
     assert [d.shape for d in got.deltas_by_row] == [d.shape for d in want.deltas_by_row]
     assert torch.equal(got.clipped, want.clipped)
@@ -68,7 +68,9 @@ def test_batches_share_a_bucket(family: str, attn: str, recorded: list[Any]) -> 
     assert len(recorded) == 1
     check(model, pairs(RAGGED, "all"))
     assert len(recorded) == 2  # more rows
-    assert all(step.last is not None for step in recorded) or family == "llama4_text"  # whose experts mix tokens
+    assert (
+        all(step.forward.last is not None for step in recorded) or family == "llama4_text"
+    )  # whose experts mix tokens
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -114,8 +116,8 @@ def test_lower_blocks_are_an_input(recorded: list[Any]) -> None:
 def test_a_chunked_head_above_frozen_blocks(recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama(lora=True)
     want = attack_with(model, pairs(), ["mlp:2"], "reference")
-    monkeypatch.setattr(packed, "CHUNK_FROM", 1)
-    monkeypatch.setattr(packed, "plain_head", lambda model: plain_head(model) and not chunks.append(1))
+    monkeypatch.setattr(loop, "CHUNK_FROM", 1)
+    monkeypatch.setattr(loop, "plain_head", lambda model: plain_head(model) and not chunks.append(1))
     chunks: list[int] = []
     untouched = tiny("llama")
     for tested, expected in ((model, want), (untouched, attack_with(untouched, pairs(), ["mlp:2"], "reference"))):
@@ -152,30 +154,30 @@ def test_adapters_hooks_and_buffers_need_their_own_graph(recorded: list[Any]) ->
 def test_a_shape_is_captured_when_it_comes_again(recorded: list[Any]) -> None:
     model = llama()
     found = [attack_with(model, pairs(seed=seed), SITES, "packed") for seed in (1, 1, 2)]
-    assert [attack.captured for attack in found] == [capture.ONCE, "yes", "yes"]
+    assert [attack.captured for attack in found] == [graphs.ONCE, "yes", "yes"]
     assert_same(found[1], found[0], losses=1e-6)
     assert len(recorded) == 1
 
 
 def test_a_pool_ends_with_its_last_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object, raising=False)
-    monkeypatch.setattr(capture, "_streams", {})
+    monkeypatch.setattr(graphs, "_streams", {})
     for name in ("current_device", "Stream", "current_stream", "stream", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock(name=name))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     used = lambda: torch.cuda.graph.call_args.kwargs["pool"]  # noqa: E731
     replays, pools = [], []
     for _ in range(2):
-        replays.append(capture.cuda_graph(lambda: None, lambda: None))
+        replays.append(graphs.cuda_graph(lambda: None, lambda: None))
         pools.append(used())
     assert pools[0] is pools[1]
     replays.pop()
     gc.collect()
-    replays.append(capture.cuda_graph(lambda: None, lambda: None))
+    replays.append(graphs.cuda_graph(lambda: None, lambda: None))
     assert used() is pools[0]
     replays.clear()
     gc.collect()
-    assert capture.cuda_graph(lambda: None, lambda: None)
+    assert graphs.cuda_graph(lambda: None, lambda: None)
     assert used() is not pools[0]
 
 
@@ -191,7 +193,7 @@ def test_a_capture_that_cannot_be_ended_gives_its_pool_back(monkeypatch: pytest.
 
     calls: list[Any] = []
     streams = MagicMock(), MagicMock()
-    monkeypatch.setattr(capture, "_streams", {torch.device("cuda", 3): streams})
+    monkeypatch.setattr(graphs, "_streams", {torch.device("cuda", 3): streams})
     for name in ("current_stream", "stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock(name=name))
     torch.cuda.stream.return_value.__exit__.return_value = False
@@ -201,16 +203,16 @@ def test_a_capture_that_cannot_be_ended_gives_its_pool_back(monkeypatch: pytest.
     for name in ("end", "release"):
         full = {"end": "_cuda_endAllocateToPool", "release": "_cuda_releasePool"}[name]
         monkeypatch.setattr(torch._C, full, lambda *pool, name=name: calls.append((name, *pool)))
-    step = MagicMock(side_effect=[None] * capture.WARM_UP + [torch.OutOfMemoryError("no room")])
+    step = MagicMock(side_effect=[None] * graphs.WARM_UP + [torch.OutOfMemoryError("no room")])
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        capture.cuda_graph(step, lambda: None)
+        graphs.cuda_graph(step, lambda: None)
     assert calls == ["begin", ("end", 3, (0, 7)), ("release", 3, (0, 7))]
     with pytest.raises(RuntimeError, match="capture_end"):
-        capture.cuda_graph(lambda: None, lambda: None)
+        graphs.cuda_graph(lambda: None, lambda: None)
     # an error while warming up: the stream of the plain loop waits for what that has begun
     torch.cuda.current_stream.return_value.wait_stream.reset_mock()
     with pytest.raises(ValueError, match="in the step"):
-        capture.cuda_graph(MagicMock(side_effect=ValueError("in the step")), lambda: None)
+        graphs.cuda_graph(MagicMock(side_effect=ValueError("in the step")), lambda: None)
     torch.cuda.current_stream.return_value.wait_stream.assert_called_once_with(streams[0])
 
 
@@ -228,20 +230,49 @@ def test_weights_that_move_or_change(recorded: list[Any]) -> None:
     assert len(recorded) == 2
 
 
+def test_a_hook_in_the_place_of_another_needs_another_graph(recorded: list[Any]) -> None:
+    model = llama()
+    for scale in (1.0, 2.0, 3.0):
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda m, a, out, scale=scale: out * scale)
+        check(model, pairs())
+        handle.remove()
+    assert len(recorded) == 3
+
+
+def test_a_first_batch_is_not_prepared_and_a_later_one_is_copied_once(
+    recorded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"laid out": 0, "copied": 0}
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(graphs, "padded_layout", counted("laid out", padded_layout))
+    monkeypatch.setattr(AttackState, "padded", counted("copied", AttackState.padded))
+    model = llama()
+    for after in ({"laid out": 0, "copied": 0}, {"laid out": 1, "copied": 1}, {"laid out": 2, "copied": 1}):
+        attack_with(model, pairs(), SITES, "packed")
+        assert counts == after
+
+
 def test_the_cache_is_bounded_and_dies_with_the_model(recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "GRAPHS", 2)
+    monkeypatch.setattr(graphs, "GRAPHS", 2)
     # no reference to the model, as a CUDA graph has none
     record = lambda step, restore: recorded.append(step()) or (lambda: None)  # noqa: E731
-    monkeypatch.setitem(capture.RECORDERS, DEVICE, record)
+    monkeypatch.setitem(graphs.RECORDERS, DEVICE, record)
     model = llama()
     # three steps are used all the time, so that four, not they, make room for five
-    for steps, graphs in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
+    for steps, count in ((3, 1), (4, 2), (3, 2), (5, 3), (3, 3), (4, 4)):
         attack_with(model, pairs(), SITES, "packed", steps=steps, capture_graph=True)
-        assert len(recorded) == graphs
-        assert len(capture._captured[model]) == min(graphs, 2)
-    monkeypatch.setattr(capture, "GRAPH_BYTES", 1)  # only the one in use stays
+        assert len(recorded) == count
+        assert len(graphs.graphs_of(model).kept) == min(count, 2)
+    monkeypatch.setattr(graphs, "GRAPH_BYTES", 1)  # only the one in use stays
     attack_with(model, pairs(), SITES, "packed", steps=3, capture_graph=True)
-    assert len(capture._captured[model]) == 1
+    assert len(graphs.graphs_of(model).kept) == 1
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -262,7 +293,7 @@ def test_what_cannot_be_captured(reason: str, options: dict[str, Any], recorded:
     found = attack_with(model, pairs(), SITES, **options)
     assert reason in found.captured
     assert_same(found, attack_with(model, pairs(), SITES, capture_graph=False, **options), losses=0, deltas=0)
-    with pytest.raises(RuntimeError, match=f"capture_graph=True, but .*{reason}"):
+    with pytest.raises(RuntimeError, match=f'capture_graph="on", but .*{reason}'):
         attack_with(model, pairs(), SITES, capture_graph=True, **options)
     assert not recorded
 
@@ -274,7 +305,7 @@ def test_the_cpu_has_no_graphs(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         assert attack_with(model, pairs(), SITES, "packed").captured == "it runs on cpu, which has no graphs"
     assert sum("not captured: it runs on cpu" in record.message for record in caplog.records) == 1
-    with pytest.raises(RuntimeError, match="capture_graph=True, but it runs on cpu"):
+    with pytest.raises(RuntimeError, match='capture_graph="on", but it runs on cpu'):
         attack_with(model, pairs(), SITES, "packed", capture_graph=True)
     with pytest.raises(ValueError, match="capture_graph='yes' is unknown"):
         attack_with(model, pairs(), SITES, "packed", capture_graph="yes")
@@ -283,7 +314,7 @@ def test_the_cpu_has_no_graphs(caplog: pytest.LogCaptureFixture) -> None:
 FAILURES = [
     (RuntimeError("operation not permitted when stream is capturing"),
      "the capture failed: operation not permitted when stream is capturing"),
-    (torch.OutOfMemoryError("tried to allocate 2 GiB"), capture.OUT_OF_MEMORY),
+    (torch.OutOfMemoryError("tried to allocate 2 GiB"), graphs.OUT_OF_MEMORY),
 ]  # fmt: skip
 
 
@@ -301,20 +332,20 @@ def test_a_capture_that_fails(
             raise error
         return lambda: None
 
-    monkeypatch.setitem(capture.RECORDERS, DEVICE, record)
+    monkeypatch.setitem(graphs.RECORDERS, DEVICE, record)
     model = llama()
     attack_with(model, pairs(RAGGED), SITES, "packed", capture_graph=True)
-    assert len(capture._captured[model]) == 1
-    assert attack_with(model, pairs(), SITES, "packed").captured == capture.ONCE
+    assert len(graphs.graphs_of(model).kept) == 1
+    assert attack_with(model, pairs(), SITES, "packed").captured == graphs.ONCE
     for sizes in (SMALL, SMALL, RAGGED, RAGGED):
         found = attack_with(model, pairs(sizes), SITES, "packed")
         assert found.captured == reason
         plain = attack_with(model, pairs(sizes), SITES, "packed", capture_graph=False)
         assert_same(found, plain, losses=0, deltas=0)
-        assert model not in capture._captured
+        assert not graphs.graphs_of(model).kept
     assert len(tries) == 2
     assert [r.levelname for r in caplog.records if f"captured no more: {reason}" in r.message] == ["WARNING"]
-    capture.forget(model)  # as the trainer does for a smaller micro-batch
+    graphs.forget_graphs(model)  # as the trainer does for a smaller micro-batch
     attack_with(model, pairs(), SITES, "packed")
     assert len(tries) == 3
 
@@ -322,8 +353,8 @@ def test_a_capture_that_fails(
 @pytest.mark.parametrize(("error", "reason"), FAILURES, ids=["not permitted", "out of memory"])
 def test_a_capture_that_was_asked_for_and_fails(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is an error of the same kind, so that a trainer halves the micro-batch where memory ran out."""
-    monkeypatch.setitem(capture.RECORDERS, DEVICE, MagicMock(side_effect=error))
-    said = f'capture_graph=True, but {reason}; capture_graph="auto" runs the plain loop then'
+    monkeypatch.setitem(graphs.RECORDERS, DEVICE, MagicMock(side_effect=error))
+    said = f'capture_graph="on", but {reason}; capture_graph="auto" runs the plain loop then'
     with pytest.raises(type(error), match=said):
         attack_with(llama(), pairs(), SITES, "packed", capture_graph=True)
 
@@ -375,14 +406,14 @@ def test_the_tokens_that_are_scored_have_a_shape_that_goes_by_the_bucket() -> No
     found = []
     for sizes in (SMALL, LARGER):
         layout = padded_layout(pack(pairs(sizes)))
-        tokens = scored_tokens(layout)
+        tokens = layout.scored_tokens
         assert len(set(tokens.tolist())) == len(tokens)
         assert set((layout.select_rows * layout.shape[1] + layout.select_positions).tolist()) <= set(tokens.tolist())
         found.append(tokens)
     assert found[0].shape == found[1].shape
     assert not torch.equal(*found)
     short = pack(pairs([(1, 2, 2, 0)]))  # fewer tokens than labels: the last of the prompt predicts two
-    assert sorted(scored_tokens(short).tolist()) == list(range(short.shape[1]))
+    assert sorted(short.scored_tokens.tolist()) == list(range(short.shape[1]))
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -401,7 +432,7 @@ def test_merged_weights_are_where_they_were(graphs: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs(dtype: torch.dtype, attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are in use: the default recorder, float32 adapters on weights of half precision, training between."""
-    monkeypatch.setitem(capture.RECORDERS, "cuda", capture.cuda_graph)
+    monkeypatch.setitem(graphs.RECORDERS, "cuda", graphs.cuda_graph)
     model = with_lora(tiny("qwen3", attn=attn, dtype=dtype))
     for merged in (False, True):
         for sizes, seed in ((SMALL, 1), (LARGER, 2), (SMALL, 3)):
@@ -418,18 +449,18 @@ def test_cuda_graphs(dtype: torch.dtype, attn: str, monkeypatch: pytest.MonkeyPa
                 for name, p in model.named_parameters():
                     if "lora_B" in name:
                         p.mul_(1.1)
-    assert len(capture._captured[model]) == 2
+    assert len(graphs.graphs_of(model).kept) == 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_graph_is_of_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(capture.RECORDERS, "cuda", capture.cuda_graph)
+    monkeypatch.setitem(graphs.RECORDERS, "cuda", graphs.cuda_graph)
     check(llama().to("cuda:1"), pairs())
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(capture.RECORDERS, "cuda", capture.cuda_graph)
+    monkeypatch.setitem(graphs.RECORDERS, "cuda", graphs.cuda_graph)
     model = llama()
     waits: list[float] = []
 

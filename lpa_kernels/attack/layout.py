@@ -1,4 +1,4 @@
-"""Lay a batch of pairs out as rows in which the prompt stands once and both completions follow it."""
+"""Where every token of a batch stands in a pass: the prompt once and both completions after it, or text by text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX, REJECTED, CHOSEN, PADDING = 0, 1, 2, -1
 
 
 @dataclass(frozen=True, eq=False)
-class PackedLayout:
+class Layout:
     """Where every token of a `PairBatch` stands in the pass that the model runs, and where its results are.
 
     B rows of L tokens (B may exceed the number of pairs: two texts that share nothing stand in two rows), R delta
@@ -33,6 +33,9 @@ class PackedLayout:
         select_rows, select_positions: [N] int64, the row, and the index in it, of the hidden state that predicts each
             label.
         labels: [N] int64.  rejected: [N] bool.  example: [N] int64, the pair.
+        size: the number of pairs.
+        packed: whether the model needs this layout's masks and positions (`pack`), or plain causal attention over the
+            tokens is right (`unshared`).
         masks: attention masks made for this layout so far, and how each is made (`packed_masks` fills it).
     """
 
@@ -47,9 +50,9 @@ class PackedLayout:
     labels: Tensor
     rejected: Tensor
     example: Tensor
-    masks: dict[object, tuple[Tensor, Callable[[PackedLayout], Tensor]]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    size: int
+    packed: bool
+    masks: dict[object, tuple[Tensor, Callable[[Layout], Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,12 +60,27 @@ class PackedLayout:
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
     @property
+    def places(self) -> Tensor:
+        """[N] int64: row * L + index of the hidden state that predicts each label."""
+        return self.select_rows * self.shape[1] + self.select_positions
+
+    @property
+    def scored_tokens(self) -> Tensor:
+        """[n] distinct places, those that predict a label among them; n is at most N and goes by shapes alone.
+
+        So nothing waits for the device, and a captured step may run on another batch's tokens.
+        """
+        places = self.places
+        idle = torch.ones(self.input_ids.numel(), dtype=torch.uint8, device=places.device).index_fill_(0, places, 0)
+        return idle.argsort(stable=True)[: len(places)]
+
+    @property
     def padding_share(self) -> float:
         """The share of the B x L places that holds no token. Reads from the device."""
         return float((self.branch == PADDING).float().mean())
 
 
-def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
+def pack(batch: PairBatch, bucket: int = 1) -> Layout:
     """One row a pair: the longest common prefix of its two texts once, then the rest of the rejected, of the chosen.
 
     Causal attention keeps a prefix from seeing what follows, and delta is the same in both texts, so one pass over
@@ -83,10 +101,10 @@ def pack(batch: PairBatch, bucket: int = 1) -> PackedLayout:
     prefix = same.long().cumprod(1).sum(1)
     apart = (prefix == 0) & (rejected > 0) & (chosen > 0)
     apart |= _too_long(rejected, chosen, prefix, apart, bucket)
-    return _lay_out(batch, rejected, chosen, prefix, apart, bucket)
+    return _lay_out(batch, rejected, chosen, prefix, apart, bucket, packed=True)
 
 
-def unshared(batch: PairBatch, bucket: int = 1) -> PackedLayout:
+def unshared(batch: PairBatch, bucket: int = 1) -> Layout:
     """Every text that has labels in a row of its own: for models that cannot be packed.
 
     Positions run from 0, `branch` is 0 or -1, and plain causal attention over right-padded rows is right for it.
@@ -98,7 +116,8 @@ def unshared(batch: PairBatch, bucket: int = 1) -> PackedLayout:
         ValueError: `bucket` is not positive.
     """
     rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
-    return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), (rejected > 0) & (chosen > 0), bucket)
+    apart = (rejected > 0) & (chosen > 0)
+    return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), apart, bucket, packed=False)
 
 
 def _arange(like: Tensor) -> Tensor:
@@ -132,13 +151,13 @@ def _too_long(rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, b
 
 
 def _lay_out(
-    batch: PairBatch, rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, bucket: int
-) -> PackedLayout:
+    batch: PairBatch, rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, bucket: int, packed: bool
+) -> Layout:
     """The layout for given text lengths, shared prefixes and pairs that stand apart, all [B]."""
     pairs = len(batch)
     prefix = torch.where(apart, 0, prefix)
-    packed = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
-    length = int(_round_up(packed.max().clamp(min=1), bucket))  # a batch without a label is one of padding
+    lengths = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
+    length = int(_round_up(lengths.max().clamp(min=1), bucket))  # a batch without a label is one of padding
     rows = pairs + int(apart.sum())
     row = torch.arange(pairs, device=prefix.device)
     chosen_row = torch.where(apart, pairs + apart.long().cumsum(0) - 1, row)
@@ -177,7 +196,7 @@ def _lay_out(
         select.append(place[pair, before])
         example.append(pair)
     places = torch.cat(select)
-    return PackedLayout(
+    return Layout(
         input_ids=ids.view(rows, length),
         position_ids=spread(position, position, 0).view(rows, length),
         branch=branch.view(rows, length),
@@ -189,6 +208,8 @@ def _lay_out(
         labels=torch.cat([batch.labels("rejected"), batch.labels("chosen")]),
         rejected=_arange(places) < len(select[0]),
         example=torch.cat(example),
+        size=pairs,
+        packed=packed,
     )
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.hooks import grid_rows, perturbed, perturbing_hook
+from ..model.perturbation import grid_rows, perturbed, perturbing_hook
 from ..model.sites import Site
 from .batch import PairBatch
-from .packing import PackedLayout, pack, unshared
+from .layout import Layout, pack, unshared
 
 
 @dataclass
-class LatentAttack:
+class AttackResult:
     """The perturbations found for one batch. Several may live side by side; each is applied to its own batch.
 
     Attributes:
@@ -46,7 +46,7 @@ class LatentAttack:
     clipped: Tensor = field(repr=False)
     engine: str = "reference"
     reason: str = ""
-    layout: PackedLayout | None = field(default=None, repr=False)
+    layout: Layout | None = field(default=None, repr=False)
     batch: PairBatch | None = field(default=None, repr=False)
     backend: str = field(default="auto", repr=False)
     captured: str = "the engine is 'reference'"
@@ -94,14 +94,14 @@ class LatentAttack:
         """The share of the one pass's places that held no token; None for the reference engine. Reads the device."""
         return None if self.layout is None else self.layout.padding_share
 
-    def to(self, device: torch.device | str) -> LatentAttack:
+    def to(self, device: torch.device | str) -> AttackResult:
         """Move the perturbations, to keep many attacks off the GPU between their uses; returns this attack."""
         self.deltas_by_row = [d.to(device) for d in self.deltas_by_row]
         if self.layout is not None:
             self.layout.masks.clear()  # [B, 1, L, L] each; made again when they are asked for
         return self
 
-    def part(self, start: int, stop: int, batch: PairBatch) -> LatentAttack:
+    def part(self, start: int, stop: int, batch: PairBatch) -> AttackResult:
         """The attack on the examples start .. stop - 1 alone, which are `batch`: views of the same perturbations.
 
         History and `clipped` are the whole's; an example's perturbation does not depend on the others.

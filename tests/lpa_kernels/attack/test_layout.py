@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lpa_kernels.attack.batch import PairBatch
+from lpa_kernels.attack.layout import Layout, pack, unshared
 from lpa_kernels.attack.masks import visible
-from lpa_kernels.attack.packing import PackedLayout, pack, unshared
 
 Text = tuple[list[int], list[bool]]
 
@@ -48,7 +48,7 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def check(layout: PackedLayout, pairs: list[tuple[Text, Text]], attack: list[list[bool]], bucket: int) -> None:
+def check(layout: Layout, pairs: list[tuple[Text, Text]], attack: list[list[bool]], bucket: int) -> None:
     """Everything about a layout that follows from what it is for, in slow and obvious Python."""
     rows, length = layout.shape
     row_of = iter(itertools.count())

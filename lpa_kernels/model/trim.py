@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..model.sites import Site, decoder_layers, hidden_of, in_block, with_hidden
-from .packing import PackedLayout
-
-_exact: WeakKeyDictionary[nn.Module, dict[torch.dtype, bool]] = WeakKeyDictionary()
+from .facts import model_key, remembered
+from .hooks import hooked
+from .sites import Site, decoder_layers, hidden_of, in_block, with_hidden
 
 
 @contextmanager
@@ -34,29 +33,14 @@ def trimmed(module: nn.Module, tokens: Tensor) -> Iterator[None]:
         every = few.new_zeros(rows.numel(), width).index_copy(0, tokens.to(few.device), few.reshape(-1, width))
         return with_hidden(output, every.view(*rows, width) if few.dim() > 2 else every)
 
-    handles = [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
-    try:
+    with hooked(after=[(module, spread)], before=[(module, select)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def scored_tokens(layout: PackedLayout) -> Tensor:
-    """[n] distinct tokens, those that predict a label among them; n goes by shapes alone and is at most that of labels.
-
-    So nothing waits for the device, and a captured step may run on another batch's tokens.
-    """
-    rows, length = layout.shape
-    places = layout.select_rows * length + layout.select_positions
-    idle = torch.ones(rows * length, dtype=torch.uint8, device=places.device).index_fill_(0, places, 0)
-    return idle.argsort(stable=True)[: len(places)]
 
 
 def trimmable(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
     """The last block's feed-forward, where no site is in it and it treats every token by itself; None elsewhere.
 
-    The latter is found out on a few tokens, once a model and dtype.
+    The latter is found out on a few tokens, once for a state of the model (`facts.model_key`).
     """
     try:
         layers = decoder_layers(model)
@@ -66,16 +50,19 @@ def trimmable(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
     inside = {id(child) for child in module.modules()}
     if any(id(site.module) in inside for site in sites):
         return None
-    known = _exact.setdefault(model, {})
-    dtype = next(model.parameters()).dtype
-    if dtype not in known:
-        try:
-            known[dtype] = _by_token(model, module)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError):  # the module is not called with hidden states
-            known[dtype] = False
-    return module if known[dtype] else None
+    exact = remembered(
+        model, "the last feed-forward treats tokens alone", model_key(model), partial(_tried, model, module)
+    )
+    return module if exact else None
+
+
+def _tried(model: nn.Module, module: nn.Module) -> bool:
+    try:
+        return _by_token(model, module)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError):  # the module is not called with hidden states
+        return False
 
 
 @torch.no_grad()
@@ -106,10 +93,6 @@ def _outputs(model: nn.Module, module: nn.Module, ids: Tensor, tokens: Tensor, o
     def keep(_: nn.Module, args: Any, output: Any) -> None:
         seen.append(hidden_of(output).flatten(0, -2)[tokens.to(hidden_of(output).device)].float())
 
-    handles = [module.register_forward_pre_hook(scale), module.register_forward_hook(keep)]
-    try:
+    with hooked(after=[(module, keep)], before=[(module, scale)]):
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen[0]

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..model.facts import model_key, remembered, say_once
 from ..model.frozen import Replay, frozen_blocks
-from ..model.modes import adapter_state
-from ..model.sharding import is_sharded, tell_off
+from ..model.sharding import is_sharded, left_out
+from ..model.sites import Site
 from ..model.walk import modules_of, parameters_of
-from ..ops.registry import requested
+from ..ops import requested
+from .layout import PADDING, Layout
+from .loop import HookedForward, InnerStep
 from .masks import refill_masks
-from .packed import InnerStep, layout_rows
-from .packing import PADDING, PackedLayout
+from .passes import layout_hidden
+from .settings import AttackSettings
 from .state import AttackState
-
-if TYPE_CHECKING:
-    from .pgd import LatentPGD
-
-logger = logging.getLogger(__name__)
 
 YES = "yes"
 GRAPHS = 8  # kept for a model; the one that was used longest ago goes first
@@ -46,22 +44,35 @@ class Captured:
     """A step on tensors that stay where they are. Holds no reference to the model, which owns it through a weak key.
 
     Attributes:
-        inputs: all that the step reads, in the order of `_inputs`.
+        inputs: what the step reads beside its state, in the order of `_inputs`.
         state, layout: the step's own. lower: what the frozen blocks hand on, None where none are frozen.
         replay: runs the step.
     """
 
     inputs: list[Tensor]
     state: AttackState
-    layout: PackedLayout
+    layout: Layout
     lower: Any
     replay: Callable[[], None]
 
 
-_captured: WeakKeyDictionary[nn.Module, OrderedDict[object, Captured]] = WeakKeyDictionary()
-_off: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why a model's steps are captured no more
-_seen: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # hashes of keys that have come once
-_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+class Graphs:
+    """The captured steps of a model.
+
+    Attributes:
+        kept: by key, those used longest ago first. seen: hashes of shapes that have come once.
+        off: why no more steps of the model are captured, "" where they may be.
+    """
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[object, Captured] = OrderedDict()
+        self.seen: set[int] = set()
+        self.off = ""
+
+
+def graphs_of(model: nn.Module) -> Graphs:
+    """The graphs of a model, which it has for as long as it lives or until `facts.forget`."""
+    return remembered(model, "graphs", None, Graphs)
 
 
 class CaptureError(RuntimeError):
@@ -135,120 +146,142 @@ def _end_allocation(device: torch.device, pool: _Pool) -> None:
 RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
 
 
-def run(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) -> str:
+def run(
+    model: nn.Module,
+    sites: Sequence[Site],
+    settings: AttackSettings,
+    state: AttackState,
+    layout: Layout | None,
+    depth: int,
+) -> str:
     """The inner loop by replays, if it can be: `YES`, or why it has not been run.
 
     Under "auto" a capture that failed, or for which memory ran out, is the model's last until `forget`.
 
     Args:
         layout: of the packed engine, None for the others.
+        depth: how many of the lowest blocks are run once.
 
     Raises:
-        RuntimeError: capture_graph=True and it cannot.
-        torch.OutOfMemoryError: capture_graph=True and there is no memory for it.
+        RuntimeError: capture_graph="on" and it cannot.
+        torch.OutOfMemoryError: capture_graph="on" and there is no memory for it.
     """
-    if pgd.capture_graph is False:
-        return "capture_graph=False"
-    reason = _off.get(pgd.model) or _refusal(pgd, state, layout)
+    if settings.capture_graph == "off":
+        return "capture_graph='off'"
+    reason = graphs_of(model).off or _refusal(model, settings, state, layout)
     if not reason:
         assert layout is not None
-        reason = _try(pgd, state, layout)
+        reason = _try(_Loop(model, sites, settings, depth), state, layout)
     if not reason:
         return YES
-    if pgd.capture_graph is True:
+    if settings.capture_graph == "on":
         raise RuntimeError(_error(reason))
-    told = _told.setdefault(pgd.model, set())
-    if reason not in told:
-        told.add(reason)
-        logger.info("the inner loop of %s is not captured: %s", type(pgd.model).__name__, reason)
+    say_once(model, f"the inner loop of {type(model).__name__} is not captured: {reason}", logging.INFO)
     return reason
 
 
+class _Loop(NamedTuple):
+    """What is run, whatever the batch."""
+
+    model: nn.Module
+    sites: Sequence[Site]
+    settings: AttackSettings
+    depth: int
+
+
 def _error(reason: str) -> str:
-    return f'capture_graph=True, but {reason}; capture_graph="auto" runs the plain loop then'
+    return f'capture_graph="on", but {reason}; capture_graph="auto" runs the plain loop then'
 
 
-def _try(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
+def _try(loop: _Loop, state: AttackState, layout: Layout) -> str:
     """`_run`; where a capture fails, no more of this model, and its graphs' memory is let go of."""
+    model, required = loop.model, loop.settings.capture_graph == "on"
     try:
-        return _run(pgd, state, layout)
+        return _run(loop, state, layout)
     except torch.OutOfMemoryError as error:
-        if pgd.capture_graph is True:  # a smaller batch may have room for a graph
+        if required:  # a smaller batch may have room for a graph
             raise torch.OutOfMemoryError(f"{_error(OUT_OF_MEMORY)}: {error}") from error
         reason = OUT_OF_MEMORY
     except CaptureError as error:
         reason = str(error)
     # here, where no traceback holds their tensors any more
-    forget(pgd.model)
-    _off[pgd.model] = reason
-    if pgd.capture_graph == "auto":
-        _told.setdefault(pgd.model, set()).add(reason)
-        logger.warning("inner loops of %s are captured no more: %s", type(pgd.model).__name__, reason)
+    forget_graphs(model)
+    graphs_of(model).off = reason
+    if not required:
+        say_once(model, f"inner loops of {type(model).__name__} are captured no more: {reason}")
     return reason
 
 
-def _refusal(pgd: LatentPGD, state: AttackState, layout: PackedLayout | None) -> str:
+def _refusal(model: nn.Module, settings: AttackSettings, state: AttackState, layout: Layout | None) -> str:
     """Why the loop cannot be captured, as far as that is known beforehand; "" if it may be."""
-    devices = sorted({str(p.device) for p in parameters_of(pgd.model)})
-    others = sorted(set(pgd.objective.terms) - {"toward", "away"})
+    devices = sorted({str(p.device) for p in parameters_of(model)})
+    others = sorted(set(settings.objective.terms) - {"toward", "away"})
     if layout is None:
         return "only the packed engine can be"
     if len(devices) > 1:
         return f"the model is on several devices, {', '.join(devices)}"
     if state.own_rows.device.type not in RECORDERS:
         return f"it runs on {devices[0]}, which has no graphs"
-    if is_sharded(pgd.model):
-        if pgd.capture_graph == "auto":
-            tell_off(pgd.model, "inner steps are not captured in CUDA graphs")
+    if is_sharded(model):
+        if settings.capture_graph == "auto":
+            say_once(model, left_out(model, "inner steps are not captured in CUDA graphs"))
         return "its weights are sharded over ranks, which have to gather them in step"
     if others:
         return f"the term {others[0]!r} counts rows, and a graph's batches are filled up with rows"
-    if pgd.norm == "l2_sequence":
+    if settings.norm == "l2_sequence":
         return "norm='l2_sequence' counts rows, and a graph's batches are filled up with rows"
     return ""
 
 
-def _run(pgd: LatentPGD, state: AttackState, layout: PackedLayout) -> str:
-    source = InnerStep(pgd, state.padded(bucketed(state.rows, 32)), padded_layout(layout), True)
+def _run(loop: _Loop, state: AttackState, layout: Layout) -> str:
+    model, settings = loop.model, loop.settings
+    graphs = graphs_of(model)
+    rows, shape = bucketed(state.rows, 32), _bucket(layout)
+    key = _key(loop, state, rows, shape)
+    if key not in graphs.kept and settings.capture_graph == "auto" and hash(key) not in graphs.seen:
+        graphs.seen.add(hash(key))  # warm-ups and a capture would cost some steps
+        return ONCE
+    source = _step(loop, state, padded_layout(layout))
     source.prepare()
-    source.trim()
-    graphs = _captured.setdefault(pgd.model, OrderedDict())
-    with _lower_blocks(pgd, source) as lower:
+    with _lower_blocks(loop, source) as lower:
+        if key not in graphs.kept:
+            graphs.kept[key] = _record(loop, source, rows, lower)
+        found = graphs.kept[key]
+        graphs.kept.move_to_end(key)
+        while len(graphs.kept) > GRAPHS or (len(graphs.kept) > 1 and _bytes(graphs.kept.values()) > GRAPH_BYTES):
+            graphs.kept.popitem(last=False)
         inputs = _inputs(source, lower)
-        key = _key(pgd, inputs)
-        if key not in graphs:
-            seen = _seen.setdefault(pgd.model, set())
-            if pgd.capture_graph == "auto" and hash(key) not in seen:  # warm-ups and a capture would cost some steps
-                seen.add(hash(key))
-                return ONCE
-            graphs[key] = _record(source, lower)
-        graphs.move_to_end(key)
-        while len(graphs) > GRAPHS or (len(graphs) > 1 and _bytes(graphs.values()) > GRAPH_BYTES):
-            graphs.popitem(last=False)
-        found = graphs[key]
         if lower is not None:
             lower.output = found.lower
-        _fill(found, inputs)
-        for _ in range(pgd.steps):
+        _fill(found, state, inputs)
+        for _ in range(settings.steps):
             found.replay()
     state.take(found.state)
     return ""
 
 
+def _step(loop: _Loop, state: AttackState, layout: Layout, like: InnerStep | None = None) -> InnerStep:
+    """A step on these tensors. like: one whose batch has the same shapes, to copy what was decided for it."""
+    forward = HookedForward(loop.model, loop.sites, layout, loop.settings.backend)
+    forward.trim()
+    step = InnerStep(loop.model, loop.settings, state, layout, forward, None if like is None else like.chunked)
+    if like is not None:
+        step.weights = None if like.weights is None else like.weights.clone()
+    return step
+
+
 def _bytes(graphs: Iterable[Captured]) -> int:
-    return sum(t.numel() * t.element_size() for graph in graphs for t in graph.inputs)
+    return sum(graph.state.bytes + sum(t.numel() * t.element_size() for t in graph.inputs) for graph in graphs)
 
 
-def _record(source: InnerStep, lower: Replay | None) -> Captured:
-    """A copy of the step, captured.
+def _record(loop: _Loop, source: InnerStep, rows: int, lower: Replay | None) -> Captured:
+    """The step on copies of its tensors, captured.
 
     Raises:
         CaptureError: it cannot be. torch.OutOfMemoryError: there is no memory for it.
     """
-    state, layout = source.state.padded(source.state.rows), _changed(source.layout, Tensor.clone)
-    step = InnerStep(source.pgd, state, layout, True, source.chunked)
-    step.weights = None if source.weights is None else source.weights.clone()
-    step.last, step.needed = source.last, None if source.needed is None else source.needed.clone()
+    state, layout = source.state.padded(rows), _changed(source.layout, Tensor.clone)
+    step = _step(loop, state, layout, source)
     output = None if lower is None else tree_map(_cloned, lower.output)
     given = _inputs(source, lower)
     if lower is not None:
@@ -258,7 +291,7 @@ def _record(source: InnerStep, lower: Replay | None) -> Captured:
     try:
         # a graph is of the current device's work, which need not be the model's
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            captured.replay = RECORDERS[device.type](step, lambda: _fill(captured, given))
+            captured.replay = RECORDERS[device.type](step, lambda: _fill(captured, source.state, given))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -266,52 +299,51 @@ def _record(source: InnerStep, lower: Replay | None) -> Captured:
     return captured
 
 
-def _fill(captured: Captured, inputs: list[Tensor]) -> None:
-    """Put the inputs of another batch of the same shape in the place of the captured step's."""
+def _fill(captured: Captured, state: AttackState, inputs: list[Tensor]) -> None:
+    """Put another batch of the same shape in the place of the captured step's."""
+    state.fill(captured.state)
     torch._foreach_copy_(captured.inputs, inputs)
     refill_masks(captured.layout)
 
 
 def _inputs(step: InnerStep, lower: Replay | None) -> list[Tensor]:
-    """Every tensor that a step reads and that differs between batches, in a fixed order."""
-    found = [*step.state.tensors, *_tensors(step.layout).values(), step.away]
-    found += [tensor for tensor in (step.weights, step.needed) if tensor is not None]
+    """Every tensor that a step reads beside its state and that differs between batches, in a fixed order."""
+    found = [*_tensors(step.layout).values(), step.away]
+    assert isinstance(step.forward, HookedForward)
+    found += [tensor for tensor in (step.weights, step.forward.needed) if tensor is not None]
     return found + ([] if lower is None else [leaf for leaf in tree_leaves(lower.output) if isinstance(leaf, Tensor)])
 
 
-def _key(pgd: LatentPGD, inputs: list[Tensor]) -> object:
-    """What a graph depends on: the shapes, the settings, the model's adapters and hooks, and where its weights are."""
-    backend = requested(pgd.backend)
-    settings = (pgd.steps, pgd.norm, pgd.rule, pgd.weight_decay, pgd.clip_grad, pgd.stop_below, backend)
-    objective = (repr(pgd.objective), pgd.merge_adapters, pgd.autocast)
-    sites = tuple(id(site.module) for site in pgd.sites)
-    attention = getattr(getattr(pgd.model, "config", None), "_attn_implementation", None)
-    modules = modules_of(pgd.model)
-    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
-    weights = hash(tuple(t.data_ptr() for t in (*parameters_of(pgd.model), *buffers)))
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
-    model = (attention, weights, hooks, adapter_state(pgd.model))
-    shapes = tuple((tuple(t.shape), t.dtype) for t in inputs)
-    return settings, objective, sites, model, shapes
+def _key(loop: _Loop, state: AttackState, rows: int, shape: tuple[int, ...]) -> object:
+    """What a graph depends on: shapes, settings, sites, the model's state, and where its weights and buffers are."""
+    settings = loop.settings
+    own = repr(replace(settings, epsilon=1.0, step_size=1.0, engine="auto", capture_graph="on", seed=None))
+    tensors = [
+        t for m in modules_of(loop.model) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+    ]
+    places = hash(tuple((t.data_ptr(), t.dtype) for t in tensors))
+    sites = tuple(id(site.module) for site in loop.sites)
+    kinds = tuple((*group.sites, group.epsilon.dim()) for group in state.groups)
+    return own, requested(settings.backend), sites, model_key(loop.model), places, state.size, rows, shape, kinds
 
 
 @contextmanager
-def _lower_blocks(pgd: LatentPGD, step: InnerStep) -> Iterator[Replay | None]:
+def _lower_blocks(loop: _Loop, step: InnerStep) -> Iterator[Replay | None]:
     """The blocks below the lowest site run once, outside of the graph; None where there are none."""
-    depth = pgd.frozen_depth()
-    if not depth:
+    if not loop.depth:
         yield None
         return
-    with frozen_blocks(pgd.model, depth) as replay:
+    with frozen_blocks(loop.model, loop.depth) as replay:
         with torch.no_grad():
-            layout_rows(pgd.model, step.layout, step.state.size, True, run_head=False)
+            layout_hidden(loop.model, step.layout)
         yield replay
 
 
-def forget(model: nn.Module) -> None:
+def forget_graphs(model: nn.Module) -> None:
     """Let go of a model's graphs, of the memory that they hold, and of what is known of captures that failed."""
-    _captured.pop(model, None)
-    _off.pop(model, None)
+    graphs = graphs_of(model)
+    graphs.kept.clear()
+    graphs.off = ""
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -323,7 +355,13 @@ def bucketed(number: int, least: int) -> int:
     return -(-number // quantum) * quantum
 
 
-def padded_layout(layout: PackedLayout) -> PackedLayout:
+def _bucket(layout: Layout) -> tuple[int, ...]:
+    """The shape that `padded_layout` gives a layout: rows, their length, labels, and what does not grow."""
+    rows, length = layout.shape
+    return rows, bucketed(length, 16), bucketed(len(layout.labels), 16), layout.row_tokens.shape[1], layout.size
+
+
+def padded_layout(layout: Layout) -> Layout:
     """A copy with longer rows, more delta rows (of no token) and more labels (-100), up to the next bucket."""
     (rows, length), labels, deltas = layout.shape, layout.labels.shape[0], layout.row_tokens.shape[0]
     width = bucketed(length, 16)
@@ -352,12 +390,12 @@ def padded_layout(layout: PackedLayout) -> PackedLayout:
     )
 
 
-def _tensors(layout: PackedLayout) -> dict[str, Tensor]:
+def _tensors(layout: Layout) -> dict[str, Tensor]:
     held = {f.name: getattr(layout, f.name) for f in fields(layout)}
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
-def _changed(layout: PackedLayout, change: Callable[[Tensor], Tensor]) -> PackedLayout:
+def _changed(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
     changed: dict[str, Any] = {name: change(value) for name, value in _tensors(layout).items()}
     return replace(layout, **changed)
 

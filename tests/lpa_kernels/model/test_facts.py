@@ -1,0 +1,160 @@
+"""Facts about a model: they hold as long as their key does, and what others change about a model changes the key."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from lpa_kernels.attack import LatentPGD
+from lpa_kernels.attack.probe import can_pack
+from lpa_kernels.model import forget, say_once
+from lpa_kernels.model.facts import NotYet, known, model_key, remembered
+from lpa_kernels.model.frozen import can_freeze
+from lpa_kernels.model.hooks import forwards, hooked
+from tests.support.batches import assert_same, llama, pairs, with_lora
+from tests.support.models import tiny
+
+
+def test_a_fact_is_found_out_once_for_a_key() -> None:
+    model, asked = llama(), []
+    find = lambda: asked.append(1) or len(asked)  # noqa: E731
+    assert [remembered(model, "n", key, find) for key in ("a", "a", "b", "a")] == [1, 1, 2, 1]
+    assert remembered(model, "m", "a", find) == 3
+    forget(model)
+    assert remembered(model, "n", "a", find) == 4
+
+
+def test_an_answer_for_now_is_asked_for_again() -> None:
+    model, answers = llama(), [NotYet(0), NotYet(1), 2, 3]
+
+    def find() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, NotYet):
+            raise answer
+        return answer
+
+    assert [remembered(model, "n", None, find) for _ in range(4)] == [0, 1, 2, 2]
+
+
+def test_facts_die_with_their_model() -> None:
+    model = llama()
+    LatentPGD(model, ["mlp:2"], steps=1, engine="packed").attack(pairs())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def identity(*args: Any) -> None: ...
+
+
+CHANGES = {
+    "a hook": lambda model: model.model.layers[3].mlp.register_forward_hook(lambda *_: None),
+    "a pre-hook": lambda model: model.model.layers[0].register_forward_pre_hook(lambda *_: None),
+    "another forward": lambda model: setattr(model.model.layers[1].mlp, "forward", lambda x: x),
+    "a dtype": lambda model: model.model.norm.to(torch.float64),
+    "a setting": lambda model: setattr(model.config, "sliding_window", 3),
+    "another class": lambda model: setattr(model.model.layers[2].mlp, "act_fn", torch.nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_others_change_about_a_model_changes_its_key(change: Any) -> None:
+    model = llama()
+    before = model_key(model)
+    assert model_key(model) == before
+    change(model)
+    assert model_key(model) != before
+
+
+def test_two_hooks_in_one_place_have_two_keys() -> None:
+    """As many hooks on the same module as before are not the same hooks."""
+    model, keys = llama(), set()
+    module = model.model.layers[0].mlp
+    for _ in range(5):
+        handle = module.register_forward_hook(identity)
+        keys.add(model_key(model))
+        handle.remove()
+    assert len(keys) == 5
+
+
+def test_our_own_hooks_and_forwards_do_not_change_it() -> None:
+    model = llama()
+    before = model_key(model)
+    layer = model.model.layers[0]
+    with hooked(after=[(layer, lambda *_: None)], before=[(layer, lambda *_: None)]), forwards([(layer, lambda x: x)]):
+        assert model_key(model) == before
+    assert "forward" not in layer.__dict__
+    assert not layer._forward_hooks
+
+
+def test_while_a_model_is_known_its_key_stands() -> None:
+    model = llama()
+    with known(model):
+        key = model_key(model)
+        model.model.layers[0].register_forward_hook(identity)
+        assert model_key(model) == key
+    assert model_key(model) != key
+
+
+def test_the_state_of_adapters_is_in_the_key() -> None:
+    model = with_lora(llama())
+    keys = [model_key(model)]
+    with model.disable_adapter():
+        keys.append(model_key(model))
+    model.base_model.model.model.layers[0].mlp.up_proj.scaling["default"] *= 2
+    keys.append(model_key(model))
+    assert len(set(keys)) == 3
+
+
+def test_a_message_is_logged_once_a_model(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = llama(), llama()
+    for model in (first, first, second):
+        say_once(model, "it is so")
+    say_once(first, "and so", logging.INFO)
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == ["it is so", "it is so"]
+
+
+# ---- facts that went stale -------------------------------------------------------------------------------------------
+
+
+def shift(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Every token gets what the feed-forward gave for the one before: it goes by index."""
+    return output.roll(1, dims=1)
+
+
+def test_a_hook_that_mixes_tokens_is_seen_between_two_attacks() -> None:
+    """The last feed-forward treated tokens alone before the hook, and does so no more."""
+    batch, sites, options = pairs(), ["embedding", "mlp:1"], {"steps": 3, "step_size": 0.05, "capture_graph": "off"}
+    model = tiny("llama")
+    LatentPGD(model, sites, engine="packed", **options).attack(batch)
+    model.model.layers[-1].mlp.register_forward_hook(shift)
+    auto = LatentPGD(model, sites, **options).attack(batch)
+    assert_same(auto, LatentPGD(model, sites, engine="reference", **options).attack(batch), losses=1e-5)
+
+
+def test_a_hook_that_mixes_tokens_is_no_longer_packed() -> None:
+    model = tiny("llama")
+    assert can_pack(model)
+    handle = model.model.layers[-1].mlp.register_forward_hook(shift)
+    assert not can_pack(model)
+    handle.remove()
+    assert can_pack(model)
+
+
+def test_frozen_blocks_know_one_hook_from_another() -> None:
+    """With a hook that puts something aside for a later block, the lowest blocks have to run in every pass."""
+    model = tiny("llama")
+    first, later = model.model.layers[0].mlp, model.model.layers[3].mlp
+    handle = first.register_forward_hook(identity)
+    assert can_freeze(model, 2)
+    handle.remove()
+    aside: list[torch.Tensor] = []
+    first.register_forward_hook(lambda m, a, out: aside.append(out))
+    later.register_forward_hook(lambda m, a, out: out + aside.pop())
+    assert not can_freeze(model, 2)
