@@ -10,6 +10,7 @@ import torch
 
 from lpa import LPATrainer
 from lpa_kernels.attack import LatentPGD, PairBatch
+from lpa_kernels.attack import graphs as capturing
 from lpa_kernels.model import modes
 from tests.lpa.training.test_trainer import assert_same, logged, trainer_of, weights
 from tests.support.faults import failing, run_out
