@@ -7,9 +7,13 @@ import pytest
 
 import lpa
 import lpa_kernels
+from lpa.data import PairCollator
+
+from .support.tiny import rows, saved_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -32,9 +36,23 @@ def test_names_exist(page):
 def test_the_readme_names_commands_that_exist():
     from lpa.cli import COMMANDS
 
-    named = set(re.findall(r"\blpa (train|traits|assets|evaluate|report|chat|export|plan)\b", PAGES[0].read_text()))
+    named = set(re.findall(r"\blpa (train|traits|assets|evaluate|report|chat|export|plan)\b", README.read_text()))
     assert named <= set(COMMANDS)
     assert "train" in named
+
+
+def test_the_readmes_python_runs_on_a_tiny_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    names = {"model": tiny_model(len(tokenizer), depth=17), "batch": PairCollator(tokenizer)(rows(2))}
+    smaller = {"Qwen/Qwen3-8B": saved_tiny(tmp_path / "tiny"), "lpa_steps=30": "lpa_steps=1, use_cpu=True"}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    for block in blocks:
+        for full, small in smaller.items():
+            block = block.replace(full, small)
+        exec(block, names)
+    assert len(names["attack"].losses) == 16
+    assert (tmp_path / "runs/qwen3/adapter_model.safetensors").is_file()
 
 
 def test_no_placeholder_is_left():

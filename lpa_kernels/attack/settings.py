@@ -54,7 +54,7 @@ class AttackSettings:
         ValueError: an unknown or impossible setting; the message names it, its value and what would be right.
 
     >>> AttackSettings(steps=4).reach(width=576)
-    0.0965...
+    0.0962...
     """
 
     epsilon: float = 6.0

@@ -287,7 +287,7 @@ def token_loss_(
     >>> logits = torch.zeros(1, 4)
     >>> losses, hits = token_loss_(logits, torch.tensor([2]), torch.tensor([False]), torch.ones(1))
     >>> losses.tolist(), logits.tolist()
-    ([1.386...], [[0.25, 0.25, -0.75, 0.25]])
+    ([1.386...], [[0.25, 0.25, -0.75..., 0.25]])
     """
     expect("logits", logits, (-1, -1))
     for name, tensor in (("labels", labels), ("away", away), ("weight", weight)):
