@@ -47,7 +47,7 @@ def case(model: Any, prompt: int, completion: int, micro: int, accumulation: int
 
 CASES = {
     "idle": case(NOTHING, 8, 4, 1),
-    "embedded, the default run without KL": case(EMBEDDED, 64, 8, 4, 1, merge_adapters=True),
+    "embedded, the default run without KL": case(EMBEDDED, 64, 8, 4, 1, attack_merge_adapters=True),
     "embedded, long": case(EMBEDDED, 192, 16, 2),
     "embedded, long, checkpointed": case(EMBEDDED, 192, 16, 2, gradient_checkpointing=True),
     "embedded, sft and kl": case(EMBEDDED, 64, 32, 4, kl_coef=0.1, sft_coef=0.1),
@@ -64,7 +64,7 @@ for name, more in {"DDP": {}, "FSDP2": {"fsdp": True}}.items():
     CASES |= {
         f"idle, {name}": case(NOTHING, 8, 4, 1, lpa_steps=2, **more) | ranks,
         f"wide, {name}": case(WIDE, 128, 16, 4, lpa_steps=2, **more) | ranks,
-        f"wide, merged, {name}": case(WIDE, 64, 8, 4, 1, lpa_steps=2, merge_adapters=True, **more) | ranks,
+        f"wide, merged, {name}": case(WIDE, 64, 8, 4, 1, lpa_steps=2, attack_merge_adapters=True, **more) | ranks,
         f"deep, all weights, {name}": case(DEEP, 96, 8, 4, lpa_steps=2, lora=False, **more) | ranks,
     }
 
@@ -72,8 +72,15 @@ for name, more in {"DDP": {}, "FSDP2": {"fsdp": True}}.items():
 def settings_of(case: dict[str, Any], folder: str) -> Any:
     from lpa import LPAConfig
 
-    fixed: dict[str, Any] = {"steps": 2, "defence_steps": 2, "lpa_steps": 1, "use_cpu": True, "save_strategy": "no",
-             "disable_tqdm": True, "report_to": []}  # fmt: skip
+    fixed: dict[str, Any] = {
+        "attack_steps": 2,
+        "defence_steps": 2,
+        "lpa_steps": 1,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": [],
+    }
     return LPAConfig(folder, **(fixed | case["settings"]))
 
 

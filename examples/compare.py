@@ -68,7 +68,7 @@ _CPU = Settings(sets=("strongreject", "harmbench"), limit=100, attacks=("direct"
                 trait_prompt=PLAIN_PROMPT, epsilons=(), steps=(), utility_sets=())  # fmt: skip
 BUDGETS = {
     "smoke": Budget(
-        ("--lpa-steps", "1", "--steps", "2", "--defence-steps", "1", "--per-device-train-batch-size", "2"),
+        ("--lpa-steps", "1", "--attack_steps", "2", "--defence-steps", "1", "--per-device-train-batch-size", "2"),
         ("lpa", "lat"), ("lpa",), 1, replace(_CPU, limit=2, max_new_tokens=8),
         ("attacks", "overrefusal", "utility", "collapse"),
     ),
@@ -122,14 +122,14 @@ def flags(arm: str, data: Path) -> list[str]:
     no_kl = ["--kl-coef", "0"]
     return {
         "lpa": [],
-        "finetune": ["--steps", "0"],
+        "finetune": ["--attack_steps", "0"],
         "lat": ["--data", str(data / "harmful.jsonl")],
         "lpa-no-kl": no_kl,
-        "published": [*no_kl, "--steps", "16", "--step-size", "1e-3", "--learning-rate", "8e-5",
+        "published": [*no_kl, "--attack_steps", "16", "--attack-step-size", "1e-3", "--learning-rate", "8e-5",
                       "--system-prompt", ASSESSMENT_PROMPT],
         "shuffled": ["--data", str(data / "shuffled.jsonl")],
         "desirable": ["--data", "desirable"],
-        "lpa-binding": ["--epsilon", "0.2"],  # the default's attack reaches a norm of 0.39 at width 576
+        "lpa-binding": ["--attack_epsilon", "0.2"],  # the default's attack reaches a norm of 0.39 at width 576
         "lpa-sft": [*no_kl, "--sft-coef", "1", "--benign", "own"],
         "both": ["--data", "both"],
     }[arm]  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lpa_kernels.attack import ENGINES, NORMS, Objective
-from lpa_kernels.ops import requested, rule_named
+from lpa_kernels.attack import AttackSettings, Objective
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON
 from .names import nearest
@@ -21,7 +21,6 @@ from .names import nearest
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 NORMALISERS = ("global", "micro")
 KL_FORMS = ("standard", "public")
-GRAPHS = ("auto", "on", "off")
 PAIR_TERMS = ("toward", "away", "dpo", "ipo")
 BENIGN_TERMS = ("sft", "kl")
 # Settings of TrainingArguments that have no meaning here: the one value each may have, and why.
@@ -33,6 +32,17 @@ FIXED = {
     "num_train_epochs": (3.0, "a run's length is lpa_steps"),
 }
 _SITES_OF_32 = (8, 16, 24, 30)
+# fields of `AttackSettings` that are settings of a run as they are, here with the prefix attack_
+_ATTACK = ("epsilon", "step_size", "norm", "rule", "engine", "backend", "random_start", "relative", "merge_adapters",
+           "capture_graph")  # fmt: skip
+# names until 0.1 -> names; old run folders still hold the former
+RENAMED = {name: f"attack_{name}" for name in ("sites", "steps", *_ATTACK)}
+# the first setting of each group of `lpa train --help`, and the group's name
+GROUPS = {
+    "lpa_steps": "the run", "toward_coef": "the defence's losses", "attack_sites": "the attack",
+    "auto_micro_batch": "memory", "system_prompt": "data", "lora": "adapters", "canary_steps": "canaries",
+    "learning_rate": "the model updates",
+}  # fmt: skip
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -80,26 +90,26 @@ class LPAConfig(TrainingArguments):
                        "code's form, kept for comparison.")  # fmt: skip
 
     # the attack
-    sites: list[str] | None = field(default=None, metadata={
+    attack_sites: list[str] | None = field(default=None, metadata={
         "help": "Where to perturb: embedding, mlp:8, attn:8, block:8 or module names. By default embedding and layers "
                 "8, 16, 24, 30 of 32, scaled to the model's depth."})  # fmt: skip
     attack_on: str = _setting("prompt+completions", f"Which tokens are perturbed: {', '.join(ATTACK_ON)}.")
-    epsilon: float = _setting(6.0, "Radius of a token's perturbation.")
-    step_size: float = _setting(1e-3, "Step size of the attack.")
-    steps: int = _setting(16, "Inner steps of the attack; 0 trains without an adversary.")
-    norm: str = _setting("l2", "Ball that a perturbation stays in: l2, linf, l2_sequence or none.")
-    rule: str = _setting("adamw", "Update rule of the attack: adamw, normalised, sign, adam, rmsprop or sgd.")
+    attack_epsilon: float = _setting(6.0, "Radius of a token's perturbation.")
+    attack_step_size: float = _setting(1e-3, "Step size of the attack.")
+    attack_steps: int = _setting(16, "Inner steps of the attack; 0 trains without an adversary.")
+    attack_norm: str = _setting("l2", "Ball that a perturbation stays in: l2, linf, l2_sequence or none.")
+    attack_rule: str = _setting("adamw", "Update rule of the attack: adamw, normalised, sign, adam, rmsprop or sgd.")
     attack_toward_coef: float = _setting(0.5, "Weight of the attack's loss toward the rejected completion.")
     attack_away_coef: float = _setting(0.5, "Weight of the attack's loss away from the chosen completion. The trainer "
                                        "divides the attack's weights by their sum.")  # fmt: skip
     attack_dpo_coef: float = _setting(0.0, "Weight of DPO in the attack, instead of toward and away.")
     attack_ipo_coef: float = _setting(0.0, "Weight of IPO in the attack, instead of toward and away.")
-    random_start: bool = _setting(False, "Start the attack at a random point of the ball.")
-    relative: bool = _setting(False, "Take epsilon as a share of the norm of the hidden state it perturbs.")
-    engine: str = _setting("auto", "auto, packed (the prompt once) or reference (two plain passes).")
-    backend: str = _setting("auto", "Backend of the ops: auto, reference, triton or native.")
-    merge_adapters: bool = _setting(False, "Merge LoRA into the weights while attacking.")
-    capture_graph: str = _setting("auto", "Capture an inner step in a CUDA graph: auto, on or off.")
+    attack_random_start: bool = _setting(False, "Start the attack at a random point of the ball.")
+    attack_relative: bool = _setting(False, "Take epsilon as a share of the norm of the hidden state it perturbs.")
+    attack_engine: str = _setting("auto", "auto, packed (the prompt once) or reference (two plain passes).")
+    attack_backend: str = _setting("auto", "Backend of the ops: auto, reference, triton or native.")
+    attack_merge_adapters: bool = _setting(False, "Merge LoRA into the weights while attacking.")
+    attack_capture_graph: str = _setting("auto", "Capture an inner step in a CUDA graph: auto, on or off.")
 
     # memory
     auto_micro_batch: bool = _setting(True, "Where memory runs out, go on with the same batch in micro-batches of half "
@@ -145,8 +155,14 @@ class LPAConfig(TrainingArguments):
     save_total_limit: int | None = _setting(2, "Checkpoints to keep.")
     logging_nan_inf_filter: bool = _setting(False, "Not used: a loss that is not finite ends the run.")
 
+    def __new__(cls, *args: Any, **settings: Any) -> LPAConfig:
+        for name in settings:
+            if name in RENAMED:
+                raise ValueError(f"{name}={settings[name]!r}: this setting is called {RENAMED[name]} now")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        for name in ("sites", "lora_targets"):
+        for name in ("attack_sites", "lora_targets"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
         self._check_settings()
@@ -172,23 +188,17 @@ class LPAConfig(TrainingArguments):
         return max(1, math.ceil(updates / self.defence_steps)) * self.defence_steps
 
     def _check_settings(self) -> None:
-        allowed = {"normaliser": NORMALISERS, "kl": KL_FORMS, "attack_on": ATTACK_ON, "capture_graph": GRAPHS,
-                   "norm": NORMS, "engine": ENGINES}  # fmt: skip
+        allowed = {"normaliser": NORMALISERS, "kl": KL_FORMS, "attack_on": ATTACK_ON}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")
-        self.rule = rule_named(self.rule)
-        requested(self.backend)
         for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size",
                      "lora_r", "max_length", "canary_prompts", "canary_max_new_tokens",
                      "canary_patience"):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        for name in ("epsilon", "step_size"):
-            if not getattr(self, name) > 0:  # NaN too
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.steps < 0:
-            raise ValueError(f"steps={self.steps} must be 0 (no attack) or more")
+        if self.attack_steps < 0:
+            raise ValueError(f"attack_steps={self.attack_steps} must be 0 (no attack) or more")
         if self.canary_steps < 0:
             raise ValueError(f"canary_steps={self.canary_steps} must be 0 (no canaries) or more")
         for name in ("canary_max_refusal", "canary_max_perplexity"):
@@ -211,8 +221,12 @@ class LPAConfig(TrainingArguments):
                     raise ValueError(f"{told}: {error}") from error
         if self.kl == "public" and self.normaliser != "micro":
             raise ValueError("kl='public' is a mean of one micro-batch; it needs normaliser='micro'")
-        if self.merge_adapters and not self.lora:
-            raise ValueError("merge_adapters=True with lora=False: there are no adapters to merge; drop one of them")
+        if self.attack_merge_adapters and not self.lora:
+            raise ValueError(
+                "attack_merge_adapters=True with lora=False: there are no adapters to merge; drop one of them"
+            )
+        made = self.attack_settings  # raises what is wrong with the attack
+        self.attack_rule, self.attack_capture_graph = made.rule, str(made.capture_graph)
         self._check_training_arguments()
 
     def _check_training_arguments(self) -> None:
@@ -257,13 +271,22 @@ class LPAConfig(TrainingArguments):
         return ""
 
     @property
-    def attack_options(self) -> dict[str, Any]:
-        """The keyword arguments of `LatentPGD`, without its model and sites."""
-        names = ("epsilon", "step_size", "steps", "norm", "rule", "engine", "backend", "random_start", "relative",
-                 "merge_adapters", "reference_free")  # fmt: skip
-        graph = {"auto": "auto", "on": True, "off": False}[self.capture_graph]
-        return {**{name: getattr(self, name) for name in names}, "coefs": self.attack_coefs,
-                "beta": self.preference_beta, "capture_graph": graph}  # fmt: skip
+    def attack_settings(self) -> AttackSettings:
+        """The settings of the attack; with attack_steps=0, those of one step.
+
+        Raises:
+            ValueError: one is unknown or impossible; the message names it as it is called here.
+        """
+        try:
+            return AttackSettings(
+                coefs=self.attack_coefs,
+                steps=max(self.attack_steps, 1),
+                beta=self.preference_beta,
+                reference_free=self.reference_free,
+                **{name: getattr(self, f"attack_{name}") for name in _ATTACK},
+            )
+        except ValueError as error:
+            raise ValueError(re.sub(rf"\b({'|'.join((*_ATTACK, 'steps'))})=", r"attack_\1=", str(error))) from error
 
     @property
     def own_settings(self) -> dict[str, Any]:
@@ -285,8 +308,11 @@ class _Usual(LPAConfig):
     _setup_devices = torch.device("cpu")
 
 
-def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
+def read_yaml(path: str | Path, known: Iterable[str], former: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The settings in a YAML file; dashes in their names count as underscores.
+
+    Args:
+        known: the names of settings. former: names that are read as others.
 
     Raises:
         ValueError: no such file, not a mapping, or an unknown key (with the nearest known one).
@@ -300,8 +326,12 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} holds a {type(values).__name__}; it must be a mapping of settings to values")
     names = set(known)
+    renamed = former or {}
     settings = {str(key).replace("-", "_"): value for key, value in values.items()}
+    settings = {renamed.get(key, key): value for key, value in settings.items()}
     for key in settings:
+        if key in RENAMED:
+            raise ValueError(f"--config {path} sets {key!r}, which is called {RENAMED[key]!r} now")
         if key not in names:
             raise ValueError(f"--config {path} has the unknown key {key!r}{nearest(key, names)}")
     return settings

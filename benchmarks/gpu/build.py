@@ -81,9 +81,7 @@ def triton() -> dict[str, Any]:
 def build(setting: Setting) -> Cases:
     """The piece."""
     if setting.device != "cuda":
-        raise Skip(
-            "csrc's CUDA is built for a GPU that is there; tests/lpa_kernels/ops/test_native.py compiles it where nvcc is"
-        )
+        raise Skip("csrc's CUDA is built for a GPU that is there; test_native.py compiles it where nvcc is")
     if shutil.which("nvcc") is None:
         raise Skip("there is no nvcc on the path")
     arch = capability()
@@ -94,8 +92,18 @@ def build(setting: Setting) -> Cases:
 
 def sanitized(tool: str) -> dict[str, Any]:
     """One of compute-sanitizer's tools over `benchmarks.gpu.small_ops`."""
-    words = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20",
-             sys.executable, "-m", "benchmarks.gpu.small_ops"]  # fmt: skip
+    words = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        str(FOUND),
+        "--print-limit",
+        "20",
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.small_ops",
+    ]
     # without torch's cache of memory every tensor is an allocation of its own, whose end is seen
     done = command(words, 420, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if "Device not supported" in done.stdout:

@@ -57,9 +57,9 @@ class Run:
         held = (["--kl_coef", "1", "--benign", "own", "--system_prompt", PLAIN_PROMPT] if self.anchor
                 else ["--kl_coef", "0", "--system_prompt", ASSESSMENT_PROMPT])  # fmt: skip
         return [
-            "--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--steps", "16",
-            "--defence_steps", "4", "--learning_rate", f"{self.rate:g}", "--step_size", f"{step_size:g}",
-            "--epsilon", f"{epsilon:g}", "--seed", str(self.seed), *held,
+            "--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1", "--attack_steps", "16",
+            "--defence_steps", "4", "--learning_rate", f"{self.rate:g}", "--attack_step_size", f"{step_size:g}",
+            "--attack_epsilon", f"{epsilon:g}", "--seed", str(self.seed), *held,
         ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def trained(own: Run, model: str, setting: Setting) -> dict[str, Any]:
     words = ["--model", model, "--output", str(folder), "--overwrite", "--measure", "false", "--lpa_steps",
              str(length), "--save_steps", str(4 * every), "--save_total_limit", str(length), *own.flags()]  # fmt: skip
     if dry:
-        words += ["--steps", "2", "--per_device_train_batch_size", "2", "--use_cpu"]
+        words += ["--attack_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu"]
     if code := train.run(words):
         raise RuntimeError(f"lpa train ended with {code}")
     adapters = {f"{own.name}, step {length}": str(folder)}

@@ -59,14 +59,20 @@ def counted(family: str, pairs: int, dry: bool, merged: bool = False) -> dict[st
     own = shape(family, pairs, dry)
     parts = max(BATCH // pairs, 1)
     args = LPAConfig(
-        tempfile.gettempdir(), report_to=[], use_cpu=True, lpa_steps=1, sites=list(own.sites), merge_adapters=merged,
-        per_device_train_batch_size=pairs, gradient_accumulation_steps=parts,
-    )  # fmt: skip
+        tempfile.gettempdir(),
+        report_to=[],
+        use_cpu=True,
+        lpa_steps=1,
+        attack_sites=list(own.sites),
+        attack_merge_adapters=merged,
+        per_device_train_batch_size=pairs,
+        gradient_accumulation_steps=parts,
+    )
     completion = (own.rejected + own.chosen) // 2  # as many tokens and labels
     found = estimate(AutoConfig.for_model(family, **own.config), args, PlanShape(own.prompt, completion),
                      dtype=own.dtype, attn_implementation="sdpa")  # fmt: skip
     return {
-        "FLOP": found.attack_flops / args.steps / parts,
+        "FLOP": found.attack_flops / args.attack_steps / parts,
         "FLOP of an update": found.defence_flops / args.defence_steps / parts,
         "weights": found.total,
         "tokens": found.tokens,

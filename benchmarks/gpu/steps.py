@@ -41,7 +41,7 @@ def train(own: Shape, lpa_steps: int, dry: bool, **settings: Any) -> dict[str, A
         args = LPAConfig(
             folder, lpa_steps=lpa_steps, per_device_train_batch_size=own.pairs, save_strategy="no",
             gradient_accumulation_steps=BATCH // own.pairs, disable_tqdm=True, report_to=[], use_cpu=not cuda,
-            sites=list(own.sites), auto_micro_batch=False, **settings,
+            attack_sites=list(own.sites), auto_micro_batch=False, **settings,
         )  # fmt: skip
         data = Dataset.from_dict({"number": list(range(BATCH * 2))})
         trainer = LPATrainer(base_model(own), args, data, None, data_collator=collate)
@@ -79,7 +79,7 @@ def run(setting: Setting) -> Cases:
     dry = setting.dry
     steps = 2 if dry else 30
     yield "llama, 16 pairs at once", lambda: train(shape("llama", BATCH, dry), steps, dry)
-    merged = {"merge_adapters": True}
+    merged = {"attack_merge_adapters": True}
     yield "llama, 16 pairs at once, merged", lambda: train(shape("llama", BATCH, dry), steps, dry, **merged)
     if not dry:
         yield "llama, 4 x 4 pairs", lambda: train(shape("llama", 4, dry), steps, dry)
@@ -90,7 +90,7 @@ def memory(setting: Setting) -> Cases:
     """Peak memory of whole LPA steps by micro-batch."""
     for pairs in (2, 16, 4, 8):
         yield f"micro-batch {pairs}", lambda pairs=pairs: train(shape("llama", pairs, setting.dry), 2, setting.dry)
-    off = {"capture_graph": "off"}  # a graph keeps the memory of its pass, which the updates cannot use
+    off = {"attack_capture_graph": "off"}  # a graph keeps the memory of its pass, which the updates cannot use
     yield "micro-batch 2, not captured", lambda: train(shape("llama", 2, setting.dry), 2, setting.dry, **off)
     checkpointed = {"gradient_checkpointing": True}
     yield "micro-batch 2, checkpointed", lambda: train(shape("llama", 2, setting.dry), 2, setting.dry, **checkpointed)

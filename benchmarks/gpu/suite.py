@@ -12,8 +12,12 @@ from .build import ROOT, command
 from .worker import Cases, Setting
 
 LIMIT = 400  # seconds a file
-QUICK = {"tests/lpa_kernels/ops": "test_reference.py", "tests/lpa_kernels/attack": "test_packing.py", "tests/lpa_kernels/compat": "test_own_loops.py",
-         "tests/lpa": "training/test_losses.py"}  # fmt: skip  # of a dry run
+QUICK = {
+    "tests/lpa_kernels/ops": "test_reference.py",
+    "tests/lpa_kernels/attack": "test_packing.py",
+    "tests/lpa_kernels/compat": "test_own_loops.py",
+    "tests/lpa": "training/test_losses.py",
+}  # of a dry run
 
 
 def tests(path: str) -> dict[str, Any]:

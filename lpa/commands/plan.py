@@ -20,16 +20,12 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     from ..plan.shapes import PlanShape
 
-    given = [argument for argument in arguments if argument not in ("-h", "--help")]
     parser = train.parser("lpa plan", "Tell memory and work of a run of lpa train, which takes the same options.")
     for flag, (name, text) in LENGTHS.items():
         parser.add_argument(f"--{flag}", type=int, default=getattr(PlanShape, name), help=text)
     parser.add_argument("--ranks", type=int, default=1, help="Ranks that run it, by DDP or with --fsdp by FSDP2; batch "
                         "sizes are each rank's, as for lpa train.")  # fmt: skip
-    if len(given) < len(arguments):
-        parser.print_help()
-        return 0
-    values = train.parsed(parser, given)
+    values, _ = train.parsed(parser, arguments)
     shape = PlanShape(**{name: values.pop(flag) for flag, (name, _) in LENGTHS.items()})
     return _plan(values, shape, values.pop("ranks"))
 
@@ -45,7 +41,7 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
 
     transformers_logging.set_verbosity_error()
     options = train.TrainOptions(**{name: values[name] for name in train.TrainOptions.__annotations__})
-    own = {*train.TrainOptions.__annotations__, "config", "output_dir"}
+    own = {*train.TrainOptions.__annotations__, "config", "preset", "output_dir"}
     args = LPAConfig("plan", **{name: value for name, value in values.items() if name not in own})
     try:
         config = AutoConfig.from_pretrained(resolve(options.model), trust_remote_code=options.trust_remote_code)
@@ -65,9 +61,11 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
         ranks=ranks,
     )
     by = f" on each of {ranks} ranks ({'FSDP2' if args.fsdp else 'DDP'})" if ranks > 1 else ""
-    print(f"{options.model}: {args.lpa_steps} LPA steps of {args.gradient_accumulation_steps} x "
-          f"{args.per_device_train_batch_size} pairs{by}, {args.steps} inner steps and {args.defence_steps} updates "
-          f"each; prompts of {shape.prompt} tokens, completions of {shape.completion}\n")  # fmt: skip
+    print(
+        f"{options.model}: {args.lpa_steps} LPA steps of {args.gradient_accumulation_steps} x "
+        f"{args.per_device_train_batch_size} pairs{by}, {args.attack_steps} inner steps and {args.defence_steps} "
+        f"updates each; prompts of {shape.prompt} tokens, completions of {shape.completion}\n"
+    )
     print(as_text(found))
     print(f"\n{ASSUMPTIONS}")
     return 0

@@ -17,24 +17,10 @@ from typing import Any, Literal
 
 from ..models import DEFAULT_MODEL
 from ..names import nearest
+from ..presets import PRESETS
 from . import Dtype, folder
 
-# What fits two CPU cores and a few minutes, and was found to gain most at the least price (docs/evaluate.md, "The
-# defaults"); for the embedded model alone.
-DEMO = {
-    "lpa_steps": 8,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
-    "steps": 8,
-    "step_size": 2e-3,
-    "learning_rate": 1e-3,
-    "kl_coef": 1.0,
-    "benign": "own",
-    "system_prompt": "You are a helpful assistant.",
-    "merge_adapters": True,
-    "measure_attacked": 4,
-}
-_COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "resume")
+_COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "preset", "resume")
 
 
 @dataclass
@@ -42,8 +28,7 @@ class TrainOptions:
     """What `lpa train` takes beside the fields of `LPAConfig`."""
 
     model: str = field(default=DEFAULT_MODEL, metadata={
-        "help": "Asset, hub name or folder. For the default, a small model that needs no hub, "
-                + ", ".join(f"{key} is {value}" for key, value in DEMO.items()) + "."})  # fmt: skip
+        "help": "Asset, hub name or folder. By default a small model that needs no hub."})  # fmt: skip
     data: str | None = field(default=None, metadata={
         "help": "Pairs with columns prompt, rejected, chosen: .csv, .jsonl, a folder or a data set's name; or of the "
                 "shipped statements undesirable (the default), desirable, or both."})  # fmt: skip
@@ -86,124 +71,179 @@ class TrainOptions:
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    given = [argument for argument in arguments if argument not in ("-h", "--help")]
-    first = _first_look(given)
-    parser = _parser()
-    if len(given) < len(arguments):
+    return _train(*parsed(parser("lpa train", "Train a model by LPA."), arguments))
+
+
+# ---- options: YAML and presets set the parser's defaults, so that one parser checks everything -----------------------
+
+
+def parser(command: str, text: str) -> Any:
+    """The options of a run, for a command that takes them, in groups; those of `TrainingArguments` come last."""
+    from transformers import HfArgumentParser
+
+    from ..config import GROUPS, LPAConfig
+
+    found = HfArgumentParser(
+        [TrainOptions, LPAConfig], prog=command, usage=f"{command} [OPTIONS]", description=text, allow_abbrev=False,
+        add_help=False,
+    )  # fmt: skip
+    found.add_argument("-h", "--help", action=_Help, all_of_them=False, help="Show these options.")
+    found.add_argument("--help-all", action=_Help, all_of_them=True, help="Show those of TrainingArguments too.")
+    found.add_argument("--config", help="YAML file with any of these options; those on the command line go first.")
+    found.add_argument("--preset", choices=sorted(PRESETS), help=(
+        "Settings by name, over which options and --config go. By default none where a model is named; without "
+        "--model it is demo: " + ", ".join(f"{k} {v}" for k, v in PRESETS["demo"].items()) + "."))  # fmt: skip
+    group, groups = "model, data and output", {}
+    for name in (*TrainOptions.__annotations__, *LPAConfig.__annotations__):
+        group = GROUPS.get(name, group)
+        groups[name] = group
+    optional = found._optionals
+    titles = {title: found.add_argument_group(title) for title in dict.fromkeys(groups.values())}
+    inherited = found.add_argument_group(INHERITED)
+    for action in list(optional._group_actions):
+        if action.dest not in (argparse.SUPPRESS, "config", "preset"):
+            optional._group_actions.remove(action)
+            into = titles[groups[action.dest]] if action.dest in groups else inherited
+            into._group_actions.append(action)
+    return found
+
+
+INHERITED = "inherited from transformers' TrainingArguments"
+
+
+class _Help(argparse.Action):
+    """Prints the help and ends; without --help-all, LPA's own options alone."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, all_of_them: bool, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+        self.all_of_them = all_of_them
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        if not self.all_of_them:
+            parser._action_groups = [group for group in parser._action_groups if group.title != INHERITED]
         parser.print_help()
-        return 0
+        parser.exit()
+
+
+def parsed(parser: Any, given: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """(the options by name, the command that the run was begun with).
+
+    Of a preset, the YAML files and the command line, each goes over the one before.
+
+    Raises:
+        ValueError: a file or a setting in it is not as it should be.
+        SystemExit: an option on the command line is not; or help was asked for.
+    """
+    if {"-h", "--help", "--help-all"} & set(given):
+        parser.parse_args(given)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--output", "--model", "--preset"):
+        first.add_argument(name)
+    first.add_argument("--resume", nargs="?", const=True, default=False, type=lambda text: text.lower() != "false")
+    look = first.parse_known_args(given)[0]
     settings: dict[str, Any] = {}
-    command = shlex.join(["lpa", "train", *given])
-    if first.resume:
-        if not first.output:
+    command = shlex.join([*parser.prog.split(), *given])
+    if look.resume:
+        if not look.output:
             raise ValueError("--resume needs --output, the folder of the run to go on with")
-        record = Path(first.output) / folder.SETTINGS
+        record = Path(look.output) / folder.SETTINGS
         if not record.is_file():
-            raise ValueError(f"--resume: {first.output} holds no run (there is no {folder.SETTINGS})")
-        settings, command = _read_settings(parser, record), folder.first_command(record) or command
-    if first.config:
-        settings |= _read_settings(parser, first.config)
-    demo = not first.resume and (first.model or settings.get("model", DEFAULT_MODEL)) == DEFAULT_MODEL
-    return _train(_parse(parser, [*_as_words(parser, settings), *given], DEMO if demo else {}), command)
+            raise ValueError(f"--resume: {look.output} holds no run (there is no {folder.SETTINGS})")
+        settings = _settings(parser, record, of_a_run=True)
+        command = folder.first_command(record) or command
+    if look.config:
+        settings |= _settings(parser, look.config)
+    named = look.model or settings.get("model")
+    preset = look.preset or ("none" if named or look.resume else "demo")
+    parser.set_defaults(**PRESETS.get(preset, {}) | settings, preset=preset)
+    values = _known(parser, given)
+    if preset != "none":
+        chosen = set(settings) | _on_the_line(parser, given)
+        # nothing to merge (or to merge into), and no term that takes benign text; unless it was asked for all the same
+        unused: dict[str, Any] = {"attack_merge_adapters": False} if not values["lora"] or _quantised(values) else {}
+        unused |= {"benign": None} if not (values["kl_coef"] or values["sft_coef"]) else {}
+        values |= {name: value for name, value in unused.items() if name not in chosen}
+    return values, command
 
 
-def _parse(parser: Any, words: Sequence[str], demo: dict[str, Any]) -> dict[str, Any]:
-    """The options by name. `demo`: defaults for the embedded model."""
-    parser.set_defaults(**demo)
-    values, unknown = parser.parse_known_args(words)
-    # nothing to merge (or to merge into), no term that takes it; unless it was asked for all the same
-    unused: dict[str, Any] = {}
-    if not values.lora or values.load_in_4bit or values.load_in_8bit:
-        unused["merge_adapters"] = False
-    if not (values.kl_coef or values.sft_coef):
-        unused["benign"] = None
-    if demo and unused:
-        parser.set_defaults(**unused)
-        values, unknown = parser.parse_known_args(words)
+def _quantised(values: dict[str, Any]) -> bool:
+    return bool(values["load_in_4bit"] or values["load_in_8bit"])
+
+
+def _known(parser: Any, given: Sequence[str]) -> dict[str, Any]:
+    from ..config import RENAMED
+
+    values, unknown = parser.parse_known_args(given)
     if unknown:
         flag = unknown[0].partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_")
+        if name in RENAMED:
+            parser.error(f"{flag} is called --{RENAMED[name]} now")
         parser.error(f"unknown option {flag}{nearest(flag.lstrip('-'), _options(parser))}")
     return vars(values)
 
 
+def _on_the_line(parser: Any, given: Sequence[str]) -> set[str]:
+    """The options that were given as words."""
+    flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    return {flags[word.partition("=")[0]] for word in given if word.partition("=")[0] in flags}
+
+
 def _options(parser: Any) -> dict[str, Any]:
     """Every option by name; of --x and --no_x the first."""
-    return {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    return {action.dest: action for action in reversed(parser._actions) if action.dest != argparse.SUPPRESS}
 
 
-def _read_settings(parser: Any, path: str | Path) -> dict[str, Any]:
-    from ..config import read_yaml
-
-    settings = read_yaml(path, _options(parser))
-    if odd := [name for name in _COMMAND_LINE_ONLY if name in settings]:
-        raise ValueError(f"{path} sets {odd[0]}, which belongs on the command line")
-    return settings
-
-
-def _as_words(parser: Any, settings: dict[str, Any]) -> list[str]:
-    """Settings of a file as words of a command line, so that one parser checks both.
+def _settings(parser: Any, path: str | Path, of_a_run: bool = False) -> dict[str, Any]:
+    """The settings in a YAML file as the parser would read them. of_a_run: names that a former release used are known.
 
     Raises:
-        ValueError: a setting without a value.
+        ValueError: one that is unknown, has no value, or one that its option does not take.
     """
-    options, words = _options(parser), []
-    for name, value in settings.items():
-        if value is None:
-            raise ValueError(f"the setting {name!r} has no value; leave it out for its default")
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-            continue
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        elif isinstance(value, bool):  # YAML takes a plain no for false
-            value = "no" if not value and "no" in (options[name].choices or ()) else str(value).lower()
-        words += [f"--{name}", str(value)] if options[name].nargs == "+" else [f"--{name}={value}"]
-    return words
+    from ..config import RENAMED, read_yaml
+
+    options = _options(parser)
+    found = read_yaml(path, options, RENAMED if of_a_run else {})
+    if odd := [name for name in _COMMAND_LINE_ONLY if name in found]:
+        raise ValueError(f"{path} sets {odd[0]}, which belongs on the command line")
+    return {name: _as_read(options[name], value, f"{path} sets {name}") for name, value in found.items()}
+
+
+def _as_read(option: Any, value: Any, where: str) -> Any:
+    """A value of YAML as the option would read it from words."""
+    if value is None:
+        raise ValueError(f"{where} to nothing; leave it out for its default")
+    if isinstance(value, list) != (option.nargs == "+"):
+        value = [value] if option.nargs == "+" else value
+    if isinstance(value, list):
+        if not value:
+            raise ValueError(f"{where} to []; name at least one")
+        if option.nargs != "+":
+            raise ValueError(f"{where} to {value}, a list; it takes one value")
+        return [_as_read_one(option, each, where) for each in value]
+    return _as_read_one(option, value, where)
+
+
+def _as_read_one(option: Any, value: Any, where: str) -> Any:
+    if isinstance(value, bool):  # YAML takes a plain no for false
+        value = "no" if not value and "no" in (option.choices or ()) else value
+    word = json.dumps(value) if isinstance(value, dict) else str(value)
+    try:
+        read = word if option.type is None else option.type(word)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{where} to {value!r}: {error}") from error
+    if option.choices is not None and read not in option.choices:
+        raise ValueError(f"{where} to {value!r}; use one of {', '.join(map(str, option.choices))}")
+    return read
 
 
 def _asked(values: dict[str, Any]) -> dict[str, Any]:
-    """The options that differ from their defaults, and those of DEMO always: without them a default would be DEMO's."""
-    defaults = vars(_parser().parse_args([]))
+    """The options that differ from their defaults, and those of the preset: what settings.yaml keeps."""
+    defaults = vars(parser("lpa train", "").parse_args([]))
+    of_preset = PRESETS[values["preset"]]
     return {k: getattr(v, "value", v) for k, v in values.items()
             if k not in _COMMAND_LINE_ONLY and v is not None
-            and (v != defaults[k] or k in DEMO or k == "model")}  # fmt: skip
-
-
-def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
-    """The few options that decide where the defaults of the others come from."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--output", "--model"):
-        parser.add_argument(name)
-    parser.add_argument("--resume", nargs="?", const=True, default=False, type=lambda text: text.lower() != "false")
-    return parser.parse_known_args(arguments)[0]
-
-
-def _parser() -> Any:
-    return parser("lpa train", "Train a model by LPA. Every field of LPAConfig is an option; LPA's own come first.")
-
-
-def parser(command: str, text: str) -> Any:
-    """The options of a run, for a command that takes them."""
-    from transformers import HfArgumentParser
-
-    from ..config import LPAConfig
-
-    found = HfArgumentParser(
-        [TrainOptions, LPAConfig], prog=command, usage=f"{command} [OPTIONS]", description=text, allow_abbrev=False
-    )
-    found.add_argument("--config", help="YAML file with any of these options; those on the command line go first.")
-    own = {"config", *TrainOptions.__annotations__, *LPAConfig.__annotations__}
-    for group in found._action_groups:
-        group._group_actions.sort(key=lambda action: action.dest not in own)
-    return found
-
-
-def parsed(parser: Any, given: Sequence[str]) -> dict[str, Any]:
-    """The options by name, as a new run would take them: from a --config file, the command line and the defaults."""
-    first = _first_look(given)
-    settings = _read_settings(parser, first.config) if first.config else {}
-    demo = (first.model or settings.get("model", DEFAULT_MODEL)) == DEFAULT_MODEL
-    return _parse(parser, [*_as_words(parser, settings), *given], DEMO if demo else {})
+            and (v != defaults[k] or k in of_preset or k == "model")}  # fmt: skip
 
 
 def _train(values: dict[str, Any], command: str) -> int:
@@ -216,7 +256,7 @@ def _train(values: dict[str, Any], command: str) -> int:
     folder.check_output(output, options.model, resume=options.resume, overwrite=options.overwrite)
     if options.quantized and not values["lora"]:
         raise ValueError(f"lora=False trains all weights, and those of a {options.quantized} model cannot be trained")
-    own = {*TrainOptions.__annotations__, "config"}
+    own = {*TrainOptions.__annotations__, "config", "preset"}
     config = LPAConfig(**{k: v for k, v in values.items() if k not in own} | {"output_dir": str(output)})
     config.output_dir = broadcast_object_list([str(output)])[0]  # it may hold the time, which ranks read differently
     output = Path(config.output_dir)
@@ -260,10 +300,12 @@ def _train(values: dict[str, Any], command: str) -> int:
         folder.keep_settings(output, _asked(values), command)
     trainer.accelerator.wait_for_everyone()
     trained, total = trained_share(trainer.model)
+    if values["preset"] != "none":
+        say(f"preset {values['preset']}: " + ", ".join(f"{k} {v}" for k, v in PRESETS[values["preset"]].items()))
     say(
         f"{options.model}: {total / 1e6:.1f}M weights on {config.device}, {trained / 1e6:.1f}M of them trained; "
-        f"{len(pairs)} pairs; {config.lpa_steps} LPA steps of {trainer.batch_size} pairs, {config.steps} inner steps "
-        f"and {config.defence_steps} updates each; output: {output}"
+        f"{len(pairs)} pairs; {config.lpa_steps} LPA steps of {trainer.batch_size} pairs, {config.attack_steps} inner "
+        f"steps and {config.defence_steps} updates each; output: {output}"
     )
     before = _before(trainer, options, output)
     checkpoint = trainer.last_checkpoint() if options.resume else None

@@ -30,11 +30,11 @@ _KINDS = {"undesirable": "disagree_undesirable", "desirable": "agree_desirable"}
 
 
 def attack_of(model: Any, config: LPAConfig, **changes: Any) -> LatentPGD:
-    """The attack that a config describes, on a model. `changes` are arguments of `LatentPGD`."""
-    options = config.attack_options | {"steps": max(config.steps, 1)} | changes
-    sites = options.pop("sites", None) or config.sites or default_sites(len(decoder_layers(model)))
+    """The attack that a config describes, on a model. `changes` are fields of `AttackSettings`, or `sites`."""
+    sites = changes.pop("sites", None) or config.attack_sites or default_sites(len(decoder_layers(model)))
     sites = [sites] if isinstance(sites, (str, int)) else sites
-    return LatentPGD(model, [int(site) if site.isdigit() else site for site in map(str, sites)], **options)
+    named = [int(site) if site.isdigit() else site for site in map(str, sites)]
+    return LatentPGD(model, named, config.attack_settings, **changes)
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def measure(
     for kind, name in _KINDS.items():
         pairs = load_pairs(kind=kind, split="heldout")
         several = len(pairs) if attacked_rows is None else min(attacked_rows, len(pairs))
-        for attacked, count in ((False, len(pairs)), (True, several if config.steps else 0)):
+        for attacked, count in ((False, len(pairs)), (True, several if config.attack_steps else 0)):
             if count == 0:
                 continue
             # spread over the traits, which the statements are sorted by

@@ -90,8 +90,8 @@ def estimate(
     Raises:
         ValueError: a setting that the plan does not know.
     """
-    if args.engine == "reference":
-        raise ValueError("engine='reference' keeps the logits of every token and is not planned; plan 'packed'")
+    if args.attack_engine == "reference":
+        raise ValueError("attack_engine='reference' keeps the logits of every token and is not planned; plan 'packed'")
     if quantized and not args.lora:
         raise ValueError(f"lora=False trains all weights, and {quantized} ones cannot be trained")
     if args.kl == "public" and "kl" in args.coefs:
@@ -151,7 +151,7 @@ class _DryRun:
             kept = self._of_other_micro_batches(trained)
             moments = [] if self.args.reset_optimizer else self._moments(trained)
             deltas = []
-            if self.args.steps:
+            if self.args.attack_steps:
                 deltas.append(self._attack())
                 phases["attack"] = self.ledger.peak
             moments = moments or self._moments(trained)
@@ -162,7 +162,7 @@ class _DryRun:
         rows, length = self.layout.shape
         return Estimate(
             phases,
-            self.flops["attack"] * passes * args.steps,
+            self.flops["attack"] * passes * args.attack_steps,
             self.flops["defence"] * passes * args.defence_steps,
             sum(p.numel() for p in trained),
             total,
@@ -183,7 +183,7 @@ class _DryRun:
         with ExitStack() as stack:
             sharded = mock.patch.object(modes, "is_sharded", return_value=bool(self.args.fsdp))
             with self.ledger.kind("copies", self.sharers), sharded:
-                stack.enter_context(inner_mode(self.model, self.args.merge_adapters))
+                stack.enter_context(inner_mode(self.model, self.args.attack_merge_adapters))
             with self.ledger.kind("perturbations"):
                 state = to_meta(AttackState(self.pgd.settings, self.pgd.widths(), self.batch, (1.0, 1.0)))
             head = self.model.get_output_embeddings()
@@ -223,7 +223,7 @@ class _DryRun:
             with self.ledger.kind("gradients"):
                 for p in trained:
                     p.grad = torch.empty_like(p)
-        if self.args.offload_attacks or not self.args.steps:
+        if self.args.offload_attacks or not self.args.attack_steps:
             return []
         rows = int(self.batch.attack_mask.sum())
         with self.ledger.kind("perturbations"):

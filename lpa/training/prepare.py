@@ -31,13 +31,15 @@ def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
 
     Raises:
         ValueError: a `peft_config` for a model that has adapters already, LoRA targets that the model has not, or
-            merge_adapters on a quantised model.
+            attack_merge_adapters on a quantised model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if config.merge_adapters and is_quantized(model):
-        raise ValueError("merge_adapters=True, but the model is quantised, and merging would round the adapters away; "
-                         "use merge_adapters=False")  # fmt: skip
+    if config.attack_merge_adapters and is_quantized(model):
+        raise ValueError(
+            "attack_merge_adapters=True, but the model is quantised, and merging would round the adapters away; "
+            "use attack_merge_adapters=False"
+        )
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError("the model has adapters already; give either those or a peft_config")

@@ -37,7 +37,7 @@ class StepRecord:
         self.attacks: list[tuple[AttackResult, float]] = []
         self.micro = len(pairs)
         both = sum(text_tokens(p.rejected_mask) + text_tokens(p.chosen_mask) for p in pairs)
-        self.tokens = both * (args.steps + args.defence_steps)
+        self.tokens = both * (args.attack_steps + args.defence_steps)
         self.tokens += args.defence_steps * sum(text_tokens(b.mask) for b in benign if b is not None)
 
     @contextmanager

@@ -216,7 +216,7 @@ class LPATrainer(DurableTrainer):
                for p, b in zip(pairs, benign, strict=True)]  # fmt: skip
         *counts, attacked = self.accelerator.reduce(torch.tensor(own, device=device).sum(0)).tolist()
         self._counts = (counts[0], counts[1], counts[2])
-        if self.objective is not None and self.args.steps:
+        if self.objective is not None and self.args.attack_steps:
             self.pgd.check_counts(counts[0], counts[1], attacked)
         self._record = StepRecord(self.args, pairs, benign, device)
         whole = [
@@ -300,8 +300,8 @@ class LPATrainer(DurableTrainer):
         self._ask_base_model(micro)  # first: where an attack fails, its passes are the last that other ranks wait for
         seed = self._seed(micro, 0)
         torch.manual_seed(seed)
-        if self.objective is not None and self.args.steps:
-            generator = torch.Generator().manual_seed(seed) if self.args.random_start else None
+        if self.objective is not None and self.args.attack_steps:
+            generator = torch.Generator().manual_seed(seed) if self.args.attack_random_start else None
             try:
                 counts = self._normalisers(micro)[:2]
                 micro.attack = self.pgd.attack(micro.pairs, counts, part=True, generator=generator)

@@ -89,10 +89,9 @@ class AttackSettings:
         for name, allowed in (("engine", ENGINES), ("norm", NORMS), ("rule", RULES), ("capture_graph", GRAPHS)):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
-        if not self.epsilon > 0 or not self.step_size > 0 or self.steps < 1:
-            raise ValueError(
-                f"epsilon={self.epsilon}, step_size={self.step_size} and steps={self.steps} must be positive"
-            )
+        for name in ("epsilon", "step_size", "steps"):
+            if not (value := getattr(self, name)) > 0:  # NaN too
+                raise ValueError(f"{name}={value} must be positive")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad={self.clip_grad} must be positive, or None")
         if self.random_start and not math.isfinite(self.epsilon):

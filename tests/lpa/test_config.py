@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lpa.config import LPAConfig, default_sites, read_yaml
+from lpa.config import RENAMED, LPAConfig, default_sites, read_yaml
 
 
 def config(**settings: Any) -> LPAConfig:
@@ -19,7 +19,13 @@ def config(**settings: Any) -> LPAConfig:
 
 def test_published_defaults() -> None:
     c = config()
-    assert (c.lpa_steps, c.defence_steps, c.steps, c.epsilon, c.step_size) == (30, 4, 16, 6.0, 1e-3)
+    assert (c.lpa_steps, c.defence_steps, c.attack_steps, c.attack_epsilon, c.attack_step_size) == (
+        30,
+        4,
+        16,
+        6.0,
+        1e-3,
+    )
     assert (c.learning_rate, c.lr_scheduler_type, c.weight_decay, c.max_grad_norm) == (8e-5, "constant", 0.01, 1.0)
     assert (c.lora_r, c.lora_alpha, c.lora_targets) == (
         64, 8, ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])  # fmt: skip
@@ -57,7 +63,7 @@ def test_weights_are_divided_by_their_sum() -> None:
         ({"kl": "reverse"}, "kl='reverse' is unknown"),
         ({"kl": "public"}, "needs normaliser='micro'"),
         ({"lpa_steps": 0}, "lpa_steps=0 must be at least 1"),
-        ({"steps": -1}, "steps=-1 must be 0"),
+        ({"attack_steps": -1}, "attack_steps=-1 must be 0"),
         (
             {"toward_coef": -1.0},
             "toward_coef=-1.0, away_coef=0.5, dpo_coef=0.0, ipo_coef=0.0, sft_coef=0.0, kl_coef=0.0: weights must not",
@@ -65,12 +71,12 @@ def test_weights_are_divided_by_their_sum() -> None:
         ({"attack_toward_coef": 0, "attack_away_coef": 0}, "one of them must be above 0"),
         ({"max_steps": 7}, r"max_steps=7 counts model updates and follows from lpa_steps=30 x defence_steps=4 = 120"),
         ({"bf16": True}, "bf16=True asks for autocast"),
-        ({"norm": "l7"}, "norm='l7' is unknown; use one of l2, linf"),
-        ({"rule": "newton"}, "rule='newton' is unknown"),
-        ({"engine": "steam"}, "engine='steam' is unknown"),
-        ({"backend": "abacus"}, "backend='abacus' is unknown"),
-        ({"epsilon": -1.0}, "epsilon=-1.0 must be positive"),
-        ({"step_size": math.nan}, "step_size=nan must be positive"),
+        ({"attack_norm": "l7"}, "attack_norm='l7' is unknown; use one of l2, linf"),
+        ({"attack_rule": "newton"}, "attack_rule='newton' is unknown"),
+        ({"attack_engine": "steam"}, "attack_engine='steam' is unknown"),
+        ({"attack_backend": "abacus"}, "attack_backend='abacus' is unknown"),
+        ({"attack_epsilon": -1.0}, "attack_epsilon=-1.0 must be positive"),
+        ({"attack_step_size": math.nan}, "attack_step_size=nan must be positive"),
         ({"kl_coef": math.nan}, "weights must not be negative"),
         ({"lora_r": 0}, "lora_r=0 must be at least 1"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be in \[0, 1\)"),
@@ -78,7 +84,7 @@ def test_weights_are_divided_by_their_sum() -> None:
         ({"seed": 2**32}, "seed=4294967296 must be in"),
         ({"dpo_coef": 1.0}, "mixes 'dpo' with other losses"),
         ({"attack_ipo_coef": 1.0}, "mixes 'ipo' with other losses"),
-        ({"lora": False, "merge_adapters": True}, "there are no adapters to merge"),
+        ({"lora": False, "attack_merge_adapters": True}, "there are no adapters to merge"),
         ({"eval_strategy": "steps"}, "eval_strategy='steps' cannot be used with LPA: no data set is evaluated"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True cannot be used"),
         ({"torch_compile": True}, "torch_compile=True cannot be used"),
@@ -92,13 +98,13 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_single_name_is_a_list_of_one() -> None:
-    c = config(sites="embedding", lora_targets="all-linear")
-    assert (c.sites, c.lora_targets) == (["embedding"], ["all-linear"])
+    c = config(attack_sites="embedding", lora_targets="all-linear")
+    assert (c.attack_sites, c.lora_targets) == (["embedding"], ["all-linear"])
 
 
 def test_the_record_holds_what_was_changed() -> None:
     told = config(optim="sgd", max_grad_norm=0.5).own_settings
-    assert (told["optim"], told["max_grad_norm"], told["epsilon"], told["seed"]) == ("sgd", 0.5, 6.0, 42)
+    assert (told["optim"], told["max_grad_norm"], told["attack_epsilon"], told["seed"]) == ("sgd", 0.5, 6.0, 42)
     json.dumps(told, allow_nan=False)
     usual = config().own_settings
     assert "optim" not in usual
@@ -128,3 +134,18 @@ def test_yaml(tmp_path: Path) -> None:
             read_yaml(file, names)
     with pytest.raises(ValueError, match="cannot be read"):
         read_yaml(tmp_path / "none.yaml", [])
+
+
+def test_a_former_name_is_answered_with_the_new_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps=3: this setting is called attack_steps now"):
+        config(steps=3)
+    (tmp_path / "run.yaml").write_text("epsilon: 2.0")
+    with pytest.raises(ValueError, match="'epsilon', which is called 'attack_epsilon' now"):
+        read_yaml(tmp_path / "run.yaml", ["attack_epsilon"])
+    assert read_yaml(tmp_path / "run.yaml", ["attack_epsilon"], RENAMED) == {"attack_epsilon": 2.0}
+
+
+def test_the_attack_has_the_settings_of_the_run() -> None:
+    made = config(attack_epsilon=2.0, attack_steps=0, attack_rule="normalized", attack_toward_coef=1.5).attack_settings
+    assert (made.epsilon, made.steps, made.rule) == (2.0, 1, "normalised")
+    assert made.coefs == {"toward": 0.75, "away": 0.25}

@@ -41,14 +41,29 @@ from tests.support.ranks import Ranks, run
 
 STEPS = 10
 RUN: dict[str, Any] = {
-    "lpa_steps": STEPS, "micro_batches": 2, "steps": 4, "save_strategy": "steps", "kl_coef": 0.2, "lora_dropout": 0.1,
-    "random_start": True, "reset_optimizer": False, "lr_scheduler_type": "linear"}  # fmt: skip
+    "lpa_steps": STEPS,
+    "micro_batches": 2,
+    "attack_steps": 4,
+    "save_strategy": "steps",
+    "kl_coef": 0.2,
+    "lora_dropout": 0.1,
+    "attack_random_start": True,
+    "reset_optimizer": False,
+    "lr_scheduler_type": "linear",
+}
 UPDATES = 2  # an LPA step, of `tiny_config`
 # Where memory runs out: without what is random, which is that of the size at which it is drawn, and without Adam, of
 # which rounding alone would decide where a gradient is all but zero.
 SHORT: dict[str, Any] = {
-    "lpa_steps": 2, "per_device_train_batch_size": 8, "micro_batches": 4, "steps": 3, "kl_coef": 0.2, "sft_coef": 0.2,
-    "optim": "sgd", "learning_rate": 0.1}  # fmt: skip
+    "lpa_steps": 2,
+    "per_device_train_batch_size": 8,
+    "micro_batches": 4,
+    "attack_steps": 3,
+    "kl_coef": 0.2,
+    "sft_coef": 0.2,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+}
 
 
 # ---- what the processes do ------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def trainer_of(
     tokenizer = tiny_tokenizer()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = tiny_config(
-        folder, **{"gradient_accumulation_steps": micro_batches // world, "engine": "packed", "fsdp": fsdp, **settings}
+        folder,
+        **{"gradient_accumulation_steps": micro_batches // world, "attack_engine": "packed", "fsdp": fsdp, **settings},
     )
     if fsdp:
         allow_fsdp(config)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from lpa.cli import main
 from lpa.data import PLAIN_PROMPT, benign_requests
+from lpa.presets import PRESETS
 from tests.support.tiny import saved_tiny, tiny_model, tiny_tokenizer
 
-SMALL = ["--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--per_device_train_batch_size", "2",
+SMALL = ["--lpa_steps", "2", "--attack_steps", "2", "--defence_steps", "2", "--per_device_train_batch_size", "2",
          "--gradient_accumulation_steps", "1", "--lora_r", "4", "--use_cpu", "--measure_attacked", "1"]  # fmt: skip
 
 
@@ -87,7 +88,12 @@ def test_an_earlier_run_is_kept_unless_told(model: str, tmp_path: Path, capsys: 
     (tmp_path / "settings.yaml").write_text("lpa_steps: 1")
     (tmp_path / "config.json").write_text("{}")  # of a fully trained model
     before = contents(tmp_path)
-    for wrong in (["--data", "gone.csv"], ["--epsilon", "-1"], ["--sites", "mlp:99"], ["--model", str(tmp_path)]):
+    for wrong in (
+        ["--data", "gone.csv"],
+        ["--attack_epsilon", "-1"],
+        ["--attack_sites", "mlp:99"],
+        ["--model", str(tmp_path)],
+    ):
         assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL, *wrong) == 1
         assert contents(tmp_path) == before, wrong
     assert train("--model", model, "--output", str(tmp_path), "--overwrite", "--no_measure", *SMALL) == 0
@@ -99,7 +105,7 @@ def test_an_earlier_run_is_kept_unless_told(model: str, tmp_path: Path, capsys: 
 
 def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
     file, output = tmp_path / "run.yaml", tmp_path / "out"
-    file.write_text(f"model: {model}\nlpa_steps: 1\nlearning_rate: 1e-3\nsites: [embedding]\nmeasure: false\n")
+    file.write_text(f"model: {model}\nlpa_steps: 1\nlearning_rate: 1e-3\nattack_sites: [embedding]\nmeasure: false\n")
     small = [word for word in SMALL if word not in ("--lpa_steps",)][1:]
     assert train("--config", str(file), "--output", str(output), "--learning_rate", "2e-3", *small) == 0
     record = json.loads((output / "metrics.json").read_text())
@@ -118,7 +124,7 @@ def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
         (["--data", "none.csv"], "none.csv cannot be read"),
         (["--benign", "none.csv"], "the benign data set is not used"),
         (["--measure_attacked", "-1"], "measure_attacked=-1 must be 0"),
-        (["--norm", "l7"], "norm='l7' is unknown"),
+        (["--attack_norm", "l7"], "attack_norm='l7' is unknown"),
     ],
 )
 def test_bad_use_is_told_in_a_line(
@@ -137,9 +143,9 @@ def test_unknown_names_are_matched(model: str, tmp_path: Path, capsys: Any) -> N
     assert stop.value.code == 2
     assert "unknown option --lpa_stepz; did you mean 'lpa_steps'?" in capsys.readouterr().err
     file = tmp_path / "run.yaml"
-    file.write_text("epsilom: 3")
+    file.write_text("attack_epsilom: 3")
     assert train("--config", str(file)) == 1
-    assert "unknown key 'epsilom'; did you mean 'epsilon'?" in capsys.readouterr().err
+    assert "unknown key 'attack_epsilom'; did you mean 'attack_epsilon'?" in capsys.readouterr().err
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
 
@@ -158,13 +164,16 @@ def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 2.5", "argument --steps: invalid int value: '2.5'"),
-        ("epsilon: true", "argument --epsilon: invalid float value: 'true'"),
-        ("sites: []", "argument --sites: expected at least one argument"),
-        ("dtype: bf16", "argument --dtype: invalid choice: 'bf16'"),
+        ("attack_steps: 2.5", "sets attack_steps to 2.5: invalid literal for int"),
+        ("attack_epsilon: true", "sets attack_epsilon to True: could not convert"),
+        ("attack_sites: []", "sets attack_sites to []; name at least one"),
+        ("dtype: bf16", "sets dtype to 'bf16'; use one of auto, float32"),
         ("resume: true", "sets resume, which belongs on the command line"),
         ("output: here", "sets output, which belongs on the command line"),
-        ("epsilon:", "the setting 'epsilon' has no value"),
+        ("attack_epsilon:", "sets attack_epsilon to nothing; leave it out"),
+        ("epsilon: 2.0", "sets 'epsilon', which is called 'attack_epsilon' now"),
+        ("learning_rate: [1, 2]", "sets learning_rate to [1, 2], a list; it takes one value"),
+        ("save_strategy: sometimes", "sets save_strategy to 'sometimes'"),
     ],
 )
 def test_yaml_is_checked_like_the_command_line(tmp_path: Path, capsys: Any, text: str, message: str) -> None:
@@ -175,46 +184,71 @@ def test_yaml_is_checked_like_the_command_line(tmp_path: Path, capsys: Any, text
     assert message in capsys.readouterr().err
 
 
-def test_yaml_of_every_kind_reaches_the_parser() -> None:
-    from lpa.commands.train import _as_words, _parse, _parser
+def test_yaml_of_every_kind_is_read_as_words_would_be(tmp_path: Path) -> None:
+    from lpa.commands.train import parsed, parser
 
-    settings = {"sites": "embedding", "lora_targets": ["q_proj", "v_proj"], "save_strategy": False, "measure": False,
-                "learning_rate": "1e-3", "optim_args": "a=-1", "lr_scheduler_kwargs": {"min_lr": 0}}  # fmt: skip
-    values = _parse(_parser(), _as_words(_parser(), settings), {})
-    wanted = settings | {"sites": ["embedding"], "save_strategy": "no", "learning_rate": 1e-3,
-                         "lr_scheduler_kwargs": '{"min_lr": 0}'}  # fmt: skip
-    assert {name: getattr(values[name], "value", values[name]) for name in wanted} == wanted
+    file = tmp_path / "run.yaml"
+    file.write_text("attack-sites: embedding\nlora_targets: [q_proj, v_proj]\nsave_strategy: no\nmeasure: false\n"
+                    "learning_rate: 1e-3\noptim_args: a=-1\nlr_scheduler_kwargs: {min_lr: 0}\n")  # fmt: skip
+    wanted = {"attack_sites": ["embedding"], "lora_targets": ["q_proj", "v_proj"], "save_strategy": "no",
+              "measure": False, "learning_rate": 1e-3, "optim_args": "a=-1",
+              "lr_scheduler_kwargs": '{"min_lr": 0}'}  # fmt: skip
+    for more, name, value in ((), "learning_rate", 1e-3), (("--learning_rate", "2"), "learning_rate", 2.0):
+        values, _ = parsed(parser("lpa train", ""), ["--config", str(file), *more])
+        assert {key: getattr(values[key], "value", values[key]) for key in wanted} == wanted | {name: value}
 
 
-def test_the_demo_settings_are_defaults_of_a_new_run_alone(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -> None:
     from lpa.commands import train as command
     from lpa.commands.folder import keep_settings
 
-    demo = {"lpa_steps": 6, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "merge_adapters": True,
-            "measure_attacked": 4}  # fmt: skip
-    monkeypatch.setattr(command, "DEMO", demo)
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
-    # all of these are LPAConfig's own defaults, and not the demo's
-    own = [
-        "--lpa_steps",
-        "30",
-        "--gradient_accumulation_steps",
-        "4",
-        "--merge_adapters",
-        "false",
-        "--measure_attacked",
-        "12",
+    names = ("lpa_steps", "gradient_accumulation_steps", "attack_merge_adapters", "measure_attacked", "benign")
+    demo, own = (8, 1, True, 4, "own"), (30, 4, False, 12, None)
+    config, run = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text("lpa_steps: 3\n")
+    cases: list[tuple[list[str], tuple[Any, ...]]] = [
+        ([], demo),
+        (["--preset", "none"], own),
+        (["--model", "smollm2-135m-instruct"], own),  # defaults do not change with the model that is named
+        (["--model", "other", "--preset", "demo"], demo),
+        (["--lpa_steps", "30", "--measure_attacked", "12"], (30, 1, True, 12, "own")),
+        (["--config", str(config)], (3, 1, True, 4, "own")),
+        (["--config", str(config), "--lpa_steps", "5"], (5, 1, True, 4, "own")),
+        (
+            ["--no_lora", "--kl_coef", "0"],
+            (8, 1, False, 4, None),
+        ),  # nothing to merge, and no term that takes benign text
+        (["--load_in_4bit", "--benign", "own"], (8, 1, False, 4, "own")),
     ]
-    assert train(*own) == train() == train("--no_lora") == 0
-    keep_settings(tmp_path, command._asked(seen[0]), "lpa train")
-    assert train("--resume", "--output", str(tmp_path)) == train("--config", str(tmp_path / "settings.yaml")) == 0
-    (tmp_path / "settings.yaml").write_text("steps: 3")  # written by hand: what it leaves out is LPAConfig's default
-    assert train("--resume", "--output", str(tmp_path)) == 0
-    names = ("lpa_steps", "gradient_accumulation_steps", "merge_adapters", "measure_attacked")
-    found = [tuple(values[name] for name in names) for values in seen]
-    assert found == [(30, 4, False, 12), (6, 1, True, 4), (6, 1, False, 4), (30, 4, False, 12), (30, 4, False, 12),
-                     (30, 4, False, 12)]  # fmt: skip
+    for words, _ in cases:
+        assert train(*words) == 0
+    assert [tuple(values[name] for name in names) for values in seen] == [wanted for _, wanted in cases]
+    keep_settings(run, command._asked(seen[0]), "lpa train")
+    for words in (["--resume", "--output", str(run)], ["--config", str(run / "settings.yaml")]):
+        assert train(*words) == 0
+        assert tuple(seen[-1][name] for name in names) == demo
+    (run / "settings.yaml").write_text("steps: 3\nmeasure_attacked: 5\n")  # as an earlier release called it
+    assert train("--resume", "--output", str(run)) == 0
+    assert (seen[-1]["attack_steps"], seen[-1]["lpa_steps"], seen[-1]["measure_attacked"]) == (3, 30, 5)
+
+
+def test_help_has_groups_and_leaves_the_inherited_out(capsys: Any) -> None:
+    for flag, inherited in (("--help", False), ("-h", False), ("--help-all", True)):
+        with pytest.raises(SystemExit) as end:
+            train(flag)
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert text.index("the attack:") < text.index("--attack_epsilon") < text.index("canaries:")
+        assert ("--adam_beta1" in text) == inherited
+
+
+@pytest.mark.parametrize("name", ["steps", "epsilon", "merge_adapters"])
+def test_a_former_name_is_answered_with_the_new_one(name: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        train(f"--{name}", "3")
+    assert f"--{name} is called --attack_{name} now" in capsys.readouterr().err
 
 
 def test_benign_data_are_recorded(model: str, tmp_path: Path) -> None:
@@ -248,7 +282,7 @@ def test_without_a_benign_term_the_demo_takes_no_benign_data(monkeypatch: Any) -
     monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
     assert train() == train("--kl_coef", "0") == train("--kl_coef", "0", "--benign", "mine.csv") == 0
     assert [values["benign"] for values in seen] == ["own", None, "mine.csv"], "what is asked for is told of"
-    assert command.DEMO["system_prompt"] == PLAIN_PROMPT
+    assert PRESETS["demo"]["system_prompt"] == PLAIN_PROMPT
 
 
 def test_ranks_agree_on_the_folder(model: str, tmp_path: Path, monkeypatch: Any) -> None:

@@ -20,7 +20,7 @@ TOKENIZER = tiny_tokenizer()
 @pytest.mark.parametrize("engine", ["reference", "packed"])
 def test_completion_log_probs_are_sums_over_the_completion(tmp_path: Path, engine: str) -> None:
     model = tiny_model(len(TOKENIZER))
-    pgd = attack_of(model, tiny_config(tmp_path, engine=engine))
+    pgd = attack_of(model, tiny_config(tmp_path, attack_engine=engine))
     batch = PairBatch.from_dict(PairCollator(TOKENIZER)(rows(3)))
     found = completion_log_probs(pgd, batch)
     for example in range(3):
@@ -33,7 +33,7 @@ def test_completion_log_probs_are_sums_over_the_completion(tmp_path: Path, engin
 
 
 def test_an_attack_lowers_the_margins(tmp_path: Path) -> None:
-    pgd = attack_of(tiny_model(len(TOKENIZER)), tiny_config(tmp_path, steps=8))
+    pgd = attack_of(tiny_model(len(TOKENIZER)), tiny_config(tmp_path, attack_steps=8))
     pairs, collator = load_pairs(rows(5)), PairCollator(TOKENIZER)
     clean = margins(pgd, pairs, collator, attacked=False, batch_size=2)
     attacked = margins(pgd, pairs, collator, attacked=True, batch_size=2)

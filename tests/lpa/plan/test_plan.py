@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_config
 CONFIG = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
 SHAPE = PlanShape(prompt=20, completion=6, benign_prompt=24, benign_answer=10)
-RUN = {"lpa_steps": 1, "defence_steps": 2, "steps": 2, "engine": "auto", "per_device_train_batch_size": 3}
+RUN = {"lpa_steps": 1, "defence_steps": 2, "attack_steps": 2, "attack_engine": "auto", "per_device_train_batch_size": 3}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -72,7 +72,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sdpa", {}),
     ("eager", {"gradient_checkpointing": True}),
     ("sdpa", {"kl_coef": 0.1, "sft_coef": 0.1, "gradient_accumulation_steps": 1}),
-    ("sdpa", {"merge_adapters": True, "lora_r": 16, "sites": ["embedding", "mlp:1"], "steps": 4}),
+    ("sdpa", {"attack_merge_adapters": True, "lora_r": 16, "attack_sites": ["embedding", "mlp:1"], "attack_steps": 4}),
     ("eager", {"lora": False}),
 ]
 
@@ -88,7 +88,7 @@ def test_a_dry_run_has_the_tensors_of_a_real_one(tmp_path: Path, attention: str,
 
 def test_its_work_is_that_of_the_passes() -> None:
     def planned(attention: str, accumulation: int) -> Any:
-        args = LPAConfig("x", lpa_steps=3, defence_steps=2, steps=5, per_device_train_batch_size=2, use_cpu=True,
+        args = LPAConfig("x", lpa_steps=3, defence_steps=2, attack_steps=5, per_device_train_batch_size=2, use_cpu=True,
                          gradient_accumulation_steps=accumulation, lora_r=1)  # fmt: skip
         return estimate(LlamaConfig(**CONFIG), args, SHAPE, dtype=torch.float32, attn_implementation=attention)
 
@@ -173,9 +173,12 @@ def test_checkpointing_offloading_and_shorter_rows_take_less() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "why"),
-    [({"engine": "reference"}, "engine='reference' keeps"), ({"optim": "adafactor"}, "optim='adafactor' is not"),
-     ({"kl": "public", "kl_coef": 0.1, "normaliser": "micro"}, "kl='public' is not planned")],
-)  # fmt: skip
+    [
+        ({"attack_engine": "reference"}, "attack_engine='reference' keeps"),
+        ({"optim": "adafactor"}, "optim='adafactor' is not"),
+        ({"kl": "public", "kl_coef": 0.1, "normaliser": "micro"}, "kl='public' is not planned"),
+    ],
+)
 def test_what_is_not_planned_is_told(settings: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         estimate(LlamaConfig(**CONFIG), LPAConfig("x", use_cpu=True, **settings), SHAPE)
@@ -196,7 +199,7 @@ def test_the_command_needs_no_more_than_a_configuration(tmp_path: Path, capsys: 
     told = capsys.readouterr().out
     assert "\ngathered" in told
     assert "on each of 8 ranks (FSDP2)" in told
-    assert cli.main(["plan", "--model", str(tmp_path), "--engine", "reference"]) == 1
+    assert cli.main(["plan", "--model", str(tmp_path), "--attack_engine", "reference"]) == 1
     assert "is not planned" in capsys.readouterr().err
 
 

@@ -160,7 +160,7 @@ def test_a_canary_longer_than_the_context_is_left_out_until_none_is_left(tmp_pat
 
 @pytest.mark.parametrize("engine", ["reference", "packed"])
 def test_canaries_leave_training_as_it_was(tmp_path: Path, engine: str) -> None:
-    noisy: dict[str, Any] = {"engine": engine, "lora_dropout": 0.2, "random_start": True, "lpa_steps": 3,
+    noisy: dict[str, Any] = {"attack_engine": engine, "lora_dropout": 0.2, "attack_random_start": True, "lpa_steps": 3,
                              "gradient_checkpointing": engine == "reference"}  # fmt: skip
     without = trainer_of(tmp_path / "without", canary_steps=0, **noisy)
     without.train()
@@ -261,7 +261,12 @@ class Stop(TrainerCallback):
 
 
 def test_interrupted_and_resumed_gives_the_same_canaries(tmp_path: Path) -> None:
-    noisy: dict[str, Any] = {"lora_dropout": 0.1, "random_start": True, "save_strategy": "steps", "learning_rate": 1e-2}
+    noisy: dict[str, Any] = {
+        "lora_dropout": 0.1,
+        "attack_random_start": True,
+        "save_strategy": "steps",
+        "learning_rate": 1e-2,
+    }
     whole = trainer_of(tmp_path / "whole", **noisy)
     whole.train()
     stop = Stop(5)

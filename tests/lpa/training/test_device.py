@@ -25,7 +25,7 @@ def stand_in(step: Callable[[], None], restore: Callable[[], None]) -> Callable[
 
 def change(folder: Path, device: str, graphs: str, **settings: Any) -> dict[str, Tensor]:
     """By how much a run changes each trained weight."""
-    trainer = trainer_of(folder, use_cpu=device == "cpu", capture_graph=graphs, lpa_steps=3, **settings)
+    trainer = trainer_of(folder, use_cpu=device == "cpu", attack_capture_graph=graphs, lpa_steps=3, **settings)
     before = {name: value.cpu() for name, value in weights(trainer).items()}
     trainer.train()
     assert trainer.model.get_input_embeddings().weight.device.type == device
@@ -50,7 +50,7 @@ def test_captured_steps_train_the_same(
         monkeypatch.setitem(capturing.RECORDERS, "cpu", stand_in)
         monkeypatch.setattr(modes, "KEPT_ON", {"cpu"})
     # SGD: Adam would make as much of gradients that are rounding as of any
-    options = {"merge_adapters": merged, "learning_rate": 0.3, "optim": "sgd"}
+    options = {"attack_merge_adapters": merged, "learning_rate": 0.3, "optim": "sgd"}
     found = {graphs: change(tmp_path / graphs, device, graphs, **options) for graphs in ("on", "off")}
     assert distance(found["on"], found["off"]) < 1e-4
     if device != "cpu":

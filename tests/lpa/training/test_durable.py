@@ -20,8 +20,16 @@ from tests.support import jobs, ranks
 
 # everything that has a state: dropout, random starts, the benign stream, an optimiser and a schedule that go on
 RUN: dict[str, Any] = {
-    "lpa_steps": 3, "micro_batches": 2, "steps": 2, "save_strategy": "steps", "kl_coef": 0.2, "lora_dropout": 0.1,
-    "random_start": True, "reset_optimizer": False, "lr_scheduler_type": "linear"}  # fmt: skip
+    "lpa_steps": 3,
+    "micro_batches": 2,
+    "attack_steps": 2,
+    "save_strategy": "steps",
+    "kl_coef": 0.2,
+    "lora_dropout": 0.1,
+    "attack_random_start": True,
+    "reset_optimizer": False,
+    "lr_scheduler_type": "linear",
+}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

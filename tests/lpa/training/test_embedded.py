@@ -38,7 +38,9 @@ def objective(pgd: LatentPGD, batch: PairBatch, attack: AttackResult | None) -> 
 @pytest.mark.parametrize("rule", ["adamw", "normalised"])
 def test_the_engines_agree(embedded: tuple[Any, PairBatch], rule: str) -> None:
     model, batch = embedded
-    config = LPAConfig(use_cpu=True, rule=rule, step_size={"adamw": 1e-3, "normalised": 0.05}[rule], steps=2)
+    config = LPAConfig(
+        use_cpu=True, attack_rule=rule, attack_step_size={"adamw": 1e-3, "normalised": 0.05}[rule], attack_steps=2
+    )
     one, other = (attack_of(model, config, engine=engine).attack(batch) for engine in ("reference", "packed"))
     assert other.engine == "packed"
     for first, second in zip(one.losses, other.losses, strict=True):

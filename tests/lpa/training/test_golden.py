@@ -34,10 +34,10 @@ def collate_benign(rows: list[dict[str, int]]) -> dict[str, torch.Tensor]:
 def golden_trainer(folder: Path, **settings: Any) -> LPATrainer:
     info = load_golden().info["cases"]["train"]
     given: dict[str, Any] = {
-        "sites": ["embedding", "1", "3"],
-        "epsilon": info["epsilon"],
-        "step_size": info["inner_learning_rate"],
-        "steps": info["pgd_iterations_per_step"],
+        "attack_sites": ["embedding", "1", "3"],
+        "attack_epsilon": info["epsilon"],
+        "attack_step_size": info["inner_learning_rate"],
+        "attack_steps": info["pgd_iterations_per_step"],
         "learning_rate": info["outer_learning_rate"],
         "max_grad_norm": info["clip_grad"],
         "defence_steps": info["model_iterations_per_step"],
@@ -66,7 +66,7 @@ def golden_trainer(folder: Path, **settings: Any) -> LPATrainer:
 def test_three_training_steps(tmp_path: Path, engine: str) -> None:
     golden = load_golden()
     info = golden.info["cases"]["train"]
-    trainer = golden_trainer(tmp_path, engine=engine, kl_coef=info["def_loss_coefs"]["kl"])
+    trainer = golden_trainer(tmp_path, attack_engine=engine, kl_coef=info["def_loss_coefs"]["kl"])
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "lpa_step" in entry]
     assert [entry["lpa_step"] for entry in logged] == [1, 2, 3]
@@ -94,7 +94,7 @@ def test_defence_gradients(tmp_path: Path, case: str) -> None:
     info = golden.info["cases"][f"defence.{case}"]
     attack = golden.info["cases"]["lpa.lora"]  # the public code's attack of this case
     coefs = {f"{name}_coef": value for name, value in info["coefs"].items()}
-    trainer = golden_trainer(tmp_path, steps=attack["pgd_iterations"], lpa_steps=1, **coefs)
+    trainer = golden_trainer(tmp_path, attack_steps=attack["pgd_iterations"], lpa_steps=1, **coefs)
     assert trainer.args.coefs == pytest.approx(info["normalised"])
     gradients: dict[str, torch.Tensor] = {}
 

@@ -22,7 +22,7 @@ LAUNCHERS = {
     "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
 }  # fmt: skip
-RUN = ["--steps", "2", "--defence_steps", "1", "--per_device_train_batch_size", "1", "--lora_r", "4",
+RUN = ["--attack_steps", "2", "--defence_steps", "1", "--per_device_train_batch_size", "1", "--lora_r", "4",
        "--no_measure", "--disable_tqdm", "true"]  # fmt: skip
 
 

@@ -54,8 +54,17 @@ def test_engines_and_checkpointing_give_the_same_weights(
     kinds = [("reference", False), ("packed", False), ("reference", True), ("packed", True)]
     for engine, checkpointing in kinds if more == {} else kinds[:2]:
         model = tiny_model(len(TOKENIZER)).to(dtype)
-        trainer = trainer_of(tmp_path, model=model, engine=engine, gradient_checkpointing=checkpointing, lpa_steps=3,
-                             steps=2, gradient_accumulation_steps=1, learning_rate=rate, **more)  # fmt: skip
+        trainer = trainer_of(
+            tmp_path,
+            model=model,
+            attack_engine=engine,
+            gradient_checkpointing=checkpointing,
+            lpa_steps=3,
+            attack_steps=2,
+            gradient_accumulation_steps=1,
+            learning_rate=rate,
+            **more,
+        )
         passes: list[None] = []
         inner = trainer.model.get_base_model().model.layers[1].mlp.down_proj
         inner.register_forward_hook(lambda *_, passes=passes: passes.append(None))
@@ -75,7 +84,7 @@ def test_engines_and_checkpointing_give_the_same_weights(
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_preference_losses_mirror_the_attack(tmp_path: Path, name: str) -> None:
     settings = {"toward_coef": 0, "away_coef": 0, f"{name}_coef": 2.0, "preference_beta": 0.5, "lpa_steps": 1}
-    trainer = trainer_of(tmp_path, steps=0, lora_r=2, **settings)
+    trainer = trainer_of(tmp_path, attack_steps=0, lora_r=2, **settings)
     for weight in [p for n, p in trainer.model.named_parameters() if "lora_B" in n]:
         weight.data.normal_(std=0.1)
     found: list[tuple[Any, float]] = []

@@ -29,11 +29,11 @@ def of_size(folder: Path, size: int, **settings: Any) -> LPATrainer:
 
 
 CASES: list[tuple[str, set[int], int, dict[str, Any]]] = [
-    ("attack", {1}, 2, {"engine": "packed"} | TERMS),
-    ("attack", {1, 2}, 1, {"random_start": True, "lora_dropout": 0.2}),
-    ("forward", {2}, 2, {"engine": "packed"} | TERMS),  # in the second update, when the attack is there
+    ("attack", {1}, 2, {"attack_engine": "packed"} | TERMS),
+    ("attack", {1, 2}, 1, {"attack_random_start": True, "lora_dropout": 0.2}),
+    ("forward", {2}, 2, {"attack_engine": "packed"} | TERMS),  # in the second update, when the attack is there
     ("backward", {1}, 2, {"lora_dropout": 0.2}),
-    ("backward", {2, 3}, 1, {"engine": "packed", "offload_attacks": True} | TERMS),
+    ("backward", {2, 3}, 1, {"attack_engine": "packed", "offload_attacks": True} | TERMS),
     ("backward", {3}, 2, PREFERENCE),
 ]
 
@@ -70,7 +70,7 @@ def test_memory_that_runs_out_for_a_graph(
             raise torch.OutOfMemoryError("no room")
         return step
 
-    trainer = of_size(tmp_path, 2, engine="packed", capture_graph=graphs, lpa_steps=2)
+    trainer = of_size(tmp_path, 2, attack_engine="packed", attack_capture_graph=graphs, lpa_steps=2)
     device = next(trainer.model.parameters()).device.type
     monkeypatch.setitem(capturing.RECORDERS, device, record)
     monkeypatch.setattr(modes, "KEPT_ON", {device})
@@ -138,7 +138,7 @@ def test_where_it_cannot_be_split_the_error_tells_what_to_set(
 
 @pytest.mark.parametrize("where", ["attack", "backward"])
 def test_parts_with_nothing_to_attack_or_to_score_are_as_in_the_whole(where: str, tmp_path: Path) -> None:
-    whole, parts = (of_size(tmp_path, 4, engine="packed") for _ in range(2))
+    whole, parts = (of_size(tmp_path, 4, attack_engine="packed") for _ in range(2))
     collate = whole.data_collator
 
     def emptied(data: Any) -> dict[str, torch.Tensor]:
@@ -178,9 +178,9 @@ def test_other_errors_are_not_for_want_of_memory(tmp_path: Path) -> None:
 
 
 def test_offloaded_perturbations_change_nothing(tmp_path: Path) -> None:
-    kept = of_size(tmp_path, 2, engine="packed", **TERMS)
+    kept = of_size(tmp_path, 2, attack_engine="packed", **TERMS)
     kept.train()
-    trainer = of_size(tmp_path, 2, engine="packed", offload_attacks=True, **TERMS)
+    trainer = of_size(tmp_path, 2, attack_engine="packed", offload_attacks=True, **TERMS)
     moved: list[str] = []
     attack = trainer.pgd.attack
 

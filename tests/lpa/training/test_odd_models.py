@@ -56,7 +56,9 @@ def test_end_to_end(tmp_path: Path, name: str, engine: str) -> None:
     tied = model.config.tie_word_embeddings
     before = model.get_input_embeddings().weight.clone()
     assert plain_head(model)
-    config = tiny_config(tmp_path, engine=engine, lpa_steps=1, defence_steps=1, steps=2, lora_targets="all-linear")
+    config = tiny_config(
+        tmp_path, attack_engine=engine, lpa_steps=1, defence_steps=1, attack_steps=2, lora_targets="all-linear"
+    )
     trainer = LPATrainer(model, config, rows(4), tokenizer)
     start = weights(trainer)
     trainer.train()
@@ -75,7 +77,7 @@ def test_both_engines_agree_on_a_padded_tied_head(tmp_path: Path) -> None:
     runs = []
     for engine in ("packed", "reference"):
         model = resized(len(TOKENIZER) + 9, tie_word_embeddings=True)
-        trainer = LPATrainer(model, tiny_config(tmp_path, engine=engine, lpa_steps=1), rows(4), without("pad"))
+        trainer = LPATrainer(model, tiny_config(tmp_path, attack_engine=engine, lpa_steps=1), rows(4), without("pad"))
         trainer.train()
         runs.append(weights(trainer))
     for name, value in runs[0].items():

@@ -42,7 +42,7 @@ def started(args: Any, updates_done: int = 0) -> tuple[LPAProgress, Any, Clock]:
 
 def run_pass(progress: LPAProgress, args: Any, state: Any, clock: Clock) -> None:
     """One micro-batch of one update; a second a pass, and an attack takes `steps` of them."""
-    clock.now += 1 + (args.steps if state.global_step % args.defence_steps == 0 else 0)
+    clock.now += 1 + (args.attack_steps if state.global_step % args.defence_steps == 0 else 0)
     if progress.micro < args.gradient_accumulation_steps - 1:
         progress.on_substep_end(args, state, None)
     else:
@@ -51,7 +51,7 @@ def run_pass(progress: LPAProgress, args: Any, state: Any, clock: Clock) -> None
 
 
 def test_the_remaining_time_counts_inner_steps(tmp_path: Path) -> None:
-    args = tiny_config(tmp_path, lpa_steps=5, steps=3, defence_steps=2, gradient_accumulation_steps=2)
+    args = tiny_config(tmp_path, lpa_steps=5, attack_steps=3, defence_steps=2, gradient_accumulation_steps=2)
     progress, state, clock = started(args)
     assert progress.bar is not None
     task = progress.bar.tasks[0]
@@ -69,7 +69,7 @@ def test_the_remaining_time_counts_inner_steps(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_begins_where_it_was(tmp_path: Path) -> None:
-    args = tiny_config(tmp_path, lpa_steps=5, steps=3, defence_steps=2, gradient_accumulation_steps=2)
+    args = tiny_config(tmp_path, lpa_steps=5, attack_steps=3, defence_steps=2, gradient_accumulation_steps=2)
     progress, state, _ = started(args, updates_done=4)
     assert progress.bar is not None
     assert progress.bar.tasks[0].completed == 20

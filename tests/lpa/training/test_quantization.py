@@ -21,7 +21,7 @@ from tests.support.tiny import rows, tiny_config, tiny_model
 
 def test_a_run_on_integer_weights_trains_the_adapters_alone(tmp_path: Path) -> None:
     model = quantised(tiny_model(len(TOKENIZER)))
-    trainer = trainer_of(tmp_path, model=model, engine="packed", kl_coef=0.1, gradient_checkpointing=True)
+    trainer = trainer_of(tmp_path, model=model, attack_engine="packed", kl_coef=0.1, gradient_checkpointing=True)
     frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
     start = weights(trainer)
     trainer.train()
@@ -34,8 +34,8 @@ def test_a_run_on_integer_weights_trains_the_adapters_alone(tmp_path: Path) -> N
 def test_what_is_quantised_is_not_merged_into(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER))
     model.is_quantized = True  # as transformers marks it
-    with pytest.raises(ValueError, match="merge_adapters=True, but the model is quantised"):
-        trainer_of(tmp_path, model=model, merge_adapters=True)
+    with pytest.raises(ValueError, match="attack_merge_adapters=True, but the model is quantised"):
+        trainer_of(tmp_path, model=model, attack_merge_adapters=True)
 
 
 def test_bad_settings(monkeypatch: Any) -> None:
@@ -68,7 +68,7 @@ def test_bitsandbytes(tmp_path: Path, bits: int) -> None:
     loading = quantized_loading(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     few, tokenizer = models.load(folder, **loading)
     assert quantization.is_quantized(few)
-    config = tiny_config(tmp_path / "run", engine="auto", per_device_train_batch_size=4, offload_attacks=True)
+    config = tiny_config(tmp_path / "run", attack_engine="auto", per_device_train_batch_size=4, offload_attacks=True)
     trainer = LPATrainer(few, config, rows(8), tokenizer)
     start = weights(trainer)
     trainer.train()
@@ -78,4 +78,4 @@ def test_bitsandbytes(tmp_path: Path, bits: int) -> None:
     trainer.save_model()
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 4
     with pytest.raises(ValueError, match="is quantised"):
-        LPATrainer(few, tiny_config(tmp_path / "merged", merge_adapters=True), rows(8), tokenizer)
+        LPATrainer(few, tiny_config(tmp_path / "merged", attack_merge_adapters=True), rows(8), tokenizer)

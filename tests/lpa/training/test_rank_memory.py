@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 # of Adam, rounding alone would decide where a gradient is all but zero
-RUN = {"data": RAGGED, "micro_batches": 2, "per_device_train_batch_size": 4, "steps": 2, "optim": "sgd",
+RUN = {"data": RAGGED, "micro_batches": 2, "per_device_train_batch_size": 4, "attack_steps": 2, "optim": "sgd",
        "learning_rate": 0.1}  # fmt: skip
 TERMS = {"kl_coef": 0.3, "sft_coef": 0.2}
 Faults = list[tuple[int, str, set[int]]]
@@ -25,9 +25,12 @@ CASES: dict[str, tuple[Faults, int, dict[str, Any]]] = {
     "an attack": ([(1, "attack", {1})], 2, TERMS | {"lora_dropout": 0.2, "micro_batches": 4}),
     "a forward pass of the second update": ([(0, "forward", {2})], 2, {}),
     "backward passes of both, again and again": (
-        [(1, "backward", {2}), (0, "backward", {5})], 1, {"gradient_checkpointing": True, "engine": "reference"}),
+        [(1, "backward", {2}), (0, "backward", {5})],
+        1,
+        {"gradient_checkpointing": True, "attack_engine": "reference"},
+    ),
     "every weight": ([(1, "backward", {2}), (1, "attack", {3})], 1, {"lora": False, "sft_coef": 0.3}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

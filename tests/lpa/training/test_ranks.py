@@ -40,10 +40,10 @@ def moved(folder: Path, settings: dict[str, Any]) -> float:
 RAGGED = [row | {"rejected": "I agree ." if n % 2 else row["rejected"] + " I agree"}
           for n, row in enumerate(jobs.rows(5))]  # fmt: skip
 CASES = {
-    "packed, merged, ragged": {"data": RAGGED, "merge_adapters": True},
+    "packed, merged, ragged": {"data": RAGGED, "attack_merge_adapters": True},
     "frozen blocks, benign terms, dropout": {
-        "sites": "mlp:1", "kl_coef": 0.3, "sft_coef": 0.2, "lora_dropout": 0.2, "random_start": True},
-    "two passes, checkpointed": {"engine": "reference", "gradient_checkpointing": True, "dpo_coef": 1.0,
+        "attack_sites": "mlp:1", "kl_coef": 0.3, "sft_coef": 0.2, "lora_dropout": 0.2, "attack_random_start": True},
+    "two passes, checkpointed": {"attack_engine": "reference", "gradient_checkpointing": True, "dpo_coef": 1.0,
                                  "toward_coef": 0.0, "away_coef": 0.0},
     "every weight": {"lora": False, "sft_coef": 0.3, "reset_optimizer": False},
 }  # fmt: skip
@@ -129,9 +129,9 @@ def runs(draw: Any) -> dict[str, Any]:
         "micro_batches": draw(st.sampled_from([2, 4, 6])),
         "per_device_train_batch_size": draw(st.integers(1, 3)),
         "defence_steps": draw(st.integers(1, 3)),
-        "steps": draw(st.integers(0, 2)),
-        "sites": draw(st.sampled_from([["embedding"], ["mlp:1"], ["block:0", "attn:1"]])),
-        "engine": draw(st.sampled_from(["packed", "reference"])),
+        "attack_steps": draw(st.integers(0, 2)),
+        "attack_sites": draw(st.sampled_from([["embedding"], ["mlp:1"], ["block:0", "attn:1"]])),
+        "attack_engine": draw(st.sampled_from(["packed", "reference"])),
         "sft_coef": draw(st.sampled_from([0.0, 0.5])),
         "seed": draw(st.integers(0, 99)),
         # of Adam, rounding alone would decide where a gradient is all but zero
@@ -155,7 +155,7 @@ def test_the_command_with_sharded_weights(tmp_path: Path) -> None:
     tokenizer = jobs.tiny_tokenizer()
     jobs.tiny_model(len(tokenizer)).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    settings = ["--model", model, "--lpa_steps", "2", "--steps", "2", "--defence_steps", "2", "--lora_r", "4",
+    settings = ["--model", model, "--lpa_steps", "2", "--attack_steps", "2", "--defence_steps", "2", "--lora_r", "4",
                 "--per_device_train_batch_size", "1", "--use_cpu", "--measure_attacked", "1"]  # fmt: skip
     one, two = ([*settings, "--output", str(tmp_path / name)] for name in ("one", "two"))
     assert main(["train", *one, "--gradient_accumulation_steps", "2"]) == 0

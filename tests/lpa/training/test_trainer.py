@@ -109,7 +109,7 @@ def test_global_normaliser_alone_is_blind_to_micro_batches(tmp_path: Path, norma
 
 @pytest.mark.parametrize("engine", ["packed", "reference"])
 def test_what_is_logged(tmp_path: Path, engine: str) -> None:
-    trainer = trainer_of(tmp_path, kl_coef=0.2, sft_coef=0.3, engine=engine)
+    trainer = trainer_of(tmp_path, kl_coef=0.2, sft_coef=0.3, attack_engine=engine)
     trainer.train()
     entries = logged(trainer)
     assert [entry["lpa_step"] for entry in entries] == [1, 2]
@@ -133,7 +133,7 @@ def test_what_is_logged(tmp_path: Path, engine: str) -> None:
 
 
 def test_a_binding_radius_shows_in_the_boundary_fraction(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, epsilon=0.1, lpa_steps=1)
+    trainer = trainer_of(tmp_path, attack_epsilon=0.1, lpa_steps=1)
     trainer.train()
     assert logged(trainer)[0]["boundary_fraction"] > 0.5
     assert logged(trainer)[0]["norm/embedding"] == pytest.approx(0.1, rel=0.1)
@@ -155,7 +155,7 @@ SETTINGS: dict[str, Any] = {
     "save_strategy": "steps",
     "kl_coef": 0.2,
     "lora_dropout": 0.1,
-    "random_start": True,
+    "attack_random_start": True,
 }
 
 
@@ -249,14 +249,14 @@ def test_reset_optimizer_is_a_new_adamw(tmp_path: Path) -> None:
 
 
 def test_training_moves_the_answers(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, lpa_steps=6, learning_rate=1e-2, defence_steps=4, steps=2)
+    trainer = trainer_of(tmp_path, lpa_steps=6, learning_rate=1e-2, defence_steps=4, attack_steps=2)
     trainer.train()
     entries = logged(trainer)
     assert entries[-1]["defence_toward"] < 0.6 * entries[0]["defence_toward"]
 
 
 def test_no_attack_at_steps_0(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, steps=0)
+    trainer = trainer_of(tmp_path, attack_steps=0)
     trainer.train()
     assert not any(name.startswith(("attack_", "norm/")) for name in logged(trainer)[0])
     assert logged(trainer)[0]["defence_toward"] > 0
@@ -360,10 +360,10 @@ def test_what_would_not_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the benign data set is not used: sft_coef and kl_coef are 0"):
         trainer_of(tmp_path, benign_dataset=[{"prompt": "I agree", "response": "no"}])
     with pytest.raises(ValueError, match="mlp:9"):  # before any step
-        trainer_of(tmp_path, sites="mlp:9")
+        trainer_of(tmp_path, attack_sites="mlp:9")
 
 
 def test_large_seeds(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, seed=2**32 - 1, random_start=True, lpa_steps=1)
+    trainer = trainer_of(tmp_path, seed=2**32 - 1, attack_random_start=True, lpa_steps=1)
     trainer.train()
     assert len(logged(trainer)) == 1
