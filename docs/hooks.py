@@ -52,7 +52,9 @@ class OurDocstrings(Extension):
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
-            text = re.sub(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n {8}.*)*)", _each, obj.docstring.value, flags=re.M)
+            text = re.sub(
+                r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n {8}.*)*)", _each, obj.docstring.value, flags=re.M
+            )
             # as plain Markdown, `>>>` is a quotation in a quotation
             obj.docstring.value = re.sub(r"^>>> .*(?:\n(?=.*\S).*)*", r"```pycon\n\g<0>\n```", text, flags=re.M)
 
