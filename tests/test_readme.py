@@ -24,6 +24,17 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_and_modules_are_there(page):
+    text = page.read_text()
+    files = re.findall(r"`([\w./]+/\w+\.(?:py|cpp|cu|h|inl))`", text)
+    modules = [name.replace(".", "/") for name in re.findall(r"python -m ((?:benchmarks|tests)[\w.]*)", text)]
+    places = [ROOT, ROOT / "lpa_kernels", ROOT / "lpa"]
+    missing = [file for file in files if not any((place / file).exists() for place in places)]
+    missing += [m for m in modules if not ((ROOT / f"{m}.py").exists() or (ROOT / m / "__main__.py").exists())]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_names_exist(page):
     text = page.read_text()
     for package in (lpa, lpa_kernels):
