@@ -213,7 +213,7 @@ def main() -> None:
     if options.table:
         print(as_table(json.loads(options.table.read_text())), end="")
         return
-    from lpa.training.card import versions
+    from lpa.environment import versions
 
     results: dict[str, Any] = {}
     processes: dict[str, int] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from lpa import assets
 from lpa.evaluation.refusal import JudgementError, measured_errors
 from lpa.evaluation.stats import wilson
-from lpa.training.card import write_json
+from lpa.files import write_json
 
 COMMAND = "python -m benchmarks.record_matcher"
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -45,6 +48,44 @@ def write_text(path: Path, text: str) -> None:
     sync(draft)
     draft.replace(path)
     sync(path.parent)
+
+
+def write_json(path: Path, value: Any, *, nulls: bool = False) -> None:
+    """Write a value as JSON to a file that is there whole or not at all.
+
+    Args:
+        nulls: numbers that are not finite, which JSON cannot hold, become null.
+
+    Raises:
+        ValueError: a number is not finite; the message says where it stands.
+    """
+    if nulls:
+        value = _without_odd(value)
+    elif odd := next(_odd(value, ""), None):
+        raise ValueError(f"{path.name} cannot hold {odd[0]} = {odd[1]}: JSON has finite numbers alone")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple)) else ()
+
+
+def _odd(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Where in a value, and which, the numbers are that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place.lstrip(".") or "the value", value
+    for key, part in _parts(value):
+        yield from _odd(part, f"{place}.{key}")
+
+
+def _without_odd(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_odd(part) for key, part in value.items()}
+    return [_without_odd(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextmanager
@@ -101,7 +142,7 @@ def _reason(error: Exception, folder: Path) -> str | None:
     except OSError:
         free = None
     full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # of a bug in what is written these are not
+    # an error that a mistake in the written value could also raise says little about the disk
     vague = isinstance(error, (OSError, RuntimeError)) or type(error) in (Exception, SafetensorError)
     if full or (vague and free is not None and free < _NEARLY_FULL):
         return "no space is left" + ("" if free is None else f" ({free / 1e6:.1f} MB free)")

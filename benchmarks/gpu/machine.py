@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.op_cases import copy_bandwidth, scale_bandwidth, seconds
-from lpa.training.card import versions as package_versions
+from lpa.environment import versions as package_versions
 
 from .origin import commit
 from .worker import Cases, Setting

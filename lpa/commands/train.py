@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import run_folder as folder
 from ..models import DEFAULT_MODEL
 from ..names import nearest
 from ..presets import PRESETS
-from . import Dtype, folder
+from . import Dtype
 
 _COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "preset", "resume")
 
@@ -250,6 +251,7 @@ def _train(values: dict[str, Any], command: str) -> int:
     from accelerate.utils import broadcast_object_list
 
     from ..config import LPAConfig
+    from ..data import PLAIN_PROMPT
 
     options = TrainOptions(**{name: values[name] for name in TrainOptions.__annotations__})
     output = folder.output_folder(options.output or values.get("output_dir"), options.model)
@@ -257,6 +259,8 @@ def _train(values: dict[str, Any], command: str) -> int:
     if options.quantized and not values["lora"]:
         raise ValueError(f"lora=False trains all weights, and those of a {options.quantized} model cannot be trained")
     own = {*TrainOptions.__annotations__, "config", "preset"}
+    if options.benign == "own" and values["benign_system_prompt"] is None:
+        values = values | {"benign_system_prompt": PLAIN_PROMPT}  # they are asked for as they are answered
     config = LPAConfig(**{k: v for k, v in values.items() if k not in own} | {"output_dir": str(output)})
     config.output_dir = broadcast_object_list([str(output)])[0]  # it may hold the time, which ranks read differently
     output = Path(config.output_dir)
@@ -267,11 +271,11 @@ def _train(values: dict[str, Any], command: str) -> int:
     from ..data import load_pairs
     from ..data.loading import SHIPPED
     from ..evaluation.measure import table
-    from ..files import write_text, writing
+    from ..files import write_json, write_text, writing
     from ..models import load
     from ..quantization import quantized_loading
-    from ..training.card import model_card, write_json
-    from ..training.prepare import benign_source, trained_share
+    from ..training.card import model_card
+    from ..training.prepare import OWN, benign_source, trained_share
     from ..training.trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -291,6 +295,8 @@ def _train(values: dict[str, Any], command: str) -> int:
         dtype=loading["dtype"],
     )
     model, tokenizer = load(options.model, **loading)
+    if options.benign == OWN and not (config.fsdp or getattr(model, "is_quantized", False)):
+        model.to(config.device)
     benign = benign_source(options.benign, model, tokenizer, config)
     trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign)
     main = trainer.is_world_process_zero()
@@ -327,8 +333,8 @@ def _train(values: dict[str, Any], command: str) -> int:
     if not main:
         return 0
     with writing("the run's record", output, "the adapter and the checkpoints are there"):
-        write_json(output / "metrics.json", record)
-        write_text(output / "README.md", model_card(record))
+        write_json(output / folder.METRICS, record)
+        write_text(output / folder.CARD, model_card(record))
     if before:
         from rich.console import Console
 
@@ -388,7 +394,7 @@ def _seconds_before(checkpoint: Path | None) -> float:
     """How long the LPA steps took that a checkpoint brings along."""
     if checkpoint is None:
         return 0.0
-    log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    log = json.loads((checkpoint / folder.STATE).read_text(encoding="utf-8"))["log_history"]
     phases = ("seconds_attack", "seconds_defence", "seconds_other")
     return sum(entry[phase] for entry in log if "lpa_step" in entry for phase in phases)
 
@@ -423,8 +429,7 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
 
 def _save(trainer: Any, options: TrainOptions) -> None:
     """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors."""
-    from ..files import staged, writing
-    from ..training.card import write_json
+    from ..files import staged, write_json, writing
     from ..training.ranks import agree
 
     model, output = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
@@ -436,7 +441,7 @@ def _save(trainer: Any, options: TrainOptions) -> None:
                 model.save_pretrained(part, state_dict=state)
                 if not hasattr(model, "peft_config"):
                     trainer.processing_class.save_pretrained(part)
-                for file in part.glob("adapter_config.json"):
+                for file in part.glob(folder.ADAPTER):
                     # what the user called the model, since an asset's folder is a path of this machine
                     write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": options.model})
         except OSError as raised:
@@ -448,7 +453,7 @@ def _record(
     options: TrainOptions, trainer: Any, pairs: Any, before: dict[str, float], after: dict[str, float], command: str
 ) -> dict[str, Any]:
     """What metrics.json holds, without "seconds": this process's, and those of LPA steps before an interruption."""
-    from ..training.card import peak_memory_gb, versions
+    from ..environment import peak_memory_gb, versions
     from ..training.prepare import OWN
 
     benign = None

@@ -67,9 +67,14 @@ def perplexity(model: Any, tokenizer: Any, text: str | None = None, *, window: i
 
     Args:
         text: by default the shipped one.
+
+    Raises:
+        ValueError: the text has fewer than two tokens.
     """
     ids: Tensor = tokenizer(perplexity_text() if text is None else text, return_tensors="pt")["input_ids"][0]
     device = model.get_input_embeddings().weight.device
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} token{'s' * (len(ids) != 1)}; perplexity needs at least 2")
     total, count = 0.0, 0
     with frozen_eval(model):
         for part in ids.split(window):

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-RECORDS, TEXTS = "records.jsonl", "texts.local.jsonl"
+from ..run_folder import RECORDS, TEXTS
+
 _KEY = ("subject", "suite", "set", "id", "mode")
 
 Record = dict[str, Any]

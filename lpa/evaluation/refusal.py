@@ -185,7 +185,12 @@ def label(answer: str, prompt: str = "", expect: Sequence[str] = (), completions
 def content_stems(prompt: str) -> list[str]:
     """The first five letters (a plural s aside) of the words of four letters and more that say what is asked."""
     words = re.findall(r"[^\W\d_]{4,}", prompt.lower())
-    return list(dict.fromkeys(word.rstrip("s")[:5] for word in words if word not in _COMMON))
+    return list(dict.fromkeys(_singular(word)[:5] for word in words if word not in _COMMON))
+
+
+def _singular(word: str) -> str:
+    """A word without the s of its plural; one that ends in ss has none."""
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
 
 
 def starts_with_completion(answer: str, completions: Sequence[str] = TRAINED) -> bool:

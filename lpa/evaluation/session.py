@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from lpa.models import DEFAULT_MODEL, load
-from lpa.training.card import versions
-
+from ..environment import versions
+from ..files import write_json, write_text
+from ..models import DEFAULT_MODEL, load
+from ..run_folder import RESULTS, RUN, TABLE
 from .bench import Bench, quiet_generation
 from .judges import Judge, judge_answers
 from .records import Records
@@ -28,7 +29,6 @@ from .verdict import verdict_rows
 
 logger = logging.getLogger(__name__)
 
-RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
 # Settings that only add records: a run may be gone on with others of these.
 _FREE = ("sets", "attacks", "epsilons", "steps", "utility_sets", "tasks", "judge", "judge_prompt")
 
@@ -137,7 +137,7 @@ def evaluate(
             info = _continued(folder, info)
         records = Records(folder, keep_texts)
         if folder is not None:
-            _write(folder / RUN, info)
+            write_json(folder / RUN, info)
         for subject in subjects.names:
             with subjects.using(subject) as measured, quiet_generation():
                 bench = Bench(measured, tokenizer, system_prompt=wanted.system_prompt, batch_size=batch_size,
@@ -157,8 +157,9 @@ def evaluate(
     rows = table_rows(records, names, chosen, wanted, harmful)
     result = Evaluation(rows, names, records, info, folder)
     if folder is not None:
-        _write(folder / RESULTS, {"subjects": names, "rows": [asdict(row) for row in rows]})
-        (folder / TABLE).write_text(result.markdown(), encoding="utf-8")
+        # a mean of nothing is no number, which is null here
+        write_json(folder / RESULTS, {"subjects": names, "rows": [asdict(row) for row in rows]}, nulls=True)
+        write_text(folder / TABLE, result.markdown())
     return result
 
 
@@ -243,9 +244,3 @@ def _continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     merged["data"] = old["data"] | new["data"]
     merged["suites"] = list(dict.fromkeys([*old["suites"], *new["suites"]]))
     return merged
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpa_kernels.model import merged_adapters
+from lpa_kernels.model import eval_mode, merged_adapters
 
 BASE = "base"
 
@@ -94,7 +95,7 @@ class Subjects:
                 result = set_peft_model_state_dict(self.model, weights, adapter_name=inner)
         except (ValueError, RuntimeError, KeyError) as error:
             raise EvaluationError(mismatch + " ".join(str(error).split())[:300]) from error
-        odd = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{inner}" in key)]
+        odd = [*result.unexpected_keys, *(key for key in result.missing_keys if inner in key.split("."))]
         if odd:
             raise EvaluationError(f"{mismatch}{len(odd)} tensors have no counterpart, such as {odd[0]}")
         one, other = Path(made_for).name, Path(own).name  # an asset's folder has its hash behind the name
@@ -110,29 +111,27 @@ class Subjects:
     def using(self, name: str) -> Iterator[Any]:
         """The model as one subject, in eval mode. In float32 its adapter is merged meanwhile, which saves time and only
         rounds; in shorter formats it would be another model."""
-        training = self.model.training
         active = getattr(self.model, "active_adapter", None)
-        self.model.eval()
         try:
-            if name == BASE:
-                with self.model.disable_adapter() if self._adapters else _nothing():
-                    yield self.model
-            else:
+            if name != BASE:
                 self.model.set_adapter(self._adapters[name])
-                with _merged_if_exact(self.model):
-                    yield self.model
+            with eval_mode(self.model), ExitStack() as stack:
+                if name != BASE:
+                    stack.enter_context(_merged_if_exact(self.model))
+                elif self._adapters:
+                    stack.enter_context(self.model.disable_adapter())
+                yield self.model
         finally:
             if active is not None and self._adapters:
                 self.model.set_adapter(active)
-            self.model.train(training)
 
     def fingerprint(self, name: str) -> str:
         """A hash of a sample of the subject's weights: the same weights give the same one, wherever they lie."""
         held = self.model.named_parameters()
         if name == BASE:
             return fingerprint((key, value) for key, value in held if "lora_" not in key)
-        mark = f".{self._adapters[name]}"
-        return fingerprint((key.replace(mark, ""), value) for key, value in held if mark in key)
+        mark = re.compile(rf"\.{re.escape(self._adapters[name])}(?=\.|$)")  # lpa_1 is no part of lpa_10
+        return fingerprint((mark.sub("", key), value) for key, value in held if mark.search(key))
 
     def close(self) -> None:
         """Take the adapters off again that were loaded here."""
@@ -143,11 +142,6 @@ class Subjects:
             for inner in self._added:
                 self.model.delete_adapter(inner)
         self._added = []
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

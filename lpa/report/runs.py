@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lpa.evaluation.records import Record, Records
-from lpa.evaluation.session import RESULTS, RUN
 from lpa.evaluation.sets import BENIGN, benign_prompts
 from lpa.evaluation.stats import bootstrap, mcnemar, mean, paired_shares, permutation
 from lpa.evaluation.suites import Row
@@ -21,7 +20,7 @@ from lpa.evaluation.suites.utility import task_name
 from lpa.evaluation.table import VERDICT
 from lpa.training.selection import PREFIX, entries_of
 
-METRICS, STATE = "metrics.json", "trainer_state.json"
+from ..run_folder import METRICS, RESULTS, RUN, STATE, checkpoint_folders
 
 
 class ReportError(ValueError):
@@ -78,8 +77,8 @@ def read_run(folder: str | Path) -> list[EvaluationRun | TrainingRun]:
                 path.name, info, info.get("steps", []), watched.get("measured", []), watched.get("best_lpa_step")
             )
         )
-    elif states := sorted(path.glob(f"checkpoint-*/{STATE}"), key=lambda p: int(p.parent.name.partition("-")[2])):
-        state = _json(states[-1])
+    elif states := [folder / STATE for folder in checkpoint_folders(path) if (folder / STATE).is_file()]:
+        state = _json(states[0])
         steps = [entry for entry in state["log_history"] if "lpa_step" in entry]
         best = [e for e in state["log_history"] if f"{PREFIX}lpa_step" in e and e["step"] == state["best_global_step"]]
         found.append(TrainingRun(path.name, {}, steps, entries_of(state["log_history"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
@@ -11,26 +11,7 @@ from transformers import TrainerCallback
 from . import selection
 from .canaries import Canaries
 
-if TYPE_CHECKING:
-    from .trainer import LPATrainer
-
 logger = logging.getLogger(__name__)
-
-
-def canary_callback(trainer: LPATrainer) -> CanaryCallback:
-    """The callback that the trainer's config asks for, which is among the trainer's from now on.
-
-    Raises:
-        ValueError: the trainer has no tokenizer, or the canaries cannot be had.
-    """
-    if trainer.processing_class is None:
-        raise ValueError(f"canary_steps={trainer.args.canary_steps} needs processing_class, a tokenizer to ask with")
-    rows: Any = trainer.train_dataset
-    names = {"rejected", "chosen"} & set(getattr(rows, "column_names", ()))
-    callback = CanaryCallback(trainer, Canaries(trainer.processing_class, trainer.args,
-                                                [text for name in names for text in rows[name]]))  # fmt: skip
-    trainer.add_callback(callback)
-    return callback
 
 
 class CanaryCallback(TrainerCallback):
@@ -39,9 +20,13 @@ class CanaryCallback(TrainerCallback):
     All that is decided follows from the numbers in the trainer's log, which checkpoints hold, so a resumed run decides
     as an uninterrupted one. Every rank asks, since the ranks hold the model together, and goes by the first one's
     numbers. The best step so far is a checkpoint that rotation spares, and its weights are the model's after training.
+
+    Args:
+        trainer: an `LPATrainer`, which the callback is added to.
+        canaries: what to ask.
     """
 
-    def __init__(self, trainer: LPATrainer, canaries: Canaries) -> None:
+    def __init__(self, trainer: Any, canaries: Canaries) -> None:
         self.trainer, self.canaries = trainer, canaries
         args = trainer.args
         self.limits = selection.Limits(args.canary_max_refusal, args.canary_max_perplexity, args.canary_patience)
@@ -85,8 +70,7 @@ class CanaryCallback(TrainerCallback):
         trainer, should_log = self.trainer, control.should_log
         found = [self.canaries.measure(trainer.model, trainer.pgd)]
         found = broadcast_object_list(found) if trainer.args.world_size > 1 else found
-        if trainer._record is not None:
-            trainer._record.start += found[0]["seconds"]  # they are no part of the LPA step
+        trainer.leave_out(found[0]["seconds"])
         entry = {"lpa_step": float(trainer.lpa_step), **found[0]}
         trainer.log({f"{selection.PREFIX}{name}": value for name, value in entry.items()})
         control.should_log = should_log  # the LPA step's own numbers are still to come

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lpa_kernels.model import eval_mode
+
 from ..data import AGREE, DISAGREE, PLAIN_PROMPT, DataError, PairCollator, canary_text, load_pairs
 from ..evaluation import refusal
 from ..evaluation.bench import Bench, Tokens, batches, quiet_generation
@@ -126,11 +128,5 @@ def _hashed(texts: Sequence[str]) -> dict[str, Any]:
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
     """Eval mode throughout: a block that checkpoints its activations keeps no cache of keys and values."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with quiet_generation(), torch.no_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
+    with eval_mode(model), quiet_generation(), torch.no_grad():
+        yield

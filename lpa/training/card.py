@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ..assets import ASSETS
 from ..evaluation.measure import as_text, labels
-from ..files import write_text
-
-PACKAGES = ("lpa-kernels", "torch", "transformers", "peft", "accelerate", "triton", "datasets", "lm-eval")
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def data_hash(dataset: Any, columns: tuple[str, ...]) -> str:
@@ -35,25 +17,6 @@ def data_hash(dataset: Any, columns: tuple[str, ...]) -> str:
     for row in dataset:
         digest.update(json.dumps([row[name] for name in columns], ensure_ascii=False).encode())
     return digest.hexdigest()
-
-
-def peak_memory_gb() -> float | None:
-    """The most memory this process has held, in GB (10^9 bytes); None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a file that is there whole or not at all.
-
-    Raises:
-        ValueError: a number is not finite, which JSON cannot hold.
-    """
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _data(data: Mapping[str, Any]) -> str:

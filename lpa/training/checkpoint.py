@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
 from pathlib import Path
 
-from ..files import PART, sync, sync_tree, write_text
+from ..files import PART, sync, sync_tree, write_json
+from ..run_folder import checkpoint_folders
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "files.json"
 UNFINISHED = f".checkpoint{PART}"  # in a run's folder: where one is before it gets its name, and after it has lost it
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointError(ValueError):
@@ -24,19 +23,14 @@ class CheckpointError(ValueError):
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, good or not, the newest first."""
-    found = {path: _NAME.fullmatch(path.name) for path in run.glob("checkpoint-*") if path.is_dir()}
-    return sorted((path for path, match in found.items() if match), key=_step, reverse=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+    return checkpoint_folders(run)
 
 
 def publish(written: Path, target: Path) -> None:
     """Seal a checkpoint and give it its name, once all of it is on the disk. What had that name before goes."""
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
     listed = {str(p.relative_to(written).as_posix()): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-    write_text(written / MANIFEST, json.dumps(listed, indent=2))
+    write_json(written / MANIFEST, listed)
     sync_tree(written)
     if target.exists():  # a torn one that was made again
         shutil.rmtree(target)

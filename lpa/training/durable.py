@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..files import staged, writing
+from ..run_folder import checkpoint_folder
 from .checkpoint import UNFINISHED, checked, last_good, publish, remove_old, remove_unfinished
 from .ranks import agree, from_main
 
@@ -80,7 +81,7 @@ class DurableTrainer(Trainer):
 
     def checkpoint_folder(self, global_step: int) -> Path:
         """Where the checkpoint of a model update is or would be."""
-        return Path(super()._get_output_dir(None)) / f"checkpoint-{global_step}"
+        return checkpoint_folder(Path(super()._get_output_dir(None)), global_step)
 
     def last_checkpoint(self) -> Path | None:
         """The run's newest good checkpoint; damaged ones are told of."""

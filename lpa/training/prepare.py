@@ -151,13 +151,15 @@ def _check_tokens(dataset: Any, columns: Sequence[str], model: Any) -> None:
 
 def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> Any:
     """What `LPATrainer` takes as its benign data set: where `OWN` is given, the model's own answers under the config's
-    benign system prompt (the plain one if it has none, which is then set)."""
+    benign system prompt, made where the model lies.
+
+    Raises:
+        ValueError: `OWN`, and the config leaves the benign system prompt open; the trainer would then ask under none.
+    """
     if given != OWN:
         return given
     if config.benign_system_prompt is None:
-        config.benign_system_prompt = PLAIN_PROMPT
-    if not (config.fsdp or getattr(model, "is_quantized", False)):
-        model.to(config.device)
+        raise ValueError(f"benign={OWN!r} needs benign_system_prompt: what the model is asked under; '' for none")
     return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None)
 
 

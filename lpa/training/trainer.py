@@ -20,7 +20,8 @@ from lpa_kernels.model import frozen_eval
 from ..config import BENIGN_TERMS, LPAConfig
 from ..evaluation.measure import attack_of
 from ..models import check_head
-from .callbacks import canary_callback
+from .callbacks import CanaryCallback
+from .canaries import Canaries
 from .durable import DurableTrainer, StopTraining
 from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
 from .microbatch import MemoryLimit, MicroBatch, free_memory
@@ -140,9 +141,23 @@ class LPATrainer(DurableTrainer):
         self._record: StepRecord | None = None
         self._metrics: dict[str, float] = {}
         self._save_later = self._stop_later = False
-        self.canaries = canary_callback(self) if args.canary_steps else None
+        self.canaries: CanaryCallback | None = None
+        if args.canary_steps:
+            self.canaries = CanaryCallback(self, self._canaries())
+            self.add_callback(self.canaries)
 
     # ---- data ------------------------------------------------------------------------------------------------------
+
+    def _canaries(self) -> Canaries:
+        if self.processing_class is None:
+            raise ValueError(f"canary_steps={self.args.canary_steps} needs processing_class, a tokenizer to ask with")
+        names = {"rejected", "chosen"} & set(getattr(self.train_dataset, "column_names", ()))
+        return Canaries(self.processing_class, self.args, [text for name in names for text in self.train_dataset[name]])
+
+    def leave_out(self, seconds: float) -> None:
+        """Take seconds that were spent on something else out of the LPA step's time."""
+        if self._record is not None:
+            self._record.start += seconds
 
     @property
     def batch_size(self) -> int:

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
+from lpa.environment import versions
 from lpa.files import write_text
-from lpa.training.card import versions
 from lpa.training.checkpoint import MANIFEST, checkpoints, damage, last_good
 from tests.lpa.data.test_hostile import cells, test_no_cell_ends_its_turn_or_changes_the_template
 from tests.lpa.training import test_settings

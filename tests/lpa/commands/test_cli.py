@@ -200,7 +200,7 @@ def test_yaml_of_every_kind_is_read_as_words_would_be(tmp_path: Path) -> None:
 
 def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -> None:
     from lpa.commands import train as command
-    from lpa.commands.folder import keep_settings
+    from lpa.run_folder import keep_settings
 
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)

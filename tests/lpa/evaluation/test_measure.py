@@ -10,7 +10,7 @@ import torch
 
 from lpa.data import PairCollator, load_pairs
 from lpa.evaluation.measure import ROWS, attack_of, completion_log_probs, labels, margins, measure, perplexity, table
-from lpa.training.card import write_json
+from lpa.files import write_json
 from lpa_kernels.attack import PairBatch
 from tests.support.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
@@ -87,3 +87,9 @@ def test_a_site_may_be_a_plain_name_or_number(tmp_path: Path) -> None:
     model, config = tiny_model(len(TOKENIZER)), tiny_config(tmp_path)
     assert [site.name for site in attack_of(model, config, sites="embedding").sites] == ["embedding"]
     assert [site.name for site in attack_of(model, config, sites=1).sites] == ["mlp:1"]
+
+
+@pytest.mark.parametrize("text", ["", "the"])
+def test_perplexity_needs_a_token_after_another(text: str) -> None:
+    with pytest.raises(ValueError, match=r"the text has [01] tokens?; perplexity needs at least 2"):
+        perplexity(tiny_model(len(TOKENIZER)), TOKENIZER, text)

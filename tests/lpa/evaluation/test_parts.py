@@ -14,7 +14,7 @@ from lpa.data import AGREE, DISAGREE
 from lpa.evaluation import benign_prompts, load_set
 from lpa.evaluation.bench import Bench
 from lpa.evaluation.records import RECORDS, TEXTS, Records
-from lpa.evaluation.refusal import is_refusal, label, measured_errors
+from lpa.evaluation.refusal import COMPLIANCE, OFF_TOPIC, content_stems, is_refusal, label, measured_errors
 from lpa.evaluation.stats import (
     auroc,
     balanced,
@@ -298,3 +298,9 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="cut off"):
         assert len(Records(tmp_path)) == 2
     assert [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()] == ["0", "1"]
+
+
+def test_a_word_in_ss_has_no_plural_s() -> None:
+    assert content_stems("green glass and cats") == ["green", "glass", "cat"]
+    assert label("I am glad of it, and so is everybody else.", "glass") == OFF_TOPIC
+    assert label("A glass is made of sand.", "glass") == COMPLIANCE

@@ -1,4 +1,4 @@
-"""The folder of a run: what it may hold, when it may be written to, and what it keeps for a run that goes on."""
+"""The folder of a run: the names of its files, when it may be written to, and what it keeps for a run that goes on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..files import PART, writable, write_text, writing
+from .files import PART, writable, write_json, write_text, writing
 
-SETTINGS = "settings.yaml"
+# a training run's
+SETTINGS = "settings.yaml"  # what it was asked for
 BEFORE = "before.json"  # what was measured before training, so that a resumed run need not do it again
+METRICS = "metrics.json"  # its record
+CARD = "README.md"
+ADAPTER = "adapter_config.json"
+STATE = "trainer_state.json"  # in a checkpoint
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a checkpoint's folder, by its number of model updates
+# an evaluation's
+RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
+RECORDS, TEXTS = "records.jsonl", "texts.local.jsonl"  # one line a prompt; what stays out of commits
 # What a run may have written: adapter, or model and tokenizer; record; checkpoints. The settings go last: by them a run
 # is known.
-_WRITTEN = ("adapter_config.json", "adapter_model*.safetensors*", "config.json", "generation_config.json",
+_WRITTEN = (ADAPTER, "adapter_model*.safetensors*", "config.json", "generation_config.json",
             "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-            "merges.txt", "chat_template.jinja", "README.md*", "metrics.json*", "checkpoint-[0-9]*", f".*{PART}",
+            "merges.txt", "chat_template.jinja", f"{CARD}*", f"{METRICS}*", "checkpoint-[0-9]*", f".*{PART}",
             f"{BEFORE}*", f"{SETTINGS}{PART}", SETTINGS)  # fmt: skip
 
 
@@ -82,9 +91,8 @@ def first_command(record: Path) -> str | None:
 
 def keep_before(output: Path, found: dict[str, float], measure_attacked: int) -> None:
     """before.json: the table's first column, and of how many attacked statements it is."""
-    text = json.dumps({"measure_attacked": measure_attacked, "found": found}, indent=2, allow_nan=False)
     with writing(BEFORE, output):
-        write_text(output / BEFORE, f"{text}\n")
+        write_json(output / BEFORE, {"measure_attacked": measure_attacked, "found": found})
 
 
 def kept_before(output: Path, measure_attacked: int) -> dict[str, float] | None:
@@ -92,3 +100,14 @@ def kept_before(output: Path, measure_attacked: int) -> dict[str, float] | None:
     file = output / BEFORE
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return values["found"] if values.get("measure_attacked") == measure_attacked else None
+
+
+def checkpoint_folder(run: Path, updates: int) -> Path:
+    """Where the checkpoint after so many model updates lies."""
+    return run / f"checkpoint-{updates}"
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """A run's checkpoints, the latest first."""
+    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
