@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 
 #include "arguments.h"
@@ -104,6 +105,111 @@ void swiglu_backward_(Tensor gate, Tensor up, Tensor grad, std::string activatio
   });
 }
 
+Heads heads_of(const Tensor& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.scalar_type() == like.scalar_type(), name,
+                  " is not [tokens, heads, width] of q's dtype");
+  for (int64_t i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(tensor.size(i) == like.size(i), name, " has ", tensor.size(i), " entries in dimension ", i,
+                    "; expected ", like.size(i));
+  }
+  STD_TORCH_CHECK(tensor.stride(2) == 1 || tensor.size(2) <= 1, "the last stride of ", name, " is not 1");
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+// The starts of `rows` rows of `tokens` tokens; returns those of the longest row.
+int64_t longest_of(const int32_t* starts, int64_t rows, int64_t tokens, const char* name) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    STD_TORCH_CHECK(starts[i + 1] >= starts[i], name, " does not ascend at row ", i);
+    longest = std::max<int64_t>(longest, starts[i + 1] - starts[i]);
+  }
+  STD_TORCH_CHECK(starts[0] == 0 && starts[rows] == tokens, name, " goes from ", starts[0], " to ", starts[rows],
+                  "; expected 0 to ", tokens);
+  return longest;
+}
+
+const int32_t* places_of(const Tensor& places, const Tensor& x, int64_t positions, const char* name) {
+  const int32_t* data = data_of<int32_t>(places, x, ScalarType::Int, 2 * x.size(0), name);
+  for (int64_t i = 0; i < x.size(0); ++i) {
+    STD_TORCH_CHECK(data[2 * i + 1] >= 0 && data[2 * i + 1] < positions, name, " has position ", data[2 * i + 1],
+                    " at token ", i, "; expected 0 to ", positions - 1);
+  }
+  return data;
+}
+
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
+                       const std::optional<Tensor>& sin, const Tensor& q_places, const Tensor& k_places,
+                       const Tensor& q_starts, const Tensor& k_starts, double scale, double softcap, int64_t window) {
+  Attention call{};
+  call.dtype = dtype_of(q, "q");
+  call.q = heads_of(q, q, "q");
+  call.k = heads_of(k, k, "k");
+  call.v = heads_of(v, k, "v");
+  call.queries = q.size(0);
+  call.heads = q.size(1);
+  call.kv_heads = k.size(1);
+  call.width = q.size(2);
+  STD_TORCH_CHECK(k.size(2) == call.width && k.scalar_type() == q.scalar_type() && call.kv_heads > 0 &&
+                      call.heads % call.kv_heads == 0,
+                  "the heads of q, ", call.heads, " x ", call.width, ", do not fit those of k, ", k.size(1), " x ",
+                  k.size(2));
+  int64_t positions = int64_t{1} << 30;
+  if (cos && sin) {
+    STD_TORCH_CHECK(cos->dim() == 2 && 2 * cos->size(1) <= call.width, "cos is not [positions, ", call.width / 2, "]");
+    positions = cos->size(0);
+    call.half = cos->size(1);
+    call.cos = data_of<float>(*cos, q, ScalarType::Float, positions * call.half, "cos");
+    call.sin = data_of<float>(*sin, q, ScalarType::Float, positions * call.half, "sin");
+  }
+  call.q_places = places_of(q_places, q, positions, "q_places");
+  call.k_places = places_of(k_places, k, positions, "k_places");
+  const int64_t rows = q_starts.numel() - 1;
+  STD_TORCH_CHECK(rows >= 0, "q_starts is empty; expected the start of each row and the end of the last");
+  call.q_starts = data_of<int32_t>(q_starts, q, ScalarType::Int, rows + 1, "q_starts");
+  call.k_starts = data_of<int32_t>(k_starts, q, ScalarType::Int, rows + 1, "k_starts");
+  call.longest_q = longest_of(call.q_starts, rows, q.size(0), "q_starts");
+  call.longest_k = longest_of(call.k_starts, rows, k.size(0), "k_starts");
+  call.scale = static_cast<float>(scale);
+  call.softcap = static_cast<float>(softcap);
+  call.window = static_cast<int32_t>(window);
+  return call;
+}
+
+void run(const Attention& call, int64_t rows) {
+  torch::stable::parallel_for(0, rows * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[kernels().attention_floats(call)]);
+    kernels().attention_pairs(call, begin, end, scratch.get());
+  });
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cos,
+                                     std::optional<Tensor> sin, Tensor q_places, Tensor k_places, Tensor q_starts,
+                                     Tensor k_starts, int64_t longest_q, int64_t longest_k, double scale,
+                                     double softcap, int64_t window) {
+  Attention call = attention_of(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, scale, softcap, window);
+  Tensor out = torch::stable::new_empty(q, {call.queries, call.heads, call.width});
+  Tensor lse = torch::stable::new_empty(q, {call.heads, call.queries}, ScalarType::Float);
+  call.out = heads_of(out, q, "out");
+  call.lse = static_cast<float*>(lse.data_ptr());
+  run(call, q_starts.numel() - 1);
+  return {out, lse};
+}
+
+void attention_backward_(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor d_q, Tensor d_k,
+                         Tensor d_v, std::optional<Tensor> cos, std::optional<Tensor> sin, Tensor q_places,
+                         Tensor k_places, Tensor q_starts, Tensor k_starts, int64_t longest_q, int64_t longest_k,
+                         double scale, double softcap, int64_t window) {
+  Attention call = attention_of(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, scale, softcap, window);
+  call.backward = true;
+  call.grad = heads_of(grad, q, "grad");
+  call.out = heads_of(out, q, "out");
+  call.d_q = heads_of(d_q, q, "d_q");
+  call.d_k = heads_of(d_k, k, "d_k");
+  call.d_v = heads_of(d_v, v, "d_v");
+  call.lse = data_of<float>(lse, q, ScalarType::Float, call.heads * call.queries, "lse");
+  run(call, q_starts.numel() - 1);
+}
+
 }  // namespace
 }  // namespace lpa::cpu
 
@@ -112,4 +218,6 @@ STABLE_TORCH_LIBRARY_IMPL(lpa_kernels_native, CPU, library) {
   library.impl("add_norm_backward", TORCH_BOX(&lpa::cpu::add_norm_backward));
   library.impl("swiglu", TORCH_BOX(&lpa::cpu::swiglu));
   library.impl("swiglu_backward_", TORCH_BOX(&lpa::cpu::swiglu_backward_));
+  library.impl("attention", TORCH_BOX(&lpa::cpu::attention));
+  library.impl("attention_backward_", TORCH_BOX(&lpa::cpu::attention_backward_));
 }

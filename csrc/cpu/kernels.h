@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../update.h"
+#include "attention.h"
 #include "block.h"
 
 namespace lpa::cpu {
@@ -43,6 +44,10 @@ struct Kernels {
   void (*add_norm_rows)(const AddNorm& call, int64_t begin, int64_t end);
   void (*add_norm_backward_rows)(const AddNormBackward& call, int64_t begin, int64_t end);
   void (*gate_rows)(const Gate& call, int64_t begin, int64_t end);
+  // Floats of scratch that a thread needs for attention.
+  int64_t (*attention_floats)(const Attention& call);
+  // Pairs [begin, end) of row and key-value head; forward or backward.
+  void (*attention_pairs)(const Attention& call, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const Kernels kernels_baseline;  // what every CPU of this architecture has

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,74 @@ def gate_case(
     return *(laid_out(t, layout) for t in tensors), activation
 
 
+# of the largest entry: in narrow dtypes rotated heads and softmaxes are rounded before their products
+ATTENTION_TOLERANCES = {torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+ROWS = ((5, 3, 2), (9, 1, 1), (0, 4, 0), (3, 2, 6))  # (prefix, rejected, chosen) tokens of each row
+
+
+def streams(rows: Sequence[tuple[int, int, int]], few: bool, padding: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(places, starts) of queries and of keys. few: queries are the tokens of completions alone."""
+    keys, queries = [], []
+    for prefix, rejected, chosen in rows:
+        row = [(0, i) for i in range(prefix)]
+        row += [(branch, prefix + i) for branch, count in ((1, rejected), (2, chosen)) for i in range(count)]
+        row += [(-1, 0)] * padding
+        keys.append(row)
+        queries.append([place for place in row if not few or place[0] > 0])
+
+    def joined(parts: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
+        starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        return torch.tensor([place for part in parts for place in part]).view(-1, 2).int(), starts.int()
+
+    return *joined(queries), *joined(keys)
+
+
+def attention_case(
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: Sequence[tuple[int, int, int]] = ROWS,
+    heads: int = 4,
+    kv_heads: int = 2,
+    width: int = 16,
+    rotated: int | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    few: bool = False,
+    padding: int = 0,
+    backward: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Args:
+    """A call of attention or attention_backward_ on heads that are views of one buffer.
+
+    Args:
+        rotated: entries of each head that are rotated; all by default, 0 for no rotation.
+        few: the queries are the completions' tokens alone.
+        padding: tokens at the end of each row that see nothing.
+    """
+    g = torch.Generator().manual_seed(seed)
+    q_places, q_starts, k_places, k_starts = (t.to(device) for t in streams(rows, few, padding))
+
+    def heads_of(tokens: int, *counts: int) -> list[Tensor]:
+        buffer = torch.randn(tokens, sum(counts) * width + 8, generator=g).to(dtype).to(device)
+        return [t.unflatten(1, (-1, width)) for t in buffer[:, 8:].split([n * width for n in counts], 1)]
+
+    own_q, k, v = heads_of(len(k_places), heads, kv_heads, kv_heads)
+    q = heads_of(len(q_places), heads)[0] if few else own_q
+    half = (width if rotated is None else rotated) // 2
+    angles = torch.outer(torch.arange(128.0), torch.rand(half, generator=g)).to(device) if half else None
+    longest = [int(starts.diff().max()) for starts in (q_starts, k_starts)]
+    tables = (None, None) if angles is None else (angles.cos(), angles.sin())
+    layout = (*tables, q_places, k_places, q_starts, k_starts, *longest, width**-0.5, softcap, window)
+    if not backward:
+        return q, k, v, *layout
+    (grad,) = heads_of(len(q), heads)
+    wide = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in (q, k, v, *layout))
+    out, lse = reference.attention(*wide)
+    into = (torch.full_like(t, float("nan")) for t in (q, k, v))
+    return grad, q, k, v, out.to(dtype), lse.float(), *into, *layout
+
+
 def run_against_oracle(op: str, backend: str, args: Args, tolerance: float = 2e-6) -> None:
     """Run `op` on `backend` and compare all that it returns and writes with the reference in float64.
 
@@ -100,7 +169,12 @@ def run_against_oracle(op: str, backend: str, args: Args, tolerance: float = 2e-
         _compare_norm(args, returned, getattr(reference, op)(*want), tolerance)
         return
     expected = getattr(reference, op)(*want)
-    if op in ("add_norm_backward", "swiglu"):
+    if op.startswith("attention"):
+        # together, since the gradient of a query that sees one key is 0 but for rounding
+        pairs = zip(got[6:9], want[6:9], strict=True) if op != "attention" else zip(returned, expected, strict=True)
+        ours, right = (torch.cat([t.double().flatten() for t in side]) for side in zip(*pairs, strict=True))
+        assert_near(ours, right, ATTENTION_TOLERANCES[dtype], op)
+    elif op in ("add_norm_backward", "swiglu"):
         assert returned.dtype == dtype
         assert_near(returned, expected, tolerance, op, dtype)
     else:

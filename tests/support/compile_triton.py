@@ -28,11 +28,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lpa_kernels.ops.triton import gate, launch, norm
+from lpa_kernels.ops.triton import attention, gate, launch, norm
 from lpa_kernels.ops.triton.perturb import perturb
 from lpa_kernels.ops.triton.token_loss import token_loss_
 from lpa_kernels.ops.triton.update import pgd_update_
-from tests.support.block_cases import gate_case, norm_backward_case, norm_case
+from tests.support.block_cases import attention_case, gate_case, norm_backward_case, norm_case
 from tests.support.op_cases import loss_case, perturb_case, update_case
 
 TARGETS = {
@@ -133,6 +133,17 @@ def calls(width: int, vocabulary: int) -> dict[str, Callable[[], object]]:
     def half(*shape: int) -> Tensor:
         return new(*shape, dtype=torch.bfloat16)
 
+    def attend(backward: bool = False, dim: int = 128, softcap: float = 0.0, window: int = 0) -> object:
+        """Attention in the shape of Llama-3's, a quarter as many key heads as heads, on views of one product."""
+        places, starts = new(tokens, 2, dtype=torch.int32), new(tokens // 144 + 1, dtype=torch.int32)
+        tables, heads = (new(256, dim // 2), new(256, dim // 2)), width // dim
+        layout = (*tables, places, places, starts, starts, 144, 144, 0.125, softcap, window)
+        q, k, v = half(tokens, width * 3 // 2).unflatten(1, (-1, dim)).split([heads, heads // 4, heads // 4], 1)
+        if not backward:
+            return attention.attention(q, k, v, *layout)
+        out = half(tokens, heads, dim)
+        return attention.attention_backward_(out, q, k, v, out, new(heads, tokens), q, k, v, *layout)
+
     where, x, weight = new(tokens, dtype=torch.int64), half(tokens, width), new(width)
     inner = 7 * width // 2  # of the feed-forward, as in Llama-3
     products = half(tokens, 2 * inner).split(inner, 1)
@@ -152,6 +163,12 @@ def calls(width: int, vocabulary: int) -> dict[str, Callable[[], object]]:
         "norm of heads": lambda: norm.add_norm(half(tokens, 128), None, None, None, None, None, new(128), 1.0, 1e-5),
         "SwiGLU": lambda: gate.swiglu(*products, "silu"),
         "SwiGLU backward": lambda: gate.swiglu_backward_(*products, half(tokens, inner), "silu"),
+        "attention": attend,
+        "attention backward": lambda: attend(True),
+        "attention of heads of 64": lambda: attend(False, 64),
+        "attention of heads of 64 backward": lambda: attend(True, 64),
+        "attention of Gemma-2": lambda: attend(False, 256, 50.0, 4096),
+        "attention of Gemma-2 backward": lambda: attend(True, 256, 50.0, 4096),
         "GELU backward": lambda: gate.swiglu_backward_(*products, half(tokens, inner), "gelu_tanh"),
     }
 
@@ -243,6 +260,8 @@ def corners() -> int:
         (norm.add_norm, norm_case(3, 9000, residual=False)),
         (norm.add_norm_backward, norm_backward_case(3, 9000, half)),
         (norm.add_norm_backward, norm_backward_case(1, 1, residual=False)),
+        (attention.attention, attention_case(half, width=20, few=True, softcap=2.0, window=3)),
+        (attention.attention_backward_, attention_case(heads=1, kv_heads=1, width=2, rotated=0, backward=True)),
         (gate.swiglu, gate_case(1, 1)),
         (gate.swiglu_backward_, gate_case(3, 33, half, backward=True, layout="rows")),
     ]
@@ -269,13 +288,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{corners()} kernels compiled")
         return 0
     print(f"width {options.width}, vocabulary {options.vocabulary}, bf16, triton {triton.__version__}")
-    print(f"{'kernel':46} {'target':7} {'threads':>7} {'regs':>5} {'spills':>6} {'shared':>6} {'16-byte':>8}")
+    print(f"{'kernel':54} {'target':7} {'threads':>7} {'regs':>5} {'spills':>6} {'shared':>6} {'16-byte':>8}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.asm or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         found = costs(options.width, options.vocabulary, folder, options.targets)
     for c in found:
-        print(f"{c.kernel:46} {c.target:7} {c.threads:7} {c.registers:5} {c.spills:6} {c.shared:6} {c.wide:>8}")
+        print(f"{c.kernel:54} {c.target:7} {c.threads:7} {c.registers:5} {c.spills:6} {c.shared:6} {c.wide:>8}")
     spilling = [f"{c.kernel} on {c.target}" for c in found if c.spills]
     if spilling:
         print("registers spill to memory:", "; ".join(spilling))

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     registry.register_missing("triton", f"triton cannot be imported ({error}); pip install triton")
 else:
-    from . import gate, launch, norm, perturb, token_loss, update
+    from . import attention, gate, launch, norm, perturb, token_loss, update
 
     def _refusal(op: str) -> Callable[..., str | None]:
         required = getattr(requirements, op)
@@ -22,6 +22,14 @@ else:
 
         return unsupported
 
+    def _attention_refusal(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, *rest: Any) -> str | None:
+        return attention.unsupported(q, cos) or _refusal("attention")(q, k, v, cos, *rest)
+
+    def _attention_backward_refusal(*args: Any) -> str | None:
+        return attention.unsupported(args[1], args[9]) or _refusal("attention_backward_")(*args)
+
+    registry.register("attention", "triton", attention.attention, _attention_refusal)
+    registry.register("attention_backward_", "triton", attention.attention_backward_, _attention_backward_refusal)
     for _kernel in (
         perturb.perturb,
         update.pgd_update_,

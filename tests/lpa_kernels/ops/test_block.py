@@ -9,9 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpa_kernels.ops import add_norm, add_norm_backward, block_reference, registry, swiglu, swiglu_backward_
+from lpa_kernels.ops import (
+    Stream,
+    add_norm,
+    add_norm_backward,
+    attention,
+    attention_backward_,
+    block_reference,
+    registry,
+    swiglu,
+    swiglu_backward_,
+)
 from tests.support.backends import everywhere, need
-from tests.support.block_cases import gate_case, norm_backward_case, norm_case, run_against_oracle
+from tests.support.block_cases import attention_case, gate_case, norm_backward_case, norm_case, run_against_oracle
 from tests.support.op_cases import copied, implementation
 
 WIDTHS = (1, 33, 64, 576, 4096, 8192, 9000)  # in Triton: many rows a program, one, and in chunks
@@ -157,6 +167,107 @@ def test_gates_far_out(activation, place):
         torch.testing.assert_close(own.double(), correct, rtol=1e-5, atol=1e-6)
 
 
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "plain": {},
+    "all heads alike": {"heads": 2, "kv_heads": 2},
+    "one group": {"heads": 3, "kv_heads": 1, "width": 32},
+    "no rotation": {"rotated": 0},
+    "soft cap and window": {"softcap": 2.0, "window": 4},
+    "a window of one": {"window": 1},
+    "few queries": {"few": True, "rows": ((5, 3, 2), (9, 1, 1), (3, 2, 6))},
+    "padding": {"padding": 3},
+    "a wide head": {"width": 96},
+    "long rows": {"rows": ((70, 5, 9), (1, 40, 33)), "heads": 2, "kv_heads": 1},
+    "one token": {"rows": ((1, 0, 0),)},
+}
+
+
+def plain_attention(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, _, __, scale, softcap, window):
+    """Row by row, with a mask and in the words of transformers' eager attention."""
+
+    def turned(x, places):
+        if cos is None:
+            return x
+        c, s = (torch.cat([t[places[:, 1].long()]] * 2, 1)[:, None] for t in (cos, sin))
+        turn, rest = x[..., : c.shape[-1]], x[..., c.shape[-1] :]
+        a, b = turn.chunk(2, -1)
+        return torch.cat([turn * c + torch.cat([-b, a], -1) * s, rest], -1)
+
+    q, k = turned(q, q_places), turned(k, k_places)
+    out = torch.zeros_like(q)
+    for row in range(len(q_starts) - 1):
+        ours, theirs = (slice(int(s[row]), int(s[row + 1])) for s in (q_starts, k_starts))
+        queries, keys = (
+            q[ours].transpose(0, 1),
+            k[theirs].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1),
+        )
+        values = v[theirs].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1)
+        (b, p), (kb, kp) = q_places[ours].T[:, :, None], k_places[theirs].T[:, None]
+        seen = ((b == kb) | (kb == 0)) & (b >= 0) & (kb >= 0) & (kp <= p)
+        if window:
+            seen &= kp > p - window
+        scores = queries @ keys.transpose(1, 2) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0)
+        out[ours] = (weights @ values).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "part of a rotation"])
+def test_the_formulas_of_attention_are_autograds(variant):
+    case = attention_case(torch.float64, **VARIANTS.get(variant, {"rotated": 12}))
+    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+    want = plain_attention(*leaves, *case[3:])
+    out, lse = block_reference.attention(*case)
+    torch.testing.assert_close(out, want)
+    grad = torch.randn_like(want)
+    right = torch.autograd.grad(want, leaves, grad)
+    into = [torch.full_like(t, float("nan")) for t in leaves]
+    block_reference.attention_backward_(grad, *case[:3], out, lse, *into, *case[3:])
+    for own, correct in zip(into, right, strict=True):
+        torch.testing.assert_close(own, correct)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention(variant, dtype, place):
+    backend, device = need("attention", place)
+    run_against_oracle("attention", backend, attention_case(dtype, device=device, **VARIANTS[variant]))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_backward(variant, dtype, place):
+    backend, device = need("attention_backward_", place)
+    case = attention_case(dtype, backward=True, device=device, **VARIANTS[variant])
+    run_against_oracle("attention_backward_", backend, case)
+
+
+def test_the_faces_of_attention():
+    q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, scale, *_ = attention_case()
+    queries, keys = Stream(q_places, q_starts, longest_q), Stream(k_places, k_starts, longest_k)
+    out, lse = attention(q, k, v, (cos, sin), queries, keys, scale=scale)
+    torch.testing.assert_close(out, block_reference.attention(*attention_case())[0])
+    into = tuple(torch.full_like(t, float("nan")) for t in (q, k, v))
+    attention_backward_(out, q, k, v, out, lse, into, (cos, sin), queries, keys, scale=scale)
+    assert all(t.isfinite().all() for t in into)
+    for change, words in (
+        ({"k": k[:, :1].expand(-1, 3, -1), "v": v[:, :1].expand(-1, 3, -1)}, "q has 4 heads and k has 3"),
+        ({"v": v[:3]}, "v has shape"),
+        ({"rotation": (cos[:, :2], sin)}, "sin has shape"),
+        ({"rotation": (torch.cat([cos, cos], 1),) * 2}, "a head of 16 has 8 pairs to rotate"),
+        ({"keys": Stream(k_places[1:], k_starts, longest_k)}, "the places of k has shape"),
+    ):
+        arguments = {"q": q, "k": k, "v": v, "rotation": (cos, sin), "queries": queries, "keys": keys} | change
+        with pytest.raises(ValueError, match=words):
+            attention(**arguments, scale=scale)
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 SMALL = {
@@ -164,6 +275,8 @@ SMALL = {
     "add_norm_backward": norm_backward_case(6, 5),
     "swiglu": gate_case(6, 5),
     "swiglu_backward_": gate_case(6, 5, backward=True),
+    "attention": attention_case(),
+    "attention_backward_": attention_case(backward=True),
 }
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lpa_kernels.ops import functional, native, reference, registry
-from tests.support.block_cases import norm_case
+from tests.support.block_cases import attention_case, norm_case
 from tests.support.op_cases import assert_near, copied, implementation, loss_case, perturb_case, update_case
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,6 +42,7 @@ def test_every_instruction_set(capability):
     if CAPABILITIES.index(capability) >= CAPABILITIES.index(best):
         pytest.skip(f"this process runs {best}")
     grid = "unlike or layouts or bitwise or leaves_float32 or once or sure or infinite or 576 or nan_in"
+    grid += " or heads or rows or attention"
     chosen = f"follow_the or 16_bit or exponential or rounded or native-cpu and ({grid})"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/lpa_kernels/ops", "-k", chosen],
@@ -241,6 +242,41 @@ def test_what_a_block_cannot_take_is_refused():
     ):
         with pytest.raises(RuntimeError, match=words):
             call()
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({2: torch.zeros(3, 2, 16)}, "v has 3 entries in dimension 0; expected 36"),
+        ({5: torch.full((36, 2), 128, dtype=torch.int32)}, "q_places has position 128 at token 0; expected 0 to 127"),
+        ({6: torch.full((36, 2), -1, dtype=torch.int32)}, "k_places has position -1 at token 0"),
+        ({7: torch.tensor([0, 9, 8, 20, 36], dtype=torch.int32)}, "q_starts does not ascend at row 1"),
+        ({8: torch.tensor([0, 9, 18, 20, 35], dtype=torch.int32)}, "k_starts goes from 0 to 35; expected 0 to 36"),
+        ({8: torch.tensor([0, 36], dtype=torch.int32)}, "k_starts has 2 entries; expected 5"),
+        ({3: torch.zeros(128, 9), 4: torch.zeros(128, 9)}, r"cos is not \[positions, 8\]"),
+        ({1: torch.zeros(36, 3, 16), 2: torch.zeros(36, 3, 16)}, "heads of q, 4 x 16, do not fit"),
+    ],
+)
+def test_attention_out_of_range_is_refused(change, message):
+    args = [change.get(i, argument) for i, argument in enumerate(attention_case())]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lpa_kernels_native.attention(*args)
+
+
+@built
+def test_attention_gives_the_same_bits_on_any_number_of_threads():
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            case = attention_case(backward=True)
+            torch.ops.lpa_kernels_native.attention_backward_(*case)
+            results.append([*case[6:9], *torch.ops.lpa_kernels_native.attention(*attention_case())])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @built
