@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import LatentPGD, PairBatch
-from ..model import Site, in_block, unwrapped
-from .latent_at_hooks import CustomHook, GDAdversary, clear_hooks, install, make_room, say_once
+from ..model import Site, in_block, say_once, unwrapped
+from .latent_at_hooks import CustomHook, GDAdversary, clear_hooks, install, make_room
 from .patch import Patch, find_in, foreign_module, imports, same_parameters
 
 NAMES = ("projected_gradient_descent", "clear_hooks", "GDAdversary")  # what `patch_latent_at` replaces
@@ -214,17 +214,17 @@ def fused_latent_pgd(
     """
     if accumulation not in ACCUMULATION:
         raise ValueError(f"accumulation={accumulation!r} is unknown; use one of {', '.join(ACCUMULATION)}")
-    _warn_of_the_callers_own(sys._getframe(1).f_globals)
+    inner = _inner(model)
+    _warn_of_the_callers_own(sys._getframe(1).f_globals, inner)
     coefs, scale = _coefs(loss_coefs), 1.0
     if accelerator is not None:
         device = accelerator.device
-        if (
-            "dpo" not in coefs
-        ):  # as there: a preference loss does not go through the accelerator, whose backward divides
+        if "dpo" not in coefs:  # as there: a preference loss goes past the accelerator, whose backward divides
             scale = 1 / (getattr(accelerator, "gradient_accumulation_steps", None) or 1)
     if clip_grad is not None:
-        say_once("clip_grad clips the gradients of all perturbations jointly; the public code clips the last alone")
-    inner = _inner(model)
+        say_once(
+            inner, "clip_grad clips the gradients of all perturbations jointly; the public code clips the last alone"
+        )
     make_room(inner, accumulation)
     pgd = LatentPGD(
         inner,
@@ -243,20 +243,21 @@ def fused_latent_pgd(
     )
     pairs = pair_batch(batch, coefs, bool(add_completions_pgd), device)
     attack = pgd.attack(pairs, _counts(pairs))
-    wrappers = install(attack, epsilon)
+    wrappers = install(inner, attack, epsilon)
     history = [_logged(step, log_loss) for step in attack.losses] if log_loss or l2_regularization else []
     history = history or [{} for _ in range(pgd_iterations)]
     return (history if return_loss_over_time else history[-1]), wrappers
 
 
-def _warn_of_the_callers_own(names: Mapping[str, Any]) -> None:
-    """Warn a module, given its global names, whose `clear_hooks` is not ours."""
+def _warn_of_the_callers_own(names: Mapping[str, Any], model: nn.Module) -> None:
+    """Warn, once a model, of a `clear_hooks` that is not ours among the global names of the calling module."""
     theirs = names.get("clear_hooks")
     if callable(theirs) and not getattr(theirs, "__module__", "").startswith("lpa_kernels"):
         say_once(
+            model,
             f"{names.get('__name__')}.clear_hooks does not know the hooks of fused_latent_pgd, which leave the model "
             "when the returned wrappers are dropped, or at the next attack. To clear them at once: "
-            "`from lpa_kernels import clear_hooks`, or use lpa_kernels.patch_latent_at()"
+            "`from lpa_kernels import clear_hooks`, or use lpa_kernels.patch_latent_at()",
         )
 
 

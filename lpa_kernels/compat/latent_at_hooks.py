@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import AttackResult
-from ..model import hidden_of, rows_by_length, with_hidden
+from ..model import hidden_of, ours, rows_by_length, say_once, with_hidden
 from ..ops import perturb, project_
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """Log a warning, once a process."""
-    logger.warning(message)
 
 
 class GDAdversary(nn.Module):
@@ -113,17 +103,18 @@ class CustomHook:
     this kind still ends with a clean model, and the attacks of past micro-batches do not pile up.
 
     Attributes:
-        module: the perturbed module.
+        module: the perturbed module, of a model that a warning about an unused attack belongs to.
         hook_fn: its `GDAdversary`.
         enabled: whether the perturbation is added; may be set at any time.
     """
 
-    def __init__(self, module: nn.Module, hook_fn: nn.Module) -> None:
+    def __init__(self, module: nn.Module, hook_fn: nn.Module, model: nn.Module | None = None) -> None:
         self.module = module
         self.hook_fn = hook_fn
         self.enabled = True
+        self._model = ref(module if model is None else model)
         self._removed = self._used = False
-        self._handle = module.register_forward_hook(_Call(self))
+        self._handle = module.register_forward_hook(ours(_Call(self)))
 
     def _apply(self, output: Any) -> Any:
         if self._removed or not self.enabled:  # a deep copy of the model calls a removed hook
@@ -139,10 +130,11 @@ class CustomHook:
     def __del__(self) -> None:
         if self._removed or sys.is_finalizing():
             return
-        if not self._used:
+        if not self._used and (model := self._model()) is not None:
             say_once(
+                model,
                 "an attack left the model unused, because nothing holds its wrappers: keep the second value that "
-                "fused_latent_pgd returns for as long as the attack is to be in force"
+                "fused_latent_pgd returns for as long as the attack is to be in force",
             )
         self.remove()
 
@@ -170,7 +162,7 @@ def make_room(model: nn.Module, accumulation: str) -> None:
             hook.remove()
 
 
-def install(attack: AttackResult, epsilon: float) -> list[CustomHook]:
+def install(model: nn.Module, attack: AttackResult, epsilon: float) -> list[CustomHook]:
     """Put an attack in force: one `CustomHook` a site, until it is removed or dropped.
 
     The perturbations require no gradient: the defence would compute one that nobody reads.
@@ -181,5 +173,5 @@ def install(attack: AttackResult, epsilon: float) -> list[CustomHook]:
         adversary = GDAdversary(delta.shape[-1], epsilon, attack.grid >= 0, device=delta.device)
         adversary.attack.data = delta
         adversary.attack.requires_grad_(False)
-        wrappers.append(CustomHook(site.module, adversary))
+        wrappers.append(CustomHook(site.module, adversary, model))
     return wrappers

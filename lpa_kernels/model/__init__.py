@@ -1,6 +1,6 @@
 """What is known of a model and done to it for the time of an attack."""
 
-from .facts import forget, say_once
+from .facts import forget, ours, say_once
 from .head import output_head
 from .modes import eval_mode, frozen_eval, merged_adapters
 from .perturbation import rows_by_length
@@ -15,6 +15,7 @@ __all__ = [
     "hidden_of",
     "in_block",
     "merged_adapters",
+    "ours",
     "output_head",
     "resolve_sites",
     "rows_by_length",

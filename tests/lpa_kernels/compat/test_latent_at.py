@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from lpa_kernels.compat import clear_hooks, fused_latent_pgd, latent_at_hooks
+from lpa_kernels.compat import clear_hooks, fused_latent_pgd
 from lpa_kernels.compat.latent_at import _autocast
 from lpa_kernels.compat.latent_at_hooks import GDAdversary
+from lpa_kernels.model.facts import model_key
 from tests.support import foreign
 from tests.support.lat_setting import LAYERS, assert_same, call, lat_batch, small_model
 
@@ -21,11 +22,6 @@ PUBLIC = {
     "pgd_iterations": None, "loss_coefs": None, "l2_regularization": 0, "device": "cuda", "log_loss": True,
     "return_loss_over_time": False, "clip_grad": None, "accelerator": None, "add_completions_pgd": False,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _say_everything_again():
-    latent_at_hooks.say_once.cache_clear()
 
 
 def logits(model, batch):
@@ -97,6 +93,18 @@ def test_explicit_labels_with_ignored_ones(form):
     assert_same(ours, theirs)
 
 
+def test_kept_wrappers_leave_what_is_known_of_the_model():
+    """Else every micro-batch would find out anew how the model can be run."""
+    model, batch = small_model(), lat_batch()
+    _, first = call(fused_latent_pgd, batch, model)
+    for wrapper in first:
+        wrapper.enabled = False
+    key = model_key(model)
+    _, second = call(fused_latent_pgd, batch, model)
+    assert model_key(model) == key
+    assert len(first) == len(second) == 3
+
+
 def test_half_a_batch_is_enough_for_one_term():
     batch = {k: v for k, v in lat_batch().items() if not k.startswith("def")}
     model = small_model()
@@ -126,7 +134,10 @@ def test_clip_grad_is_joint_and_says_so(caplog):
     # Adam's eps makes tiny gradients visible: the first site is clipped here and not there
     first = [float(wrappers[0].hook_fn.attack.detach().norm()) for wrappers in (both, last)]
     assert first[0] < 0.5 * first[1]
-    call(fused_latent_pgd, lat_batch(), small_model(), clip_grad=1.0)
+    caplog.clear()
+    model = small_model()
+    for _ in range(2):
+        call(fused_latent_pgd, lat_batch(), model, clip_grad=1.0)
     assert sum("jointly" in message for message in caplog.messages) == 1
 
 

@@ -8,17 +8,12 @@ import types
 import pytest
 import torch
 
-from lpa_kernels.compat import fused_latent_pgd, latent_at_hooks, patch_latent_at
+from lpa_kernels.compat import fused_latent_pgd, patch_latent_at
 from tests.support import foreign
 from tests.support.foreign import trainer, wrappers
 from tests.support.lat_setting import LAYERS, call, lat_batch, small_model
 
 PACKAGE = "tests.support.foreign"
-
-
-@pytest.fixture(autouse=True)
-def _say_everything_again():
-    latent_at_hooks.say_once.cache_clear()
 
 
 def state():
