@@ -34,9 +34,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from lpa.environment import versions
 from lpa.files import write_text
 from lpa.training.checkpoint import MANIFEST, checkpoints, damage, last_good
-from tests.lpa.data.test_hostile import cells, test_no_cell_ends_its_turn_or_changes_the_template
-from tests.lpa.training import test_settings
-from tests.support import jobs
+from tests.support import any_settings, jobs
+from tests.support.hostile import cells, check_cells
 from tests.support.ranks import Ranks, run
 
 STEPS = 10
@@ -320,7 +319,7 @@ class Trial:
 
         def check(**pair: str) -> None:
             nonlocal tried
-            test_no_cell_ends_its_turn_or_changes_the_template.hypothesis.inner_test(**pair)  # type: ignore[attr-defined]
+            check_cells(**pair)
             tried += 1
 
         draws = settings(
@@ -337,7 +336,7 @@ class Trial:
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         folder, _ = self.new()
-        draws(given(test_settings.choices())(lambda setting: test_settings.check(folder, setting, seen)))()
+        draws(given(any_settings.choices())(lambda setting: any_settings.check(folder, setting, seen)))()
         return {"times": seen.total(), "what": dict(seen)}
 
     def _unharmed(self, folder: Path, diary: Path, lost: Counter[int]) -> None:

@@ -91,3 +91,17 @@ def assert_close(got: Tensor, want: Tensor, share: float) -> None:
     off = (got - want).detach().abs() / largest
     assert float(off.max()) <= max(share, 0.02)
     assert float((off > share).float().mean()) <= 0.002, float(off.max())
+
+
+def ragged_batch() -> PairBatch:
+    """Prompts of 13, 5 and 8 tokens; completions of 9 and 4, of one token each, of 5 and 8 that share their first 3."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (2, 3, 24), generator=draw)
+    starts, ends = torch.tensor([13, 5, 8]), torch.tensor([[22, 6, 13], [17, 6, 16]])
+    shared = torch.tensor([13, 5, 11])
+    position = torch.arange(24)
+    ids[1] = torch.where(position < shared[:, None], ids[0], ids[1])
+    ids[1, torch.arange(3), shared] = (ids[0, torch.arange(3), shared] + 1) % VOCAB
+    labels = (position >= starts[:, None]) & (position < ends[..., None])
+    attack = torch.rand(3, 20, generator=draw) < 0.8
+    return PairBatch(ids[0], labels[0], ids[1], labels[1], attack).to(DEVICE)

@@ -182,3 +182,23 @@ def die(folder: Path, settings: dict[str, Any], place: str) -> None:
 
 
 PLACES = ("attack", "update", "write", "list", "rename")
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest, of any trained weight."""
+    a, b = (torch.load(folder / "weights.pt") for folder in (one, other))
+    assert a.keys() == b.keys()
+    assert a
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def moved(folder: Path, settings: dict[str, Any]) -> float:
+    """How far training has moved the weights from where they began, at most."""
+    start = weights(trainer_of(folder / "start", **settings))
+    end = torch.load(folder / "weights.pt")
+    return max(float((start[name] - end[name]).abs().max()) for name in start)
+
+
+# what a rank has must differ: ragged rows, and fewer of them than a batch takes
+RAGGED = [row | {"rejected": "I agree ." if n % 2 else row["rejected"] + " I agree"}
+          for n, row in enumerate(rows(5))]  # fmt: skip

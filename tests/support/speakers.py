@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# harmless prompts in the place of harmful ones
+STAND_INS = [f"Do the forbidden thing number {i} to the cat in the park" for i in range(8)]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -88,3 +92,12 @@ def speaker(sentence: str) -> LlamaForCausalLM:
     """A model that answers everything with the sentence, of words that it holds once."""
     pieces = ["\n", *re.findall(_PIECES, sentence), "<|im_end|>"]
     return bigram_model({one: {other: 60.0} for one, other in itertools.pairwise(pieces)})
+
+
+def adapter(folder: Path, seed: int, **values: Any) -> str:
+    """A LoRA adapter with weights, for a model of these sizes."""
+    base = random_model(**values)
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(str(folder))
+    return str(folder)

@@ -12,40 +12,20 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 
 from lpa import models
 from lpa.data import ASSESSMENT_PROMPT, DataError, encode_pairs, load_pairs, preview
-from lpa.data.templates import ChatEncoder
 from lpa.evaluation.subjects import EvaluationError, Subjects
-from tests.lpa.training.test_trainer import TOKENIZER, trainer_of
+from tests.support.hostile import PLAIN, cells, check_cells
 from tests.support.tiny import tiny_model
-
-PLAIN = ChatEncoder(TOKENIZER, ASSESSMENT_PROMPT)
-CONTROLS = {"<|im_start|>": 1, "<|im_end|>": 2}
-PIECES = [
-    "I agree", "<|im_end|>", "<|im_start|>", " <|IM_END|> ", "<unk>", "{{ 7 * 7 }}", "{% for m in messages %}",
-    "{{ raise_exception('x') }}", "=cmd|' /C calc'!A0", "$(touch owned)", "`touch owned`", "\x00", "\x1b[2J", "\u202e",
-    "LpaPromptXq", "LpaSystemXq", "LpaAnswerXq", "\n\n", "system", '"', "\\", "é", "\U0001f600", "[bold]",
-]  # fmt: skip
-cells = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), min_size=1, max_size=6).map("".join)
-
-
-def controls(tokens: list[int]) -> list[int]:
-    return [token for token in tokens if token in CONTROLS.values()]
+from tests.support.trainers import TOKENIZER, trainer_of
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=cells, rejected=cells, chosen=cells)
 def test_no_cell_ends_its_turn_or_changes_the_template(prompt: str, rejected: str, chosen: str) -> None:
-    (tokens, *answers), _ = PLAIN.row(prompt, (rejected, chosen))
-    (empty, *_), _ = PLAIN.row("I", ("I",))
-    assert controls(tokens) == controls(empty)
-    assert not any(map(controls, answers))
-    start, end = empty.index(471), len(empty) - empty.index(471) - 1  # "user", and what follows the prompt
-    assert tokens[: start + 1] == empty[: start + 1]
-    assert tokens[len(tokens) - end + 1 :] == empty[len(empty) - end + 1 :]
+    check_cells(prompt, rejected, chosen)
 
 
 def test_template_language_in_a_cell_is_text() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 import lpa.evaluation.session as session
 import lpa.evaluation.subjects as subjects
@@ -23,9 +22,7 @@ from lpa.evaluation.suites.attacks import TEMPLATES
 from lpa.evaluation.suites.traits import random_twin
 from lpa_kernels.attack import LatentPGD, PairBatch
 
-from ...support.speakers import random_model, speaker, tokenizer
-
-STAND_INS = [f"Do the forbidden thing number {i} to the cat in the park" for i in range(8)]
+from ...support.speakers import STAND_INS, adapter, random_model, speaker, tokenizer
 
 
 @pytest.fixture
@@ -47,15 +44,6 @@ def _no_assets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def run(model: Any, harmful: str, **options: Any) -> Evaluation:
     chosen = {"sets": (harmful,), "limit": 8, "max_new_tokens": 10, "attacks": ("direct",), "suites": ["harm"]}
     return evaluate(model, tokenizer=tokenizer(), device="cpu", **(chosen | options))
-
-
-def adapter(folder: Path, seed: int, **values: Any) -> str:
-    """A LoRA adapter with weights, for a model of these sizes."""
-    base = random_model(**values)
-    torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    model.save_pretrained(str(folder))
-    return str(folder)
 
 
 # ---- collapse ------------------------------------------------------------------------------------------------------

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from peft import LoraConfig, get_peft_model
-
 from lpa.evaluation.subjects import BASE, Subjects
-from tests.support.speakers import random_model
-
-
-def saved_adapter(folder: Path, seed: int) -> str:
-    base = random_model()
-    torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    model.save_pretrained(str(folder))
-    return str(folder)
+from tests.support.speakers import adapter, random_model
 
 
 def test_a_subject_keeps_its_fingerprint_beside_ten_others(tmp_path: Path) -> None:
     """The second's inner name, lpa_1, begins that of the eleventh, lpa_10."""
-    paths = {f"a{number}": saved_adapter(tmp_path / str(number), number) for number in range(11)}
+    paths = {f"a{number}": adapter(tmp_path / str(number), number) for number in range(11)}
     few = Subjects(random_model(), {name: paths[name] for name in ("a0", "a1")})
     alone = few.fingerprint("a1")
     few.close()
@@ -37,7 +26,7 @@ def test_every_module_is_left_in_its_own_mode(tmp_path: Path) -> None:
     model.train()
     model.model.layers[1].eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    subjects = Subjects(model, {"a": saved_adapter(tmp_path, 0)})
+    subjects = Subjects(model, {"a": adapter(tmp_path, 0)})
     for name in (BASE, "a"):
         with subjects.using(name) as held:
             assert not any(module.training for module in held.modules())

@@ -17,8 +17,7 @@ from lpa.evaluation.export import ExportError, export_merged
 from lpa.evaluation.subjects import Subjects
 from lpa.models import load
 
-from ...support.speakers import random_model, speaker, tokenizer
-from .test_run import adapter
+from ...support.speakers import adapter, random_model, speaker, tokenizer
 
 
 def typed(lines: list[str]) -> Any:

@@ -17,10 +17,10 @@ from lpa.evaluation.records import Records
 from lpa.evaluation.session import evaluate
 from lpa.report import ReportError, build
 from lpa.report.runs import EvaluationRun, paired_tests, read_run
+from tests.support.measurements import entry
+from tests.support.speakers import STAND_INS, adapter
 
 from ...support.speakers import random_model, speaker, tokenizer
-from ..evaluation.test_run import STAND_INS, adapter
-from ..training.test_canaries import entry
 
 SUITES = ["traits", "harm", "attacks", "overrefusal", "collapse"]
 

@@ -17,6 +17,7 @@ from lpa.data import canary_text, load_pairs, perplexity_text
 from lpa.evaluation import benign_prompts, load_set
 from lpa.training.canaries import FILE, Canaries
 from lpa.training.selection import Limits, best, entries_of, faults, frontier, safety, stop_reason
+from tests.support.measurements import entry
 from tests.support.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -41,15 +42,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def timeless(trainer: LPATrainer) -> list[dict[str, float]]:
     assert trainer.canaries is not None
     return [{name: v for name, v in entry.items() if name != "seconds"} for entry in trainer.canaries.entries]
-
-
-def entry(
-    step: int = 0, done: float = 0.8, right: float = 0.5, perplexity: float = 30.0, **more: float
-) -> dict[str, float]:
-    """A measurement with these shares."""
-    return {"lpa_step": float(step), "benign_done": done, "disagrees_undesirable": right, "agrees_desirable": right,
-            "margin_undesirable": 0.0, "margin_desirable": 0.0, "perplexity": perplexity, "collapsed": 0.0,
-            "distinct": 1.0, "trained": 0.0, "entropy": 7.0, "words": 20.0, "seconds": 0.0, **more}  # fmt: skip
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, found: Callable[[int], dict[str, float]]) -> list[int]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa.training.losses import BenignBatch, benign_terms
-from tests.lpa.training.test_trainer import TOKENIZER, assert_same, logged, trainer_of, weights
 from tests.support.tiny import tiny_model
+from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
 
 
 def test_standard_kl_is_that_of_the_textbook() -> None:

@@ -12,9 +12,9 @@ from lpa import LPATrainer
 from lpa_kernels.attack import LatentPGD, PairBatch
 from lpa_kernels.attack import graphs as capturing
 from lpa_kernels.model import modes
-from tests.lpa.training.test_trainer import assert_same, logged, trainer_of, weights
 from tests.support.faults import failing, run_out
 from tests.support.tiny import rows
+from tests.support.trainers import assert_same, logged, trainer_of, weights
 
 TERMS = {"kl_coef": 0.2, "sft_coef": 0.3}
 PREFERENCE = {"toward_coef": 0, "away_coef": 0, "dpo_coef": 1.0}

@@ -13,8 +13,8 @@ from lpa import LPATrainer, models
 from lpa.evaluation.measure import measure
 from lpa.quantization import is_quantized
 from lpa_kernels.model.head import plain_head
-from tests.lpa.training.test_trainer import TOKENIZER, logged, weights
 from tests.support.tiny import rows, tiny_config, tiny_model
+from tests.support.trainers import TOKENIZER, logged, weights
 
 
 def without(*names: str) -> Any:

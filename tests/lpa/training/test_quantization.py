@@ -14,9 +14,9 @@ from lpa import models, quantization
 from lpa.commands.train import TrainOptions
 from lpa.quantization import quantized_loading
 from lpa.training.trainer import LPATrainer
-from tests.lpa.training.test_trainer import TOKENIZER, logged, trainer_of, weights
 from tests.support.quantized import quantised
 from tests.support.tiny import rows, tiny_config, tiny_model
+from tests.support.trainers import TOKENIZER, logged, trainer_of, weights
 
 
 def test_a_run_on_integer_weights_trains_the_adapters_alone(tmp_path: Path) -> None:

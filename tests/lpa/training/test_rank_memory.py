@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.lpa.training.test_ranks import RAGGED, difference, moved
 from tests.support import jobs, ranks
+from tests.support.jobs import RAGGED, difference, moved
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package"),

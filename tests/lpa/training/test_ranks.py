@@ -16,29 +16,12 @@ from lpa import LPATrainer
 from lpa.cli import main
 from lpa.training.ranks import check_engine, reduce_gradients
 from tests.support import jobs, ranks
+from tests.support.jobs import RAGGED, difference, moved
 from tests.support.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 
 
-def difference(one: Path, other: Path) -> float:
-    """The largest, of any trained weight."""
-    a, b = (torch.load(folder / "weights.pt") for folder in (one, other))
-    assert a.keys() == b.keys()
-    assert a
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def moved(folder: Path, settings: dict[str, Any]) -> float:
-    """How far training has moved the weights from where they began, at most."""
-    start = jobs.weights(jobs.trainer_of(folder / "start", **settings))
-    end = torch.load(folder / "weights.pt")
-    return max(float((start[name] - end[name]).abs().max()) for name in start)
-
-
-# what a rank has must differ: ragged rows, and fewer of them than a batch takes
-RAGGED = [row | {"rejected": "I agree ." if n % 2 else row["rejected"] + " I agree"}
-          for n, row in enumerate(jobs.rows(5))]  # fmt: skip
 CASES = {
     "packed, merged, ragged": {"data": RAGGED, "attack_merge_adapters": True},
     "frozen blocks, benign terms, dropout": {

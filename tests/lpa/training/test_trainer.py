@@ -8,34 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from lpa import LPATrainer
 from lpa.data import DataError
-from tests.support.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-
-
-def trainer_of(folder: Path, data: Any = None, **settings: Any) -> LPATrainer:
-    options = {k: settings.pop(k) for k in ("callbacks", "benign_dataset", "ref_model", "peft_config") if k in settings}
-    model = settings.pop("model", None) or tiny_model(len(TOKENIZER))
-    return LPATrainer(model, tiny_config(folder, **settings), rows(8) if data is None else data, TOKENIZER, **options)
-
-
-def weights(trainer: LPATrainer) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def logged(trainer: LPATrainer) -> list[dict[str, float]]:
-    return [entry for entry in trainer.state.log_history if "lpa_step" in entry]
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], within: float = 0.0) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert (value - other[name]).abs().max() <= within, name
+from tests.support.tiny import rows, tiny_model
+from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
 
 
 def test_every_micro_batch_is_perturbed_by_its_own_attack_in_every_update(tmp_path: Path) -> None:

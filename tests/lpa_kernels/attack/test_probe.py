@@ -19,8 +19,8 @@ from lpa_kernels.attack.passes import layout_hidden, layout_logits
 from lpa_kernels.attack.probe import can_pack
 from lpa_kernels.model.head import plain_head, selected_rows
 
+from ...support.batches import ragged_batch
 from ...support.models import DEVICE, FAMILIES, PACKS, STANDS_APART, WINDOW, implementations, tiny
-from .test_masks import ragged_batch
 
 REASONS = {
     "mamba2": "recurrent state",
