@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa_kernels import linear_token_loss, perturb, pgd_update_, token_loss_
-from lpa_kernels.ops import native, registry
+from lpa_kernels.ops import (
+    Stream,
+    add_norm,
+    add_norm_backward,
+    attention,
+    attention_backward_,
+    native,
+    registry,
+    swiglu,
+    swiglu_backward_,
+)
 
 LR, EPSILON, BETAS, EPS, DECAY = 1e-3, 6.0, (0.9, 0.999), 1e-8, 0.01
 
@@ -252,6 +262,160 @@ def perturb_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
     ]
 
 
+def norm_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
+    """The residual sum and RMS norm of [tokens, width], and the gradient of both."""
+    where, shape = device(), f"[{tokens}, {width}] {str(dtype)[6:]}"
+    size = tokens * width * dtype.itemsize
+
+    def data() -> tuple[Tensor, Tensor, Tensor]:
+        x, residual = (torch.randn(tokens, width, device=where).to(dtype) for _ in range(2))
+        return x, residual, torch.rand(width, device=where)
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        r = residual + x
+        return r, F.rms_norm(r, (width,), weight.to(dtype), 1e-6)
+
+    def ours(backend: str) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            x, residual, weight = data()
+            return lambda: add_norm(x, residual, weight, backend=backend)
+
+        return make
+
+    def ours_backward(backend: str) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            x, residual, weight = data()
+            r, normed, rstd = add_norm(x, residual, weight)
+            return lambda: add_norm_backward(normed, r, rstd, weight, x, backend=backend)
+
+        return make
+
+    def eager(function: Callable[..., object]) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            tensors = data()
+            return lambda: function(*tensors)
+
+        return make
+
+    def autograd() -> Callable[[], object]:
+        x, residual, weight = data()
+        r, normed = plain(x.requires_grad_(), residual, weight)
+        return lambda: torch.autograd.grad((r, normed), x, (residual, residual), retain_graph=True)
+
+    forward, backward = f"add_norm {shape}", f"add_norm_backward {shape}"
+    return [
+        *(Case(forward, f"ours ({b})", ours(b), 4 * size) for b in own_backends("add_norm")),
+        Case(forward, "eager sum and F.rms_norm", eager(plain)),
+        Case(forward, "torch.compile", eager(torch.compile(plain, dynamic=False))),
+        *(Case(backward, f"ours ({b})", ours_backward(b), 4 * size) for b in own_backends("add_norm_backward")),
+        Case(backward, "autograd of eager", autograd),
+    ]
+
+
+def gate_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
+    """SwiGLU of halves of [tokens, 2 width], and its gradient."""
+    where, shape = device(), f"[{tokens}, {width}] {str(dtype)[6:]}"
+    size = tokens * width * dtype.itemsize
+
+    def data() -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = torch.randn(tokens, 2 * width, device=where).to(dtype).chunk(2, 1)
+        return gate, up, torch.randn(tokens, width, device=where).to(dtype)
+
+    def plain(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def ours(backend: str, backward: bool) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            gate, up, grad = data()
+            grad *= 1e-3  # gradients written over and over stay finite
+            if backward:
+                return lambda: swiglu_backward_(gate, up, grad, backend=backend)
+            return lambda: swiglu(gate, up, backend=backend)
+
+        return make
+
+    def eager(function: Callable[..., object]) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            gate, up, _ = data()
+            return lambda: function(gate, up)
+
+        return make
+
+    def autograd() -> Callable[[], object]:
+        gate, up, grad = data()
+        inputs = gate.requires_grad_(), up.requires_grad_()
+        out = plain(*inputs)
+        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    forward, backward = f"swiglu {shape}", f"swiglu_backward_ {shape}"
+    return [
+        *(Case(forward, f"ours ({b})", ours(b, False), 3 * size) for b in own_backends("swiglu")),
+        Case(forward, "eager F.silu and product", eager(plain)),
+        Case(forward, "torch.compile", eager(torch.compile(plain, dynamic=False))),
+        *(Case(backward, f"ours ({b})", ours(b, True), 5 * size) for b in own_backends("swiglu_backward_")),
+        Case(backward, "autograd of eager", autograd),
+    ]
+
+
+def attention_cases(pairs: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> list[Case]:
+    """Attention of packed pairs, prompt 130 and completions 6 and 8, and its gradient; sdpa gets a mask."""
+    where, length = device(), 144
+    shape = f"{pairs} x {length}, {heads} heads of {width}, {kv_heads} of keys, {str(dtype)[6:]}"
+    place = [(0, i) for i in range(130)] + [(1, 130 + i) for i in range(6)] + [(2, 130 + i) for i in range(8)]
+    places = torch.tensor(place * pairs, dtype=torch.int32, device=where)
+    stream = Stream(places, torch.arange(pairs + 1, dtype=torch.int32, device=where) * length, length)
+    angles = torch.outer(torch.arange(length, device=where), torch.logspace(0, -4, width // 2, device=where))
+    rotation = angles.cos(), angles.sin()
+
+    def data() -> tuple[Tensor, Tensor, Tensor]:
+        counts = heads, kv_heads, kv_heads
+        products = torch.randn(pairs * length, sum(counts), width, device=where).to(dtype)
+        return products.split(counts, 1)  # type: ignore[return-value]
+
+    def ours(backend: str, backward: bool) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            q, k, v = data()
+            out, lse = attention(q, k, v, rotation, stream, stream, scale=width**-0.5, backend=backend)
+            into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            if not backward:
+                return lambda: attention(q, k, v, rotation, stream, stream, scale=width**-0.5, backend=backend)
+            return lambda: attention_backward_(
+                out, q, k, v, out, lse, into, rotation, stream, stream, scale=width**-0.5, backend=backend
+            )
+
+        return make
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        c, s = (torch.cat([t, t], -1).to(dtype) for t in rotation)
+        return x * c + torch.cat([-b, a], -1) * s
+
+    def sdpa(backward: bool) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            branch, position = places[:length].T
+            seen = (branch[:, None] == branch) | (branch == 0)
+            mask = seen & (position <= position[:, None])
+            leaves = [t.contiguous().requires_grad_(backward) for t in data()]
+
+            def run() -> Tensor:
+                q, k, v = (t.view(pairs, length, -1, width).transpose(1, 2) for t in leaves)
+                return F.scaled_dot_product_attention(turned(q), turned(k), v, mask, enable_gqa=heads != kv_heads)
+
+            if not backward:
+                return run
+            out = run()
+            grad = torch.randn_like(out)
+            return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+        return make
+
+    cases = []
+    for group, op, back in (("attention", "attention", False), ("attention backward", "attention_backward_", True)):
+        cases += [Case(f"{group} of {shape}", f"ours ({b})", ours(b, back)) for b in own_backends(op)]
+        cases.append(Case(f"{group} of {shape}", "eager rotation and sdpa", sdpa(back)))
+    return cases
+
+
 @cache
 def copy_bandwidth(elements: int = 1 << 27) -> float:
     """Bytes read and written a second by a large copy on this device: the ceiling of whatever moves memory."""
@@ -283,7 +447,7 @@ def cold() -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long one call takes, on the device, from cold caches on a GPU."""
+    """How long one call takes, on the device: from cold caches on a GPU, in CPU time on one thread."""
     if device() == "cuda":
         cold()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -292,9 +456,10 @@ def seconds(run: Callable[[], object]) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # CPU time, where it says all
+    begin = clock()
     run()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def gpu_cases() -> list[Case]:
@@ -310,6 +475,10 @@ def gpu_cases() -> list[Case]:
         *perturb_cases(32768, 4096, bf16),
         *perturb_cases(2272, 4096, bf16),
         *perturb_cases(284, 4096, bf16),
+        *norm_cases(2304, 4096, bf16),
+        *gate_cases(2304, 14336, bf16),
+        *attention_cases(16, 32, 8, 128, bf16),
+        *attention_cases(2, 32, 8, 128, bf16),
     ]
 
 
@@ -320,6 +489,9 @@ def tiny_cases() -> list[Case]:
         *loss_cases(4, 96, torch.float32),
         *linear_loss_cases(4, 8, 96),
         *perturb_cases(6, 8, torch.float32),
+        *norm_cases(6, 8, torch.float32),
+        *gate_cases(6, 8, torch.float32),
+        *attention_cases(1, 2, 1, 4, torch.float32),
     ]
 
 
@@ -335,4 +507,10 @@ def all_cases() -> list[Case]:
         *linear_loss_cases(512, 576, 128256),
         *perturb_cases(4096, 4096, torch.bfloat16),
         *perturb_cases(300, 576, torch.float32),
+        *norm_cases(576, 576, torch.float32),
+        *norm_cases(576, 576, torch.bfloat16),
+        *gate_cases(576, 1536, torch.float32),
+        *gate_cases(576, 1536, torch.bfloat16),
+        *attention_cases(4, 9, 3, 64, torch.float32),
+        *attention_cases(4, 9, 3, 64, torch.bfloat16),
     ]

@@ -1,6 +1,6 @@
-"""Measure the ops side by side and write benchmarks/results/ops-<device>.json and a Markdown table.
+"""Measure the ops side by side and write benchmarks/results/<name>-<device>.json and a Markdown table.
 
-    python -m benchmarks.record_ops [--rounds 7] [--only token_loss_]
+    python -m benchmarks.record_ops [--rounds 7] [--only token_loss_ ... --name loss]
 
 The ways of a group take turns, so that a noisy machine hits all alike; the ratio to ours is the median over the turns.
 """
@@ -93,11 +93,12 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="", help="groups whose title holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="groups whose title holds one of these")
+    parser.add_argument("--name", default="ops", help="of the record")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cases = [case for case in all_cases() if args.only in case.group]
+    cases = [case for case in all_cases() if any(part in case.group for part in args.only)]
     copy, scale = copy_bandwidth(), scale_bandwidth()
     results = {}
     for group in dict.fromkeys(case.group for case in cases):
@@ -113,7 +114,7 @@ def main() -> None:
         "scale_in_place_GB/s": round(scale / 1e9, 1),
         "results": results,
     }
-    target = RESULTS / f"ops-{device()}.json"
+    target = RESULTS / f"{args.name}-{device()}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
     target.with_suffix(".md").write_text(
