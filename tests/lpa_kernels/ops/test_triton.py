@@ -54,13 +54,13 @@ def python(*args: str, **environment: str) -> str:
 
 
 @pytest.mark.skipif(CUDA or launch.INTERPRETED, reason="the kernels run in this process")
-def test_under_the_interpreter():
-    out = python(
-        "-m", "pytest", "-p", "no:cacheprovider", "tests/lpa_kernels/ops", "-k", "triton", TRITON_INTERPRET="1"
-    )
+@pytest.mark.parametrize(("file", "least"), [("test_backends", 150), ("test_block", 150), ("test_triton", 30)])
+def test_under_the_interpreter(file, least):
+    path = f"tests/lpa_kernels/ops/{file}.py"
+    out = python("-m", "pytest", "-p", "no:cacheprovider", path, "-k", "triton", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", out)
     assert passed, out
-    assert int(passed[1]) > 100, out
+    assert int(passed[1]) >= least, out
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="compiled by the process that started this one")
