@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -107,6 +107,16 @@ class PairBatch:
                 before, own = int(mask[:start, 1:].sum()), int(mask[start:stop, 1:].sum())
                 held[f"{name}_labels"] = labels[before : before + own]
         return PairBatch(**held, attack_mask=self.attack_mask[start:stop, :width])
+
+    def pairs(self, index: Sequence[int]) -> PairBatch:
+        """The pairs of these numbers, in this order."""
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("rejected", "chosen"):
+            if (labels := held[f"{name}_labels"]) is not None:
+                parts = labels.split(held[f"{name}_mask"][:, 1:].sum(1).tolist())
+                held[f"{name}_labels"] = torch.cat([parts[i] for i in index])
+        rows = [name for name in held if not name.endswith("_labels")]
+        return PairBatch(**held | {name: held[name][list(index)] for name in rows})
 
     def __len__(self) -> int:
         return self.rejected_ids.shape[0]

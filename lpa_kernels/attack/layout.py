@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Layout:
         size: the number of pairs.
         packed: whether the model needs this layout's masks and positions (`pack`), or plain causal attention over the
             tokens is right (`unshared`).
+        first_position: the position id of a text's first token, which a model may count from elsewhere than 0.
         masks: attention masks made for this layout so far, and how each is made (`packed_masks` fills it).
     """
 
@@ -52,6 +53,7 @@ class Layout:
     example: Tensor
     size: int
     packed: bool
+    first_position: int = 0
     masks: dict[object, tuple[Tensor, Callable[[Layout], Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -80,7 +82,7 @@ class Layout:
         return float((self.branch == PADDING).float().mean())
 
 
-def pack(batch: PairBatch, bucket: int = 1) -> Layout:
+def pack(batch: PairBatch, bucket: int = 1, first_position: int = 0) -> Layout:
     """One row a pair: the longest common prefix of its two texts once, then the rest of the rejected, of the chosen.
 
     Causal attention keeps a prefix from seeing what follows, and delta is the same in both texts, so one pass over
@@ -90,6 +92,7 @@ def pack(batch: PairBatch, bucket: int = 1) -> Layout:
 
     Args:
         bucket: L is rounded up to a multiple of it.
+        first_position: see `Layout`.
 
     Raises:
         ValueError: `bucket` is not positive.
@@ -101,7 +104,8 @@ def pack(batch: PairBatch, bucket: int = 1) -> Layout:
     prefix = same.long().cumprod(1).sum(1)
     apart = (prefix == 0) & (rejected > 0) & (chosen > 0)
     apart |= _too_long(rejected, chosen, prefix, apart, bucket)
-    return _lay_out(batch, rejected, chosen, prefix, apart, bucket, packed=True)
+    layout = _lay_out(batch, rejected, chosen, prefix, apart, bucket, packed=True)
+    return replace(layout, first_position=first_position) if first_position else layout
 
 
 def unshared(batch: PairBatch, bucket: int = 1) -> Layout:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..model.head import logits_of, selected_rows
 from ..model.modes import kept_flags
+from ..model.perturbation import kept_for_recompute
 from .batch import PairBatch
-from .layout import Layout
+from .layout import Layout, text_lengths
 from .masks import packed_masks
 
 
@@ -43,21 +45,57 @@ def text_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return logits[row, before]
 
 
-def two_pass_rows(model: nn.Module, batch: PairBatch, halves: tuple[bool, bool] = (True, True)) -> PairRows:
-    """The rows of a batch from one plain pass for each completion.
+class Texts(NamedTuple):
+    """What one plain pass runs over: a completion's texts of all pairs as they are, or a single text up to its end.
+
+    Attributes:
+        rows: which pairs. ids: [n, L] int64. mask: [n, L] bool, True at the labels.
+    """
+
+    rows: slice
+    ids: Tensor
+    mask: Tensor
+
+
+def texts(batch: PairBatch, halves: tuple[bool, bool] = (True, True), alone: bool = False) -> Iterator[Texts]:
+    """The plain passes over a batch, those of rejected completions first.
 
     Args:
         halves: whether those of the rejected and of the chosen completion are wanted.
+        alone: every text in a pass of its own, up to its last label.
     """
-    logits, labels, rejected, example = [], [], [], []
     for name, wanted in zip(("rejected", "chosen"), halves, strict=True):
-        if not wanted:
-            continue
-        mask = getattr(batch, f"{name}_mask")
-        logits.append(text_logits(model, getattr(batch, f"{name}_ids"), mask))
-        labels.append(batch.labels(name))
-        rejected.append(torch.full_like(labels[-1], name == "rejected", dtype=torch.bool))
-        example.append(mask[:, 1:].nonzero()[:, 0])
+        ids, mask = getattr(batch, f"{name}_ids"), getattr(batch, f"{name}_mask")
+        if wanted and not alone:
+            yield Texts(slice(None), ids, mask)
+        for i, last in enumerate(text_lengths(mask).tolist() if wanted and alone else ()):
+            yield Texts(slice(i, i + 1), ids[i : i + 1, : last + 1], mask[i : i + 1, : last + 1])
+
+
+def two_pass_rows(
+    model: nn.Module,
+    batch: PairBatch,
+    halves: tuple[bool, bool] = (True, True),
+    alone: bool = False,
+    under: Callable[[Tensor], AbstractContextManager[Any]] | None = None,
+) -> PairRows:
+    """The rows of a batch from one plain pass for each completion, or for each text.
+
+    Args:
+        halves, alone: see `texts`.
+        under: from a pass's part of the batch's grid to what the pass runs under, and its blocks again where their
+            activations are checkpointed.
+    """
+    grid, logits = batch.grid, []
+    for one in texts(batch, halves, alone):
+        with nullcontext() if under is None else kept_for_recompute(model, partial(under, grid[one.rows])):
+            logits.append(text_logits(model, one.ids, one.mask))
+    labels, rejected, example = [], [], []
+    for name, wanted in zip(("rejected", "chosen"), halves, strict=True):
+        if wanted:
+            labels.append(batch.labels(name))
+            rejected.append(torch.full_like(labels[-1], name == "rejected", dtype=torch.bool))
+            example.append(getattr(batch, f"{name}_mask")[:, 1:].nonzero()[:, 0])
     return PairRows(torch.cat(logits), torch.cat(labels), torch.cat(rejected), torch.cat(example), len(batch))
 
 
@@ -84,7 +122,8 @@ def _run(model: nn.Module, layout: Layout) -> Any:
     """What the model returns for a layout's tokens. On plain ones the library chooses its fastest causal attention."""
     extra: dict[str, Tensor] = {}
     if layout.packed:
-        extra = {"attention_mask": layout.attention_mask, "position_ids": layout.position_ids}
+        positions = layout.position_ids + layout.first_position if layout.first_position else layout.position_ids
+        extra = {"attention_mask": layout.attention_mask, "position_ids": positions}
     with packed_masks(layout) if layout.packed else nullcontext():
         return model(input_ids=layout.input_ids, use_cache=False, **extra)
 

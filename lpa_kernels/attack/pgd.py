@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 from ..model.facts import known, model_key, remembered, say_once
 from ..model.frozen import can_freeze, frozen_depth
 from ..model.modes import inner_mode
-from ..model.perturbation import fixed_rows, kept_for_recompute
+from ..model.perturbation import fixed_rows, grid_rows, kept_for_recompute
+from ..model.sharding import is_sharded
 from ..model.sites import Site, resolve_sites, site_widths
 from . import graphs, loop, two_pass
 from .batch import PairBatch
@@ -23,6 +24,7 @@ from .passes import PairRows, layout_rows, two_pass_rows
 from .plan import Plan, plan
 from .result import AttackResult
 from .settings import AttackSettings
+from .slopes import wrong_gradients
 from .state import AttackState
 
 
@@ -84,7 +86,7 @@ class LatentPGD:
 
         Raises:
             ValueError: the batch has no completion token or no attacked position, and is no part.
-            RuntimeError: the engine asked for cannot run this model; the message says why.
+            RuntimeError: the model cannot be attacked, or not by the engine asked for; the message says why.
             FloatingPointError: the model's losses are not finite.
         """
         pairs, settings, model = self._pairs(batch), self.settings, self.model
@@ -93,11 +95,12 @@ class LatentPGD:
             self.check_counts(*own, int(pairs.attack_mask.sum()))
         with known(model), inner_mode(model, settings.merge_adapters, settings.autocast):
             state = AttackState(settings, self.widths(), pairs, counts or own)
+            planned = plan(model, settings, pairs.only(*settings.halves))
+            self._check_gradients(pairs)
             if settings.relative:
-                state.set_relative_radius(two_pass.hidden_norms(model, self.sites, pairs))
+                state.set_relative_radius(two_pass.hidden_norms(model, self.sites, pairs, planned.alone))
             if settings.random_start:
                 state.start_randomly(generator or self._generator)
-            planned = plan(model, settings, pairs.only(*settings.halves))
             captured = self._run(planned, state, pairs)
         found = self._result(pairs, planned, state, captured)
         _check_finite(found)
@@ -112,10 +115,19 @@ class LatentPGD:
         captured = graphs.run(model, sites, settings, state, packed, depth)
         if captured != graphs.YES:
             if planned.layout is None:
-                two_pass.run(model, sites, settings, state, pairs)
+                two_pass.run(model, sites, settings, state, pairs, planned.alone)
             else:
                 loop.run(model, sites, settings, state, planned.layout, depth)
         return captured
+
+    def _check_gradients(self, pairs: PairBatch) -> None:
+        """Ask once a model and its sites whether backward passes belong to forward passes."""
+        if not sum(pairs.counts) and not is_sharded(self.model):
+            return
+        key = tuple(id(site.module) for site in self.sites), model_key(self.model)
+        ask = partial(wrong_gradients, self.model, self.sites, self.widths(), pairs)
+        if message := remembered(self.model, "gradients", key, ask):
+            raise RuntimeError(message)
 
     def _result(self, pairs: PairBatch, planned: Plan, state: AttackState, captured: str) -> AttackResult:
         device = state.grid.device
@@ -156,11 +168,13 @@ class LatentPGD:
         else:
             planned = Plan(attack.engine, attack.reason, attack.layout)
             if attack.layout is not None and not all(self.settings.halves):  # the attack's has one completion alone
-                planned = replace(planned, layout=(pack if attack.layout.packed else unshared)(pairs))
+                first = attack.layout.first_position
+                both = pack(pairs, first_position=first) if attack.layout.packed else unshared(pairs)
+                planned = replace(planned, layout=both)
         layout = planned.layout
         if layout is None:
-            with nullcontext() if attack is None else kept_for_recompute(self.model, attack.applied):
-                return two_pass_rows(self.model, pairs)
+            under = None if attack is None else lambda grid: attack.applied(grid_rows(grid))
+            return two_pass_rows(self.model, pairs, alone=planned.alone, under=under)
         if attack is None:
             return layout_rows(self.model, layout)
         with kept_for_recompute(self.model, lambda: attack.applied(fixed_rows(layout.token_rows))):

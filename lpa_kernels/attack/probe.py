@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..model.facts import model_key, remembered, text_config
-from ..model.modes import eval_mode
+from ..model.modes import probing
 from ..model.sites import decoder_layers
 from ..model.walk import parameters_of
-from ..ops import no_autocast
 from .batch import PairBatch
 from .layout import CHOSEN, REJECTED, Layout, pack, unshared
 from .masks import IMPLEMENTATIONS, packed_masks
 from .passes import layout_logits
 
-_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 _PROBE_WINDOW = 4
 _ROUNDING = 1e-6  # of the largest logit; a completion that sees the other moves it by 1e-2 and more
@@ -31,10 +29,15 @@ _FLOAT32_TOLERANCE = 2e-4  # of the largest logit; rounding gives 5e-6 at 30 lay
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model's pairs can be packed, and if not, why. True or False in a condition."""
+    """Whether a model's pairs can be packed, and if not, why. True or False in a condition.
+
+    Attributes:
+        first_position: see `Layout`.
+    """
 
     ok: bool
     reason: str = ""
+    first_position: int = 0
 
     def __bool__(self) -> bool:
         return self.ok
@@ -69,7 +72,10 @@ def can_pack(model: nn.Module, length: int = 0) -> Verdict:
 
 
 def _verdict(model: nn.Module) -> Verdict:
-    reason = _refusal(model)
+    reason = _refusal(model, 0)
+    padding = getattr(text_config(model), "pad_token_id", None)
+    if "differ from separate passes" in reason and isinstance(padding, int) and not _refusal(model, padding + 1):
+        return Verdict(True, "", padding + 1)  # roberta counts from behind its padding token's position
     return Verdict(not reason, reason)
 
 
@@ -77,9 +83,9 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in parameters_of(model)}
 
 
-def _refusal(model: nn.Module) -> str:
+def _refusal(model: nn.Module, first_position: int) -> str:
     try:
-        return _read(model) or _probe(model)
+        return _read(model) or _probe(model, first_position)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model does not like about such a call is a reason not to make it
@@ -98,7 +104,8 @@ def _read(model: nn.Module) -> str:
         return f"its attention implementation is {implementation!r}, not one of {', '.join(IMPLEMENTATIONS)}"
     if getattr(base, "_is_stateful", False):
         return "it keeps a recurrent state"
-    others = set(getattr(config, "layer_types", None) or ()) - _LAYERS
+    kinds = set(getattr(config, "layer_types", None) or ())
+    others = {kind for kind in kinds if kind == "linear_attention" or not kind.endswith("_attention")}
     if others:
         return f"it has layers of type {', '.join(sorted(others))}"
     if "position_ids" not in inspect.signature(base.forward).parameters:
@@ -125,16 +132,11 @@ def _length_limit(config: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _probe(model: nn.Module) -> str:
+def _probe(model: nn.Module, first_position: int = 0) -> str:
     """Why the model, run on two pairs, cannot be packed; "" if it can."""
-    with (
-        torch.no_grad(),
-        no_autocast(next(model.parameters()).device),
-        eval_mode(model),
-        _short_windows(text_config(model)) as windows,
-    ):
+    with probing(model), _short_windows(text_config(model)) as windows:
         batch = _pairs(model)
-        layout = pack(batch)
+        layout = replace(pack(batch), first_position=first_position)
         with packed_masks(layout) as calls:
             base = layout_logits(model, layout)
         if not calls.count:

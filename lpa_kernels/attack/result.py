@@ -29,8 +29,8 @@ class AttackResult:
             and "toward_accuracy", "away_accuracy": the share of completion tokens that are the most probable.
         row_norms: [S, R] float32, each row's norm after the last step and before its projection.
         clipped: [S] int32, how many rows the projections shortened, over all steps.
-        engine: which engine ran ("reference", "packed", "unshared"), and `reason` why not the packed one.
-        layout: how the batch was laid out for one pass, None for the reference engine.
+        engine: which engine ran ("packed", "unshared", "alone", "reference"), and `reason` why not the packed one.
+        layout: how the batch was laid out for one pass, None for "alone" and "reference".
         batch: what was attacked; `LatentPGD.rows` takes no other.
         backend: of the op that adds the perturbations.
         captured: "yes" where the steps were replays of a captured graph, else why not.
@@ -109,7 +109,8 @@ class AttackResult:
         first, last = (int((self.grid[:end] >= 0).sum()) for end in (start, stop))
         layout = None
         if self.layout is not None:
-            layout = pack(batch) if self.engine == "packed" else unshared(batch)
+            first = self.layout.first_position
+            layout = pack(batch, first_position=first) if self.layout.packed else unshared(batch)
         return replace(
             self,
             deltas_by_row=[d[first:last] for d in self.deltas_by_row],

@@ -18,6 +18,7 @@ from .lean import lean_layers
 from .sharding import at_rest, is_sharded, left_out
 from .walk import modules_of, parameters_of
 
+_REPACKS = "support_avx512bf16_for_cpu"  # what bitsandbytes calls the flag of its 4-bit layers
 KEPT_ON = {"cuda"}  # devices with captured graphs, which find the copies of adapters where they were
 
 
@@ -65,6 +66,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             _set_training(module, flag)
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """For passes that find something out: eval mode, without gradients or autocast, nothing repacked."""
+    with torch.no_grad(), no_autocast(next(model.parameters()).device), eval_mode(model), not_repacked(model):
+        yield
+
+
+@contextmanager
+def not_repacked(model: nn.Module) -> Iterator[None]:
+    """Within it, 4-bit layers of bitsandbytes on a CPU keep their weights in the order that their backward reads.
+
+    In eval mode a pass without gradients puts them into another order, for a faster kernel that has no backward; the
+    gradients of later passes are then those of other weights, without an error. What was repacked before is undone.
+    """
+    layers = [m for m in modules_of(model) if getattr(m, _REPACKS, False) is True]
+    try:
+        for layer in layers:
+            setattr(layer, _REPACKS, False)
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+                from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as undone
+
+                weight: Any = layer.weight
+                weight.data, weight.quant_state = undone(weight.data, weight.quant_state)
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, _REPACKS, True)
 
 
 @contextmanager
@@ -117,7 +147,7 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         if dtype in (torch.float16, torch.bfloat16):  # no narrower one: float8 holds weights and computes nothing
-            for module in modules_of(model):
+            for module in _castable(model):
                 for name, p in module._parameters.items():
                     if p is not None and p.requires_grad and p.dtype == torch.float32:
                         if sharded:
@@ -136,6 +166,21 @@ def cast_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, p in held:
             module._parameters[name] = p
+
+
+def _castable(model: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters may be cast: not those of adapters other than LoRA, which cast the hidden states."""
+    others: set[int] = set()
+    for module in modules_of(model):
+        names = getattr(module, "adapter_layer_names", None)  # of peft's layers, whatever tuner they are of
+        if isinstance(names, tuple) and "lora_A" not in names:
+            others.update(id(child) for name in names for child in _below(getattr(module, name, None)))
+            others.add(id(module))
+    return [module for module in modules_of(model) if id(module) not in others]
+
+
+def _below(part: Any) -> list[nn.Module]:
+    return modules_of(part) if isinstance(part, nn.Module) else []
 
 
 def _copy(module: nn.Module, name: str, p: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
@@ -215,6 +260,7 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
         elif autocast is None:
             stack.enter_context(cast_adapters(model))
         stack.enter_context(frozen_eval(model))
+        stack.enter_context(not_repacked(model))
         if autocast is None:
             stack.enter_context(lean_layers(model))
         stack.enter_context(torch.enable_grad())

@@ -34,21 +34,49 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder blocks: the first nn.ModuleList that is as long as the configuration says.
+    """The list of decoder blocks: the nn.ModuleList nearest to the embedding that is as long as the configuration says.
+
+    Where none is, one whose length divides that number: a block may hold several of what it counts.
 
     Raises:
         ValueError: the model has none.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(text, "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+    depth = getattr(text, "num_hidden_layers", None) or 0
+    around = [*reversed(_way_to_embedding(model)), model]  # a vision tower may be as deep as the text model
+    lists = [m for owner in around for m in owner.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    for module in lists:
+        if len(module) == depth:
+            return module
+    for module in lists:
+        if 1 < len(module) < depth and depth % len(module) == 0:
             return module
     raise ValueError(
         f"{type(model).__name__} has no nn.ModuleList of config.num_hidden_layers={depth} blocks; "
         "name the site's module in full instead"
     )
+
+
+def _way_to_embedding(model: nn.Module) -> list[nn.Module]:
+    """The modules around the input embedding, outermost first; none where the model has no such embedding."""
+    get: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if get is None else get()
+    except NotImplementedError:
+        embedding = None
+    way: list[nn.Module] = []
+
+    def find(module: nn.Module) -> bool:
+        if module is embedding:
+            return True
+        way.append(module)
+        if any(find(child) for child in module.children()):
+            return True
+        way.pop()
+        return False
+
+    return way if embedding is not None and find(model) else []
 
 
 def in_block(block: nn.Module, index: int, kind: str) -> nn.Module:
@@ -149,13 +177,19 @@ def site_widths(model: nn.Module, sites: Sequence[Site]) -> list[tuple[int, torc
     """The width and device of each site's hidden states, read off a forward pass of two tokens.
 
     Raises:
-        ValueError: a site is never run, or more than once, by the model's forward pass.
+        ValueError: a site is never run, or more than once, by the model's forward pass, or on
+            other tokens than the text's.
     """
     seen: dict[str, list[tuple[int, torch.device]]] = {site.name: [] for site in sites}
 
     def watch(site: Site) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = hidden_of(output, site.name)
+            if (tokens := hidden.numel() // hidden.shape[-1]) != 2:
+                raise ValueError(
+                    f"site {site.name!r} has {tokens} tokens where the text has 2: the model adds tokens of its own "
+                    "(prompt tuning does), which no engine supports"
+                )
             seen[site.name].append((hidden.shape[-1], hidden.device))
 
         return hook

@@ -1,0 +1,242 @@
+"""How a batch can be run exactly, found by running some of its pairs, and remembered with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.facts import model_key, remembered, text_config
+from ..model.hooks import hooked
+from ..model.modes import probing
+from ..model.sharding import is_sharded
+from ..model.walk import parameters_of
+from .batch import PairBatch
+from .layout import Layout, pack, text_lengths, unshared
+from .passes import layout_logits, texts, two_pass_rows
+from .probe import Verdict, can_pack
+
+WAYS = ("packed", "unshared", "alone")  # the fastest first
+_FLOAT32 = 2e-4  # of the largest logit; rounding gives 5e-6 at 30 layers, wrong positions 1e-2 to 1
+_HALF = 0.03  # of the logits' root mean square; bf16 rounds to 1e-2
+_ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
+_CHOICES = ("index_topk", "keep_window_size", "indexer_budget")  # how many of all keys an attention chooses
+_SAMPLE = 4  # pairs that a first batch is judged by
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a batch is to be run.
+
+    Attributes:
+        engine: "packed", "unshared" (one padded pass) or "alone" (one text a pass). reason: why not a faster one.
+        first_position: see `Layout`.
+    """
+
+    engine: str
+    reason: str = ""
+    first_position: int = 0
+
+
+@dataclass
+class Judged:
+    """What was found out of a model in one state.
+
+    Attributes:
+        ways: (longest row, way), in the order found; a way holds for rows up to that length.
+        refusal: why the model cannot be attacked at all; None before it was asked.
+    """
+
+    ways: list[tuple[int, Way]] = field(default_factory=list)
+    refusal: str | None = None
+
+
+def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
+    """The fastest way to run `batch` that gives what every text gives alone in a pass.
+
+    A batch whose rows are longer than those judged so far is judged by running a few of its pairs, without gradients:
+    a window, a limit of positions or a choice of keys may begin to bind there.
+
+    - *causal*: other tokens at the end of a text leave the logits before them alone.
+    - *unshared*: one padded pass over all texts gives the logits of texts alone.
+    - *packed*: so do packed rows, and `can_pack` finds nothing against it.
+
+    "The same" is within 2e-4 of the largest logit in float32 and within 3% of their root mean square in half precision,
+    or within four times what one rounding of the embeddings changes: a router near a tie turns in any pass.
+
+    Args:
+        packing: False asks for plain passes: "unshared" says that padded ones are exact, "alone" that they are not.
+
+    Raises:
+        RuntimeError: the model is not causal, or puts virtual tokens before a text.
+    """
+    if reason := _one_by_one(model, batch):
+        return Way("alone", reason)
+    if not is_sharded(model) and not sum(batch.counts):
+        return Way("packed" if packing and can_pack(model) else "unshared", "there is nothing to score")
+    judged = remembered(model, "ways", (model_key(model), packing), Judged)
+    length = _agreed(model, pack(batch).shape[1])
+    for longest, way in judged.ways:
+        if length <= longest:
+            return _for_tokens(model, batch, way)
+    if judged.refusal is None:
+        reason = _not_attackable(model, batch)
+        judged.refusal = reason or ("another rank's batch was refused" if _agreed(model, bool(reason)) else "")
+    if judged.refusal:
+        raise RuntimeError(judged.refusal)
+    verdict = can_pack(model, length) if packing else Verdict(False, "plain passes were asked for")
+    way = _judge(model, _sample(model, batch, first=not judged.ways), verdict)
+    if judged.ways:
+        way = max(judged.ways[-1][1], way, key=lambda one: WAYS.index(one.engine))
+    slowest = WAYS[_agreed(model, WAYS.index(way.engine))]
+    way = way if way.engine == slowest else Way(slowest, "another rank's batch cannot be run faster")
+    judged.ways.append((length, way))
+    return _for_tokens(model, batch, way)
+
+
+def _one_by_one(model: nn.Module, batch: PairBatch) -> str:
+    """Why what some texts show does not hold for others, so that each has to run alone; "" where it does."""
+    adapters = getattr(model, "peft_config", None)
+    if isinstance(adapters, dict) and any(getattr(a, "alora_invocation_tokens", None) for a in adapters.values()):
+        return "an aLoRA adapter is on from the last invocation tokens of a text, wherever they stand"
+    sizes = [getattr(text_config(model), name, None) for name in _CHOICES]
+    chosen = min((size for size in sizes if isinstance(size, int)), default=None)
+    if chosen is None:
+        return ""
+    longest = torch.maximum(text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)).max()
+    if _agreed(model, int(longest) + 1) <= chosen:
+        return ""
+    return f"its attention chooses {chosen} keys, and which of equal ones goes by the length of a text"
+
+
+def _for_tokens(model: nn.Module, batch: PairBatch, way: Way) -> Way:
+    """The way for this batch's tokens: a model whose positions skip padding tokens skips them within a text too."""
+    if way.engine != "packed" or not way.first_position:
+        return way
+    padding = way.first_position - 1
+    for one in texts(batch, alone=True):
+        if bool((one.ids == padding).any()):
+            return Way("unshared", f"a text holds the padding token {padding}, which the model's positions skip")
+    return way
+
+
+def _judge(model: nn.Module, batch: PairBatch, verdict: Verdict) -> Way:
+    """The fastest exact way for these pairs. verdict: what is known of packing."""
+    with probing(model):
+        compare = _Comparison(model, batch)
+        off = compare.difference(unshared(batch))
+        if off:
+            return Way("alone", f"texts beside others in a padded pass give other logits ({off})")
+        if verdict:
+            off = compare.difference(pack(batch, first_position=verdict.first_position))
+            if not off:
+                return Way("packed", "", verdict.first_position)
+            return Way("unshared", f"packed logits differ from those of plain passes ({off})")
+    return Way("unshared", verdict.reason)
+
+
+class _Comparison:
+    """Logits against those of texts alone; what one rounding changes is measured where it is needed."""
+
+    def __init__(self, model: nn.Module, batch: PairBatch) -> None:
+        self.model, self.batch = model, batch
+        self.wanted = two_pass_rows(model, batch, alone=True).logits.float()
+        self.half = is_half(model)
+
+    def difference(self, layout: Layout) -> str:
+        """How far the logits of a layout are off, in words; "" where they are the same. An error is a difference."""
+        try:
+            size = self._size(layout_logits(self.model, layout).float() - self.wanted)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the model does not like about such a call is a reason not to make it
+            return f"{type(error).__name__}: {error}"
+        scale = self._size(self.wanted)
+        allowed = scale * (_HALF if self.half else _FLOAT32)
+        if size <= allowed and not is_sharded(self.model):  # where sharded, all ranks make the same passes
+            return ""
+        if size <= max(allowed, _ROUNDINGS * self._noise()):
+            return ""
+        return f"off by {size:.1e} of {scale:.1e}"
+
+    def _noise(self) -> float:
+        """How far one rounding of every entry of the embedding's output moves the wanted logits."""
+        with _rounded_embeddings(self.model):
+            return self._size(two_pass_rows(self.model, self.batch, alone=True).logits.float() - self.wanted)
+
+    def _size(self, values: Tensor) -> float:
+        if not values.numel():
+            return 0.0
+        return float(values.square().mean().sqrt() if self.half else values.abs().max())
+
+
+@contextmanager
+def _rounded_embeddings(model: nn.Module) -> Iterator[None]:
+    """Within it, every entry of the embedding's output is one rounding up or down."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+
+    def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        sign = torch.arange(output.numel(), device=output.device).view_as(output) * 7919 // 64 % 2 * 2 - 1
+        return (output * (1 + sign * torch.finfo(output.dtype).eps)).to(output.dtype)
+
+    with hooked([(embedding, move)]):
+        yield
+
+
+def _not_attackable(model: nn.Module, batch: PairBatch) -> str:
+    """Why no attack on this model means anything; "" where one does."""
+    name = type(model).__name__
+    ids = max((text.ids for text in texts(batch, alone=True)), key=lambda ids: ids.shape[1])
+    kept = ids.shape[1] - max(1, ids.shape[1] // 4)
+    other = ids.clone()
+    other[:, kept:] = ids[:, :1]
+    run: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids, use_cache=False).logits[0].float()  # noqa: E731
+    try:
+        with probing(model):
+            before, after = run(ids), run(other)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{name} cannot be run plainly, on a text's tokens alone: {type(error).__name__}: {error}"
+    if before.shape[0] != ids.shape[1]:
+        return (
+            f"{name} answers {ids.shape[1]} tokens with the logits of {before.shape[0]}: it puts virtual tokens before "
+            "them, as prompt tuning does, which no engine supports; attack the model without them, or use LoRA"
+        )
+    moved, scale = (
+        float((before - after)[:kept].abs().sum(-1).max()) if kept else 0.0,
+        float(before.abs().sum(-1).max()),
+    )
+    if moved <= scale * (_HALF if is_half(model) else _FLOAT32):
+        return ""
+    return (
+        f"{name} lets tokens see later ones: other tokens at the end of a text move the logits before them by "
+        f"{moved / scale:.0%}; an attack needs a causal language model"
+    )
+
+
+def _sample(model: nn.Module, batch: PairBatch, first: bool) -> PairBatch:
+    """The pairs to judge by: the longest and the shortest, and of a first batch two more; always two where sharded."""
+    lengths = text_lengths(batch.rejected_mask) + text_lengths(batch.chosen_mask)
+    order = lengths.argsort(descending=True).tolist()
+    if is_sharded(model):
+        return batch.pairs([order[0], order[-1]])
+    return batch.pairs(sorted({*order[: _SAMPLE - 1 if first else 1], order[-1]}))
+
+
+def _agreed(model: nn.Module, value: int) -> int:
+    """The largest of all ranks' values where the model is sharded, so that all make the same passes."""
+    if not is_sharded(model):
+        return value
+    held = torch.tensor(int(value), device=next(model.parameters()).device)
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+    return int(held)
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether some of the model's weights are in half precision."""
+    return any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters_of(model))
