@@ -99,8 +99,7 @@ def attacker(model: nn.Module) -> LatentPGD:
             continue
         runs: list[Any] = []
         handle = found.sites[1].module.register_forward_hook(lambda *call, runs=runs: runs.append(call))
-        with torch.enable_grad():  # a pass without gradients may change a quantised model
-            model(input_ids=torch.tensor([[5, 6]]), use_cache=False)
+        _some_logits(model)
         handle.remove()
         if len(runs) == 1:
             return found
@@ -191,10 +190,14 @@ def rounded_once(model: Any, seed: int) -> Iterator[None]:
             parameter.data.copy_(own)
 
 
-@torch.no_grad()
 def _some_logits(model: Any) -> Tensor:
-    logits: Tensor = model(input_ids=torch.arange(5, 15)[None], use_cache=False).logits
-    return logits
+    """[1, 10, V], from hidden states that want a gradient: some quantised layers repack their weights for others."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.detach().requires_grad_())
+    try:
+        logits: Tensor = model(input_ids=torch.arange(5, 15)[None], use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits.detach()
 
 
 def judged(case: str, make: Callable[[], Any]) -> Result:

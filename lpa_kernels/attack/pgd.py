@@ -125,7 +125,7 @@ class LatentPGD:
         if not sum(pairs.counts) and not is_sharded(self.model):
             return
         key = tuple(id(site.module) for site in self.sites), model_key(self.model)
-        ask = partial(wrong_gradients, self.model, self.sites, self.widths(), pairs)
+        ask = partial(wrong_gradients, self.model, self.sites, self.widths(), pairs, self.settings.backend)
         if message := remembered(self.model, "gradients", key, ask):
             raise RuntimeError(message)
 

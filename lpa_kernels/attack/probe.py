@@ -159,6 +159,8 @@ def _pairs(model: nn.Module) -> PairBatch:
         texts[row, : len(text)] = text
         labels[row, prompt[1] - prompt[0] : len(text)] = True
     texts = (1 + texts * step) % vocabulary
+    padding = getattr(text_config(model), "pad_token_id", None)
+    texts[texts == (-1 if padding is None else padding)] = vocabulary - 1  # positions may skip it
     attack = torch.zeros(2, 16, dtype=torch.bool)
     batch = PairBatch(texts[::2], labels[::2], texts[1::2], labels[1::2], attack)
     return batch.to(embeddings.weight.device)

@@ -109,8 +109,8 @@ class AttackResult:
         first, last = (int((self.grid[:end] >= 0).sum()) for end in (start, stop))
         layout = None
         if self.layout is not None:
-            first = self.layout.first_position
-            layout = pack(batch, first_position=first) if self.layout.packed else unshared(batch)
+            position = self.layout.first_position
+            layout = pack(batch, first_position=position) if self.layout.packed else unshared(batch)
         return replace(
             self,
             deltas_by_row=[d[first:last] for d in self.deltas_by_row],

@@ -18,7 +18,7 @@ from .verdicts import is_half
 
 
 def wrong_gradients(
-    model: nn.Module, sites: Sequence[Site], widths: Sequence[tuple[int, torch.device]], batch: PairBatch
+    model: nn.Module, sites: Sequence[Site], widths: Sequence[tuple[int, torch.device]], batch: PairBatch, backend: str
 ) -> str:
     """Why the model's backward pass does not belong to its forward pass; "" where it does.
 
@@ -27,7 +27,7 @@ def wrong_gradients(
     To be called in the mode that the attack runs the model in.
 
     Args:
-        widths: width and device of each site.
+        widths: width and device of each site. backend: of the op that perturbs.
     """
     text = max(texts(batch, alone=True), key=lambda one: one.ids.shape[1])
     grid = batch.grid[text.rows, : text.ids.shape[1]]
@@ -37,7 +37,7 @@ def wrong_gradients(
         return ""
 
     def loss(deltas: Sequence[Tensor]) -> Tensor:
-        with kept_for_recompute(model, lambda: perturbed(sites, deltas, grid_rows(grid))):
+        with kept_for_recompute(model, lambda: perturbed(sites, deltas, grid_rows(grid), backend=backend)):
             logits = text_logits(model, text.ids, text.mask)
         toward = torch.zeros_like(labels, dtype=torch.bool)
         return token_loss(logits, labels, toward, backend="reference")[0].double().mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -156,17 +157,14 @@ class _Comparison:
         except Exception as error:  # whatever the model does not like about such a call is a reason not to make it
             return f"{type(error).__name__}: {error}"
         scale = self._size(self.wanted)
+        if not math.isfinite(scale):
+            return ""  # the attack says so itself
         allowed = scale * (_HALF if self.half else _FLOAT32)
         if size <= allowed and not is_sharded(self.model):  # where sharded, all ranks make the same passes
             return ""
-        if size <= max(allowed, _ROUNDINGS * self._noise()):
-            return ""
-        return f"off by {size:.1e} of {scale:.1e}"
-
-    def _noise(self) -> float:
-        """How far one rounding of every entry of the embedding's output moves the wanted logits."""
         with _rounded_embeddings(self.model):
-            return self._size(two_pass_rows(self.model, self.batch, alone=True).logits.float() - self.wanted)
+            noise = self._size(two_pass_rows(self.model, self.batch, alone=True).logits.float() - self.wanted)
+        return "" if size <= max(allowed, _ROUNDINGS * noise) else f"off by {size:.1e} of {scale:.1e}"
 
     def _size(self, values: Tensor) -> float:
         if not values.numel():
@@ -198,6 +196,8 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> str:
     try:
         with probing(model):
             before, after = run(ids), run(other)
+            with _rounded_embeddings(model):
+                rounded = run(ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -211,8 +211,9 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> str:
         float((before - after)[:kept].abs().sum(-1).max()) if kept else 0.0,
         float(before.abs().sum(-1).max()),
     )
-    if moved <= scale * (_HALF if is_half(model) else _FLOAT32):
-        return ""
+    noise = float((before - rounded).abs().max())
+    if not moved > max(scale * (_HALF if is_half(model) else _FLOAT32), _ROUNDINGS * noise):
+        return ""  # also where they are not finite, which the attack says itself
     return (
         f"{name} lets tokens see later ones: other tokens at the end of a text move the logits before them by "
         f"{moved / scale:.0%}; an attack needs a causal language model"

@@ -82,7 +82,7 @@ def not_repacked(model: nn.Module) -> Iterator[None]:
     In eval mode a pass without gradients puts them into another order, for a faster kernel that has no backward; the
     gradients of later passes are then those of other weights, without an error. What was repacked before is undone.
     """
-    layers = [m for m in modules_of(model) if getattr(m, _REPACKS, False) is True]
+    layers = [m for m in modules_of(model) if getattr(m, _REPACKS, False)]
     try:
         for layer in layers:
             setattr(layer, _REPACKS, False)

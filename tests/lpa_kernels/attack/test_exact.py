@@ -1,0 +1,232 @@
+"""Exact or refused: every kind of model, adapter and layer that was once attacked wrongly without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    LilyConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from benchmarks.oracle import CUT_OFF, plain_attack
+from benchmarks.sweep_models import LONG, SHORT, off_by, pairs
+from benchmarks.tiny_models import build
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
+from lpa_kernels.model.modes import not_repacked
+
+SITES = ["embedding", "block:1"]
+SETTINGS: dict[str, Any] = {"steps": 3, "step_size": 0.02, "epsilon": 0.15}
+TRIGGER = 11
+
+
+def attacked(model: Any, batch: PairBatch, **settings: Any) -> AttackResult:
+    return LatentPGD(model, SITES, threshold=CUT_OFF, **SETTINGS | settings).attack(batch)
+
+
+def assert_exact(model: Any, batch: PairBatch, **settings: Any) -> AttackResult:
+    """The attack gives the losses and perturbations of the oracle, which runs every text alone."""
+    found = attacked(model, batch, **settings)
+    modules = [site.module for site in LatentPGD(model, SITES).sites]
+    rows = [torch.cat([delta[i][batch.attack_mask[i]] for i in range(len(batch))]) for delta in found.deltas.values()]
+    off = off_by((found.history["total"].double(), rows), plain_attack(model, modules, batch, **SETTINGS))
+    assert off.exact, off
+    return found
+
+
+def randomised(model: Any) -> Any:
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_((torch.randn(p.shape, generator=draw) * 0.1).to(p.dtype))
+    return model.eval()
+
+
+# ---- 1: what short texts do not show
+
+
+def test_a_window_by_index_binds_in_longer_rows_alone() -> None:
+    model = build("gpt_neo")
+    assert assert_exact(model, pairs(SHORT)).engine == "packed"
+    long = assert_exact(model, pairs(LONG))
+    assert (long.engine, "packed logits differ" in long.reason) == ("unshared", True)
+    assert assert_exact(model, pairs(SHORT)).engine == "packed"
+
+
+def test_an_alora_is_switched_on_by_each_text_s_own_tokens() -> None:
+    model = randomised(
+        get_peft_model(
+            build("llama"),
+            LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], alora_invocation_tokens=[TRIGGER]),
+        )
+    )
+    attacked(model, pairs(LONG))  # without the tokens first
+    found = assert_exact(model, pairs(LONG, TRIGGER))
+    assert (found.engine, "aLoRA" in found.reason) == ("alone", True)
+
+
+# ---- 2: plain passes whose rows, padding or later tokens matter
+
+
+class RowMean(nn.Module):
+    """Adds the mean of all rows' first tokens: what stands in a pass beside a text moves its logits."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x[:, :1].mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_rows_that_depend_on_each_other_run_alone(engine: str) -> None:
+    model = build("llama")
+    model.model.layers[2].mlp = RowMean(model.model.layers[2].mlp)
+    found = assert_exact(model, pairs(SHORT), engine=engine)
+    assert (found.engine, "padded pass" in found.reason) == ("alone", True)
+    rows = LatentPGD(model, SITES, engine=engine).rows(found.batch, found)
+    assert rows.logits.shape[0] == sum(found.batch.counts)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_tokens_that_see_later_ones_are_refused(engine: str) -> None:
+    lily = randomised(get_peft_model(build("llama"), LilyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])))
+    for model in (lily, build("xlnet")):
+        with pytest.raises(RuntimeError, match="lets tokens see later ones"):
+            LatentPGD(model, "embedding", engine=engine).attack(pairs(SHORT))
+
+
+# ---- 3: gradients that are not the model's
+
+
+class _Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.saved_tensors[0].flip(0), None
+
+
+class Repacked(nn.Linear):
+    """As bitsandbytes' 4-bit layers on a CPU: a pass without gradients changes the weights' order for a kernel that
+    has no backward of its own, and later gradients are those of other weights."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.weight = plain.weight
+        self.support_avx512bf16_for_cpu, self.packed = True, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.packed |= self.support_avx512bf16_for_cpu and not self.training and not x.requires_grad
+        return _Wrong.apply(x, self.weight) if self.packed else super().forward(x)
+
+
+def test_layers_are_not_repacked_by_passes_without_gradients() -> None:
+    model, plain = build("llama"), build("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = Repacked(block.mlp.down_proj)
+    found, wanted = attacked(model, pairs(SHORT)), attacked(plain, pairs(SHORT))
+    assert not any(block.mlp.down_proj.packed for block in model.model.layers)
+    assert all(block.mlp.down_proj.support_avx512bf16_for_cpu for block in model.model.layers)
+    assert torch.allclose(found.history["total"], wanted.history["total"])
+
+
+def test_wrong_gradients_are_refused_by_the_layers_name() -> None:
+    model = build("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = Repacked(block.mlp.down_proj)
+        block.mlp.down_proj.packed = True
+    with pytest.raises(RuntimeError, match=r"not those of its losses.*finite differences.*Repacked"):
+        attacked(model, pairs(SHORT))
+
+
+def test_bitsandbytes_weights_come_back_in_order() -> None:
+    pytest.importorskip("bitsandbytes")
+    from benchmarks.adapted_models import quantised
+
+    model, clean = quantised("bitsandbytes-nf4"), quantised("bitsandbytes-nf4")
+    with torch.no_grad():
+        model(input_ids=torch.arange(5, 20)[None], use_cache=False)
+    with not_repacked(model):
+        own = dict(clean.named_parameters())
+        assert all(torch.equal(p.data, own[name].data) for name, p in model.named_parameters())
+
+
+# ---- 5: virtual tokens
+
+
+@pytest.mark.parametrize("engine", ["auto", "packed", "reference"])
+def test_virtual_tokens_are_refused_by_every_engine(engine: str) -> None:
+    model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    for sites in (SITES, ["embedding"]):
+        with pytest.raises((ValueError, RuntimeError), match="prompt tuning does"):
+            LatentPGD(model, sites, engine=engine).attack(pairs(SHORT))
+
+
+def test_virtual_keys_are_exact() -> None:
+    model = get_peft_model(build("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    assert assert_exact(randomised(model), pairs(LONG)).engine == "unshared"
+
+
+# ---- 6: dtypes
+
+
+def test_adapters_other_than_lora_keep_their_dtype() -> None:
+    model = build("llama").to(torch.bfloat16)
+    tuned = get_peft_model(model, VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "down_proj"]))
+    for p in tuned.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    found = attacked(randomised(tuned), pairs(SHORT))
+    assert float(found.history["total"][-1]) < float(found.history["total"][0])
+
+
+# ---- 7: depth
+
+
+def test_a_vision_tower_as_deep_as_the_text_model() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **sizes},
+        text_config={"model_type": "llama", "vocab_size": 128, "num_key_value_heads": 2, **sizes},
+        image_token_index=127,
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    tower = {id(module) for module in model.model.vision_tower.modules()}
+    assert not any(id(site.module) in tower for site in LatentPGD(model, ["mlp:1", "attn:3"]).sites)
+    assert_exact(model, pairs(SHORT))
+
+
+# ---- 8: needless slow paths
+
+
+@pytest.mark.parametrize("kind", ["roberta", "longcat_flash"])
+def test_what_is_exact_is_packed(kind: str) -> None:
+    assert assert_exact(build(kind), pairs(LONG)).engine == "packed"
+
+
+def test_chosen_keys_are_exact_until_they_are_chosen() -> None:
+    """Texts with no more keys than the attention chooses are packed, longer ones run alone: equal keys go by length."""
+    model = build("deepseek_v32")
+    assert assert_exact(model, pairs(SHORT)).engine == "packed"
+    assert assert_exact(model, pairs(LONG)).engine == "alone"
+
+
+def test_positions_that_skip_padding_tokens_skip_them_within_a_text() -> None:
+    model, batch = build("roberta"), pairs(SHORT)
+    assert assert_exact(model, batch).engine == "packed"
+    batch.rejected_ids[:, 1] = batch.chosen_ids[:, 1] = model.config.pad_token_id
+    assert assert_exact(model, batch).engine == "unshared"
