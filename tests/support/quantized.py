@@ -48,7 +48,7 @@ class RoundingLinear(IntLinear):
     """Rounds its input too, by the largest entry of all tokens (as LLM.int8 finds outliers): tokens are not apart."""
 
     def forward(self, x: Tensor) -> Tensor:
-        unit = x.detach().abs().max() / 7
+        unit = x.detach().abs().max() / 127
         return super().forward(x + ((x / unit).round() * unit - x).detach())
 
 

@@ -73,11 +73,10 @@ def test_the_last_feed_forward_may_be_trimmed() -> None:
 
 
 def test_layers_that_mix_tokens_are_neither_trimmed_nor_a_hindrance() -> None:
-    """Their logits depend on what else is in a pass, so every text has one of its own."""
+    """Their logits depend on what else is in a pass, by what a rounding changes."""
     model = quantised(llama(), RoundingLinear)
     assert trimmable(model, LatentPGD(model, SITES).sites) is None
     found = attack_with(model, pairs(), SITES, "auto")
-    assert found.engine == "alone"
     assert found.losses[2]["total"] < found.losses[0]["total"]
 
 
