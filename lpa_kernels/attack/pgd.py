@@ -94,9 +94,10 @@ class LatentPGD:
         if not part:
             self.check_counts(*own, int(pairs.attack_mask.sum()))
         with known(model), inner_mode(model, settings.merge_adapters, settings.autocast):
-            state = AttackState(settings, self.widths(), pairs, counts or own)
+            widths = self.widths()  # which refuses sites by name before passes are made
             planned = plan(model, settings, pairs.only(*settings.halves))
             self._check_gradients(pairs)
+            state = AttackState(settings, widths, pairs, counts or own, planned.alone)
             if settings.relative:
                 state.set_relative_radius(two_pass.hidden_norms(model, self.sites, pairs, planned.alone))
             if settings.random_start:

@@ -68,7 +68,9 @@ class AttackState:
         widths: Sequence[tuple[int, torch.device]],
         batch: PairBatch,
         counts: tuple[float, float],
+        whole: bool = False,
     ) -> None:
+        """A state of zeros. whole: the last label of a text is run too, and may matter to the tokens before it."""
         self.settings = settings
         device = batch.attack_mask.device
         self.grid = batch.grid
@@ -77,7 +79,7 @@ class AttackState:
         self.size = len(batch)
         scored = batch.only(*settings.halves)
         ends = torch.maximum(text_lengths(scored.rejected_mask), text_lengths(scored.chosen_mask))
-        used = batch.attack_mask.nonzero()[:, 1] < ends[self.row_example]
+        used = batch.attack_mask.nonzero()[:, 1] < (ends + 1 if whole else ends)[self.row_example]
         self.own_rows = torch.where(used, torch.arange(self.rows, device=device), -1)[:, None]
         self.counts = torch.tensor([max(float(count), 1.0) for count in counts], device=device)
         self.positions = torch.full((), float(batch.attack_mask.numel()), device=device)

@@ -26,6 +26,7 @@ _FLOAT32 = 2e-4  # of the largest logit; rounding gives 5e-6 at 30 layers, wrong
 _HALF = 0.03  # of the logits' root mean square; bf16 rounds to 1e-2
 _ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
 _CHOICES = ("index_topk", "keep_window_size", "indexer_budget")  # how many of all keys an attention chooses
+_LEAK = 0.1  # of the largest logit: a model that sees what it is asked for moves more, inputs quantised together less
 _SAMPLE = 4  # pairs that a first batch is judged by
 
 
@@ -50,10 +51,12 @@ class Judged:
     Attributes:
         ways: (longest row, way), in the order found; a way holds for rows up to that length.
         refusal: why the model cannot be attacked at all; None before it was asked.
+        mixes: why even a text's own later tokens change what is before them a little, as quantised inputs do.
     """
 
     ways: list[tuple[int, Way]] = field(default_factory=list)
     refusal: str | None = None
+    mixes: str = ""
 
 
 def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
@@ -62,7 +65,8 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
     A batch whose rows are longer than those judged so far is judged by running a few of its pairs, without gradients:
     a window, a limit of positions or a choice of keys may begin to bind there.
 
-    - *causal*: other tokens at the end of a text leave the logits before them alone.
+    - *causal*: other tokens at the end of a text leave the logits before them as they are. Where they move them by up
+      to a tenth of the largest, texts run alone; where by more, the model sees what it is asked for, and is refused.
     - *unshared*: one padded pass over all texts gives the logits of texts alone.
     - *packed*: so do packed rows, and `can_pack` finds nothing against it.
 
@@ -85,10 +89,12 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
         if length <= longest:
             return _for_tokens(model, batch, way)
     if judged.refusal is None:
-        reason = _not_attackable(model, batch)
-        judged.refusal = reason or ("another rank's batch was refused" if _agreed(model, bool(reason)) else "")
+        refusal, judged.mixes = _not_attackable(model, batch)
+        judged.refusal = refusal or ("another rank's batch was refused" if _agreed(model, bool(refusal)) else "")
     if judged.refusal:
         raise RuntimeError(judged.refusal)
+    if _agreed(model, bool(judged.mixes)):
+        return Way("alone", judged.mixes or "another rank's batch runs so")
     verdict = can_pack(model, length) if packing else Verdict(False, "plain passes were asked for")
     way = _judge(model, _sample(model, batch, first=not judged.ways), verdict)
     if judged.ways:
@@ -185,8 +191,8 @@ def _rounded_embeddings(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _not_attackable(model: nn.Module, batch: PairBatch) -> str:
-    """Why no attack on this model means anything; "" where one does."""
+def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
+    """(why no attack on this model means anything, why texts can only run alone), "" for no reason."""
     name = type(model).__name__
     ids = max((text.ids for text in texts(batch, alone=True)), key=lambda ids: ids.shape[1])
     kept = ids.shape[1] - max(1, ids.shape[1] // 4)
@@ -201,23 +207,23 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return f"{name} cannot be run plainly, on a text's tokens alone: {type(error).__name__}: {error}"
+        return f"{name} cannot be run plainly, on a text's tokens alone: {type(error).__name__}: {error}", ""
     if before.shape[0] != ids.shape[1]:
         return (
             f"{name} answers {ids.shape[1]} tokens with the logits of {before.shape[0]}: it puts virtual tokens before "
             "them, as prompt tuning does, which no engine supports; attack the model without them, or use LoRA"
-        )
+        ), ""
     moved, scale = (
         float((before - after)[:kept].abs().sum(-1).max()) if kept else 0.0,
         float(before.abs().sum(-1).max()),
     )
     noise = float((before - rounded).abs().max())
     if not moved > max(scale * (_HALF if is_half(model) else _FLOAT32), _ROUNDINGS * noise):
-        return ""  # also where they are not finite, which the attack says itself
-    return (
-        f"{name} lets tokens see later ones: other tokens at the end of a text move the logits before them by "
-        f"{moved / scale:.0%}; an attack needs a causal language model"
-    )
+        return "", ""  # also where they are not finite, which the attack says itself
+    seen = f"other tokens at the end of a text move the logits before them by {moved / scale:.1%}"
+    if moved < _LEAK * scale:
+        return "", seen
+    return f"{name} lets tokens see later ones: {seen}; an attack needs a causal language model", ""
 
 
 def _sample(model: nn.Module, batch: PairBatch, first: bool) -> PairBatch:
