@@ -13,7 +13,7 @@ from torch import nn
 
 from ..model.facts import known, model_key, remembered, say_once
 from ..model.frozen import can_freeze, frozen_depth
-from ..model.modes import inner_mode
+from ..model.modes import check_merging, inner_mode
 from ..model.perturbation import fixed_rows, grid_rows, kept_for_recompute
 from ..model.sharding import is_sharded
 from ..model.sites import Site, resolve_sites, site_widths
@@ -87,12 +87,14 @@ class LatentPGD:
         Raises:
             ValueError: the batch has no completion token or no attacked position, and is no part.
             RuntimeError: the model cannot be attacked, or not by the engine asked for; the message says why.
-            FloatingPointError: the model's losses are not finite.
+            FloatingPointError: the model's losses or gradients are not finite.
         """
         pairs, settings, model = self._pairs(batch), self.settings, self.model
         own = pairs.counts
         if not part:
             self.check_counts(*own, int(pairs.attack_mask.sum()))
+        if settings.merge_adapters:
+            check_merging(model)
         with known(model), inner_mode(model, settings.merge_adapters, settings.autocast):
             widths = self.widths()  # which refuses sites by name before passes are made
             planned = plan(model, settings, pairs.only(*settings.halves))
@@ -105,6 +107,7 @@ class LatentPGD:
             captured = self._run(planned, state, pairs)
         found = self._result(pairs, planned, state, captured)
         _check_finite(found)
+        self._check_gradients_finite(state)
         return found
 
     def _run(self, planned: Plan, state: AttackState, pairs: PairBatch) -> str:
@@ -130,6 +133,24 @@ class LatentPGD:
         if message := remembered(self.model, "gradients", key, ask):
             raise RuntimeError(message)
 
+    def _check_gradients_finite(self, state: AttackState) -> None:
+        """Raise, or say once, that gradients were not finite; what to do is a setting."""
+        counts = state.nonfinite.cpu()
+        if not (number := int(counts.sum())):
+            return
+        step, site = (int(i) for i in counts.nonzero()[0])
+        name, rows = self.sites[site].name, int(counts[step, site])
+        if self.settings.nonfinite == "raise":
+            raise FloatingPointError(
+                f"the gradient of site {name!r} at inner step {step} is not finite in {rows} of {state.rows} rows; "
+                'look for overflow in its backward pass, or take such gradients as 0 by nonfinite="zero"'
+            )
+        say_once(
+            self.model,
+            f"{number} rows of gradients were not finite, the first at site {name!r} in inner step {step}: they count "
+            "as 0, which leaves the attack weaker than it seems",
+        )
+
     def _result(self, pairs: PairBatch, planned: Plan, state: AttackState, captured: str) -> AttackResult:
         device = state.grid.device
         ball = self.settings.norm != "none"
@@ -148,6 +169,7 @@ class LatentPGD:
             reason=planned.reason,
             layout=planned.layout,
             batch=pairs,
+            model=self.model,
             backend=self.settings.backend,
             captured=captured,
         )
@@ -174,11 +196,11 @@ class LatentPGD:
                 planned = replace(planned, layout=both)
         layout = planned.layout
         if layout is None:
-            under = None if attack is None else lambda grid: attack.applied(grid_rows(grid))
+            under = None if attack is None else lambda grid: attack.perturbing(grid_rows(grid))
             return two_pass_rows(self.model, pairs, alone=planned.alone, under=under)
         if attack is None:
             return layout_rows(self.model, layout)
-        with kept_for_recompute(self.model, lambda: attack.applied(fixed_rows(layout.token_rows))):
+        with kept_for_recompute(self.model, lambda: attack.perturbing(fixed_rows(layout.token_rows))):
             return layout_rows(self.model, layout)
 
     def check_counts(self, rejected: float, chosen: float, attacked: float) -> None:

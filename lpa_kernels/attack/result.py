@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model.perturbation import grid_rows, perturbed, perturbing_hook
+from ..model.perturbation import grid_rows, kept_for_recompute, perturbed, perturbing_hook
 from ..model.sites import Site
 from .batch import PairBatch
 from .layout import Layout, pack, unshared
@@ -32,6 +33,7 @@ class AttackResult:
         engine: which engine ran ("packed", "unshared", "alone", "reference"), and `reason` why not the packed one.
         layout: how the batch was laid out for one pass, None for "alone" and "reference".
         batch: what was attacked; `LatentPGD.rows` takes no other.
+        model: what was attacked; its checkpointed blocks run under the perturbations again for their gradients.
         backend: of the op that adds the perturbations.
         captured: "yes" where the steps were replays of a captured graph, else why not.
         enabled: False makes `applied` and hooks do nothing.
@@ -48,6 +50,7 @@ class AttackResult:
     reason: str = ""
     layout: Layout | None = field(default=None, repr=False)
     batch: PairBatch | None = field(default=None, repr=False)
+    model: nn.Module | None = field(default=None, repr=False)
     backend: str = field(default="auto", repr=False)
     captured: str = "the engine is 'reference'"
     enabled: bool = True
@@ -126,14 +129,20 @@ class AttackResult:
     def applied(self, rows: Any = None) -> Iterator[None]:
         """While active, the model answers under this attack: plain calls on either text of the attacked batch.
 
+        A backward pass may follow after it: blocks whose activations are checkpointed within run under it once more.
+
         Args:
             rows: for engines: how the tokens of a pass map to rows; by default by their positions.
         """
+        under = partial(self.perturbing, rows or grid_rows(self.grid))
+        with under() if self.model is None else kept_for_recompute(self.model, under):
+            yield
+
+    def perturbing(self, rows: Any) -> AbstractContextManager[None]:
+        """The perturbations alone, on tokens that map to `rows`; nothing where the attack is not `enabled`."""
         if not self.enabled:
-            yield
-            return
-        with perturbed(self.sites, self.deltas_by_row, rows or grid_rows(self.grid), backend=self.backend):
-            yield
+            return nullcontext()
+        return perturbed(self.sites, self.deltas_by_row, rows, backend=self.backend)
 
     def hook(self, site: str | None = None) -> Any:
         """A plain forward hook with one site's perturbation, for any module: `module.register_forward_hook(...)`."""

@@ -16,6 +16,7 @@ from .objective import THRESHOLD, Objective
 ENGINES = ("auto", "reference", "packed", "stack")
 NORMS = ("l2", "linf", "l2_sequence", "none")
 GRAPHS = ("auto", "on", "off")
+NONFINITE = ("raise", "zero")
 
 
 def _half_each() -> dict[str, float]:
@@ -45,6 +46,7 @@ class AttackSettings:
         weight_decay: of "adamw".
         state_dtype: of the perturbations and moments.
         beta, label_smoothing, reference_free, threshold: see `Objective`.
+        nonfinite: what gradients that are not finite do: "raise" after the loop, or count as "zero" with a warning.
         merge_adapters: merge LoRA into the weights for the inner loop (weights come back bit for bit).
         capture_graph: capture one step in a CUDA graph and replay it: "on" (an error where that is impossible), "off",
             or "auto" (where possible; `AttackResult.captured` says why not). True and False mean "on" and "off".
@@ -77,6 +79,7 @@ class AttackSettings:
     label_smoothing: float = 0.0
     reference_free: bool = False
     threshold: float = THRESHOLD
+    nonfinite: str = "raise"
     merge_adapters: bool = False
     capture_graph: str | bool = "auto"
     autocast: torch.dtype | None = None
@@ -86,7 +89,13 @@ class AttackSettings:
         self._set("coefs", _half_each() if self.coefs is None else dict(self.coefs))
         if isinstance(self.capture_graph, bool):
             self._set("capture_graph", "on" if self.capture_graph else "off")
-        for name, allowed in (("engine", ENGINES), ("norm", NORMS), ("rule", RULES), ("capture_graph", GRAPHS)):
+        for name, allowed in (
+            ("engine", ENGINES),
+            ("norm", NORMS),
+            ("rule", RULES),
+            ("capture_graph", GRAPHS),
+            ("nonfinite", NONFINITE),
+        ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
         for name in ("epsilon", "step_size", "steps"):

@@ -58,6 +58,7 @@ class AttackState:
         positions: [] float32, B x La, which the penalty's mean divides by.
         step: [] float32, the number of steps begun. index: [1] int64, where the next one's losses go.
         done: [B] bool, the examples that have stopped.
+        nonfinite: [steps, S] int32, at how many rows the gradient was NaN or infinite; it counts as 0 there.
         history: name -> [steps] losses and accuracies, each of before its step's update.
         groups: the perturbations.
     """
@@ -86,6 +87,7 @@ class AttackState:
         self.step = torch.zeros((), dtype=torch.float32, device=device)
         self.index = torch.zeros(1, dtype=torch.long, device=device)
         self.done = torch.zeros(self.size, dtype=torch.bool, device=device)
+        self.nonfinite = torch.zeros(settings.steps, len(widths), dtype=torch.int32, device=device)
         self.history: dict[str, Tensor] = {}
         self.groups = [
             self._group([i for i, other in enumerate(widths) if other == key], *key) for key in dict.fromkeys(widths)
@@ -175,6 +177,7 @@ class AttackState:
     def update(self, grads: list[Tensor], tokens: Tensor) -> None:
         """One update of every site. grads: one [T, H] a site; tokens: [R, K], the tokens of each row."""
         tokens = self._live(tokens)
+        self._count(grads, tokens)
         settings = self.settings
         if settings.clip_grad is not None:
             grads, tokens = clip_jointly(grads, tokens, settings.clip_grad), self._live(self.own_rows)
@@ -199,6 +202,15 @@ class AttackState:
             )
             if settings.norm == "l2_sequence":
                 self._project_sequences(group)
+
+    def _count(self, grads: list[Tensor], tokens: Tensor) -> None:
+        """Count, on the device, the rows whose gradient at this step is not finite."""
+        found = []
+        for grad in grads:
+            finite = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).isfinite()
+            own = tokens.to(grad.device)
+            found.append((~finite[own.clamp(min=0)] & (own >= 0)).any(1).sum(dtype=torch.int32).to(self.index.device))
+        self.nonfinite.index_copy_(0, self.index - 1, torch.stack(found)[None])
 
     def _live(self, tokens: Tensor) -> Tensor:
         """`tokens` [R, K] without those of examples that have stopped: such rows are left as they are."""
@@ -264,6 +276,7 @@ class AttackState:
     def take(self, found: AttackState) -> None:
         """What a loop on a padded copy of this state has found, copied out."""
         self.history = {name: value.clone() for name, value in found.history.items()}
+        self.nonfinite = found.nonfinite.clone()
         for group, other in zip(self.groups, found.groups, strict=True):
             group.delta = other.delta[:, : self.rows].clone()
             group.norms = other.norms[:, : self.rows].clone()

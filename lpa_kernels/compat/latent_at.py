@@ -240,6 +240,7 @@ def fused_latent_pgd(
         merge_adapters=merge_adapters,
         capture_graph=capture_graph,
         autocast=_autocast(autocast, device),
+        nonfinite="zero",  # as in the public code
     )
     pairs = pair_batch(batch, coefs, bool(add_completions_pgd), device)
     attack = pgd.attack(pairs, _counts(pairs))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import no_autocast
-from .facts import remembered, say_once
+from .facts import model_key, remembered, say_once
 from .hooks import swapped
 from .lean import lean_layers
 from .sharding import at_rest, is_sharded, left_out
@@ -222,12 +222,19 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
                     f"merge_adapters=True, but the {name} {tuple(p.shape)} under an adapter belongs to {several} "
                     "modules (as a tied head's does), and merging would change the others too; use merge_adapters=False"
                 )
+            if type(p.data) is not Tensor and not hasattr(p.data, "_local_tensor"):  # a shard has one
+                raise ValueError(
+                    f"merge_adapters=True, but the {name} under an adapter is a {type(p.data).__name__}, which peft "
+                    "replaces when it merges; use merge_adapters=False"
+                )
             if not p.is_floating_point() or hasattr(p, "quant_state"):  # 4-bit weights may be stored as bfloat16
                 raise ValueError(
                     f"merge_adapters=True, but the {name} under an adapter is quantised ({p.dtype}); use "
                     "merge_adapters=False"
                 )
     held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+    below = [module for layer in layers for module in modules_of(layer)]
+    parts = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in below]
     try:
         for layer in layers:
             for p in layer.get_base_layer().parameters(recurse=False):  # type: ignore[operator]
@@ -238,12 +245,49 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             layer.merge()  # type: ignore[operator]
         yield
     finally:
+        for module, modules, parameters, buffers in parts:  # peft exchanges some of them
+            module._modules.update(modules)
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
         for p, data, saved in reversed(held):  # where adapters of one module nest, the first copy is it
             p.data = data
             if saved is not data:
                 p.data.copy_(saved)
         for layer in layers:
             layer.merged_adapters.clear()  # type: ignore[operator, union-attr]
+
+
+def check_merging(model: nn.Module) -> None:
+    """Refuse, once asked for a model, adapters whose merging changes what the model answers, or that do not come back.
+
+    Raises:
+        ValueError: the kind of adapter, and by how much the logits differ.
+    """
+    if message := remembered(model, "merging", model_key(model), lambda: _merging_fault(model)):
+        raise ValueError(message)
+
+
+def _merging_fault(model: nn.Module) -> str:
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.arange(1, 9, device=device).view(2, 4)
+    logits = lambda: model(input_ids=ids, use_cache=False).logits.float()  # noqa: E731
+    with probing(model):
+        before = logits()
+        with merged_adapters(model):
+            merged = logits()
+        after = logits()
+    layers = [m for m in modules_of(model) if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+    half = weights_dtype(model) in (torch.float16, torch.bfloat16)
+    scale, off = float(before.abs().max()), float((merged - before).abs().max())
+    if not torch.equal(before, after):
+        return f"merge_adapters=True, but the weights under {kinds} do not come back; use merge_adapters=False"
+    if off > scale * (0.1 if half else 1e-3):
+        return (
+            f"merge_adapters=True, but merging {kinds} moves the logits by {off:.1e} of {scale:.1e}; use "
+            "merge_adapters=False"
+        )
+    return ""
 
 
 @contextmanager

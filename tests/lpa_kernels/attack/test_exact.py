@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft import (
     LilyConfig,
+    LNTuningConfig,
     LoraConfig,
+    PeftMixedModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     VeraConfig,
@@ -170,6 +172,42 @@ def test_bitsandbytes_weights_come_back_in_order() -> None:
         assert all(torch.equal(p.data, own[name].data) for name, p in model.named_parameters())
 
 
+# ---- 4: merging
+
+
+def test_layers_that_merging_exchanges_come_back() -> None:
+    names = ["input_layernorm", "post_attention_layernorm"]
+    model = randomised(get_peft_model(build("llama"), LNTuningConfig(task_type="CAUSAL_LM", target_modules=names)))
+    before = {name: id(p) for name, p in model.named_parameters()}
+    merged = attacked(model, pairs(SHORT), merge_adapters=True)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert not any(getattr(module, "merged_adapters", ()) for module in model.modules())
+    assert torch.allclose(merged.history["total"], attacked(model, pairs(SHORT)).history["total"], atol=1e-5)
+
+
+class Subclass(Tensor):
+    """As torchao's quantised weights: not a plain tensor."""
+
+
+def test_weights_that_are_no_plain_tensors_are_not_merged_into() -> None:
+    model = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Subclass), requires_grad=False)
+    with pytest.raises(ValueError, match=r"is a Subclass, which peft.*merge_adapters=False"):
+        attacked(model, pairs(SHORT), merge_adapters=True)
+
+
+def test_merging_that_changes_the_answer_is_refused() -> None:
+    model = randomised(
+        get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    )
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    own = layer.get_delta_weight
+    layer.get_delta_weight = lambda adapter: 3 * own(adapter)
+    with pytest.raises(ValueError, match="merging Linear moves the logits"):
+        attacked(model, pairs(SHORT), merge_adapters=True)
+
+
 # ---- 5: virtual tokens
 
 
@@ -184,6 +222,39 @@ def test_virtual_tokens_are_refused_by_every_engine(engine: str) -> None:
 def test_virtual_keys_are_exact() -> None:
     model = get_peft_model(build("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
     assert assert_exact(randomised(model), pairs(LONG)).engine == "unshared"
+
+
+# ---- gradients that are not finite
+
+
+class _Infinite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        spoilt = grads[0].clone()
+        spoilt[0, 1] = torch.inf
+        return spoilt
+
+
+def spoilt_model() -> Any:
+    model = build("llama")
+    model.model.layers[1].register_forward_hook(lambda module, args, output: _Infinite.apply(output))
+    return model
+
+
+@pytest.mark.parametrize("engine", ["packed", "reference"])
+def test_gradients_that_are_not_finite_are_named(engine: str) -> None:
+    with pytest.raises(FloatingPointError, match=r"site 'embedding' at inner step 0 is not finite in \d+ of \d+ rows"):
+        attacked(spoilt_model(), pairs(SHORT), engine=engine)
+
+
+def test_they_count_as_zero_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    found = attacked(spoilt_model(), pairs(SHORT), nonfinite="zero")
+    assert all(bool(delta.isfinite().all()) for delta in found.deltas.values())
+    assert "rows of gradients were not finite, the first at site 'embedding' in inner step 0" in caplog.text
 
 
 # ---- 6: dtypes
@@ -235,3 +306,28 @@ def test_positions_that_skip_padding_tokens_skip_them_within_a_text() -> None:
     assert assert_exact(model, batch).engine == "packed"
     batch.rejected_ids[:, 1] = batch.chosen_ids[:, 1] = model.config.pad_token_id
     assert assert_exact(model, batch).engine == "unshared"
+
+
+def test_peft_s_mixed_model_is_packed() -> None:
+    mixed = PeftMixedModel(build("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert assert_exact(randomised(mixed), pairs(SHORT)).engine == "packed"
+
+
+# ---- 9: checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_after_the_attack_was_applied(reentrant: bool) -> None:
+    """Blocks whose activations are checkpointed run again for their gradients, under the attack."""
+    batch, grads = pairs(SHORT), []
+    for checkpointed in (False, True):
+        model = build("llama")
+        found = LatentPGD(model, ["embedding", "attn:1"], **SETTINGS | {"step_size": 0.5, "epsilon": 3.0}).attack(batch)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.train()
+        with found.applied():
+            logits = model(input_ids=batch.rejected_ids, use_cache=False).logits
+        logits.float().log_softmax(-1)[..., 5].mean().backward()
+        grads.append(model.model.layers[2].self_attn.q_proj.weight.grad)
+    assert torch.allclose(grads[0], grads[1], atol=1e-6 * float(grads[0].abs().max()))
