@@ -207,7 +207,8 @@ class AttackState:
         """Count, on the device, the rows whose gradient at this step is not finite."""
         found = []
         for grad in grads:
-            finite = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).isfinite()
+            wide = torch.promote_types(grad.dtype, torch.float32)  # where a row of finite numbers has a finite norm
+            finite = torch.linalg.vector_norm(grad, dim=-1, dtype=wide).isfinite()
             own = tokens.to(grad.device)
             found.append((~finite[own.clamp(min=0)] & (own >= 0)).any(1).sum(dtype=torch.int32).to(self.index.device))
         self.nonfinite.index_copy_(0, self.index - 1, torch.stack(found)[None])
