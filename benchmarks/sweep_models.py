@@ -192,7 +192,7 @@ def rounded_once(model: Any, seed: int) -> Iterator[None]:
 
 def _some_logits(model: Any) -> Tensor:
     """[1, 10, V], from hidden states that want a gradient: some quantised layers repack their weights for others."""
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.detach().requires_grad_())
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.detach().requires_grad_() * 1)
     try:
         logits: Tensor = model(input_ids=torch.arange(5, 15)[None], use_cache=False).logits
     finally:
