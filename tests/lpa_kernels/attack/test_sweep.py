@@ -6,14 +6,50 @@ import pytest
 
 from benchmarks.sweep_models import cases, judged
 
-PACKED = """
-    afmoe apertus arcee bitnet cohere2 deepseek_v3 ernie4_5_moe exaone4 falcon gemma2 gemma3 glm4_moe gpt2 gpt_oss granite
-    llama llama4_text longcat_flash mixtral olmo2 phi3 qwen2_moe qwen3 roberta smollm3 starcoder2
-""".split()
+PACKED = [
+    "afmoe",
+    "apertus",
+    "arcee",
+    "bitnet",
+    "cohere2",
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "exaone4",
+    "falcon",
+    "gemma2",
+    "gemma3",
+    "glm4_moe",
+    "gpt2",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "llama4_text",
+    "longcat_flash",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2_moe",
+    "qwen3",
+    "roberta",
+    "smollm3",
+    "starcoder2",
+]
 OTHERS = {"gpt_neo": "unshared-exact", "jamba": "unshared-exact", "bloom": "unshared-exact", "doge": "alone-exact"}
-PACKED_TUNERS = """
-    LORA LORA:dora LORA:embedding ADALORA BOFT FOURIERFT HRA IA3 LN_TUNING LOHA LOKR OFT VERA
-""".split()
+PACKED_TUNERS = [
+    "LORA",
+    "LORA:dora",
+    "LORA:embedding",
+    "ADALORA",
+    "BOFT",
+    "FOURIERFT",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "OFT",
+    "VERA",
+]
 OTHER_TUNERS = {"LORA:alora": "alone-exact", "LILY": "alone-exact", "PROMPT_TUNING": "refused"}
 
 pytestmark = pytest.mark.slow
