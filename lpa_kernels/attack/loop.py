@@ -241,17 +241,16 @@ def _saved(logits: Tensor) -> bool:
 
 
 def run(
-    model: nn.Module, sites: Sequence[Site], settings: AttackSettings, state: AttackState, layout: Layout, depth: int
+    model: nn.Module, settings: AttackSettings, state: AttackState, layout: Layout, forward: Forward, depth: int = 0
 ) -> None:
-    """The inner loop on a layout, by the model's own code. `state` is changed in place.
+    """The inner loop on a layout. `state` is changed in place.
 
     Args:
-        depth: how many of the lowest blocks are run once, since no site stands before or in them.
+        forward: the pass of each step.
+        depth: how many of the lowest blocks of the model are run once, since no site stands before or in them.
     """
-    forward = HookedForward(model, sites, layout, settings.backend)
     step = InnerStep(model, settings, state, layout, forward)
     step.prepare()
-    forward.trim()
     with ExitStack() as stack:
         if depth:
             stack.enter_context(frozen_blocks(model, depth))

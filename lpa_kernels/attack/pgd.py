@@ -20,11 +20,13 @@ from ..model.sites import Site, resolve_sites, site_widths
 from . import graphs, loop, two_pass
 from .batch import PairBatch
 from .layout import pack, unshared
+from .loop import HookedForward
 from .passes import PairRows, layout_rows, two_pass_rows
 from .plan import Plan, plan
 from .result import AttackResult
 from .settings import AttackSettings
 from .slopes import wrong_gradients
+from .stacked import StackForward
 from .state import AttackState
 
 
@@ -97,7 +99,7 @@ class LatentPGD:
             check_merging(model)
         with known(model), inner_mode(model, settings.merge_adapters, settings.autocast):
             widths = self.widths()  # which refuses sites by name before passes are made
-            planned = plan(model, settings, pairs.only(*settings.halves))
+            planned = plan(model, self.sites, settings, pairs.only(*settings.halves))
             self._check_gradients(pairs)
             state = AttackState(settings, widths, pairs, counts or own, planned.alone)
             if settings.relative:
@@ -113,15 +115,20 @@ class LatentPGD:
     def _run(self, planned: Plan, state: AttackState, pairs: PairBatch) -> str:
         """The inner loop. Returns whether it was replayed, or why not."""
         model, sites, settings = self.model, self.sites, self.settings
-        depth = frozen_depth(sites) if planned.layout is not None else 0
+        layout = planned.layout
+        depth = frozen_depth(sites) if planned.engine in ("packed", "unshared") else 0
         depth = depth if depth and can_freeze(model, depth) else 0
-        packed = planned.layout if planned.engine == "packed" else None
-        captured = graphs.run(model, sites, settings, state, packed, depth)
-        if captured != graphs.YES:
-            if planned.layout is None:
-                two_pass.run(model, sites, settings, state, pairs, planned.alone)
-            else:
-                loop.run(model, sites, settings, state, planned.layout, depth)
+        captured = graphs.run(model, sites, settings, state, layout if planned.engine == "packed" else None, depth)
+        if captured == graphs.YES:
+            return captured
+        if layout is None:
+            two_pass.run(model, sites, settings, state, pairs, planned.alone)
+        elif planned.engine == "stack":
+            loop.run(model, settings, state, layout, StackForward(model, sites, layout, settings.backend))
+        else:
+            forward = HookedForward(model, sites, layout, settings.backend)
+            forward.trim()
+            loop.run(model, settings, state, layout, forward, depth)
         return captured
 
     def _check_gradients(self, pairs: PairBatch) -> None:
@@ -185,7 +192,7 @@ class LatentPGD:
         """
         pairs = self._pairs(batch)
         if attack is None:
-            planned = plan(self.model, self.settings, pairs)
+            planned = plan(self.model, self.sites, self.settings, pairs, loop=False)
         elif attack.batch is None or (difference := attack.batch.difference(pairs)):
             raise ValueError(f"the attack is on another batch ({difference}); call attack() on this one first")
         else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .facts import is_ours, remembered
 from .lean import _lora_parts, _untouched
 from .sites import decoder_layers, unwrapped
 
@@ -286,7 +288,7 @@ def _linears(module: nn.Module, name: str, keys: Sequence[str]) -> list[Linear]:
 
 def _linear(module: Any, name: str) -> Linear:
     if type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear":
-        _plain(module, name, lean=True)
+        _plain(module, name)
         if (parts := _lora_parts(module)) is not None:
             frozen = [None if part is None else part.detach() for part in parts[:4]]
             assert frozen[0] is not None
@@ -305,20 +307,28 @@ def _norm(module: Any, name: str) -> Norm:
     weight = None if module is None else module._parameters.get("weight")
     if module is None or weight is None or len(module._parameters) != 1 or module._modules:
         raise UnsupportedStack(f"{name} is no RMS norm but {type(module).__name__}")
-    _plain(module, name, lean=True)
+    _plain(module, name)
     found = [module.__dict__[key] for key in ("variance_epsilon", "eps") if isinstance(module.__dict__.get(key), float)]
     if len(found) != 1:
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has no epsilon")
-    # tried on numbers among which the epsilon shows; some multiply by 1 + weight
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    x = torch.linspace(-1, 2, 2 * weight.shape[0], device=weight.device, dtype=torch.float32).view(2, -1)
-    x = torch.cat([x, x * found[0] ** 0.5]).to(weight.dtype)
-    given = type(module).forward(module, x).to(wide.dtype)
-    unit = x.to(wide.dtype) * torch.rsqrt(x.to(wide.dtype).square().mean(-1, keepdim=True) + found[0])
-    fits = [torch.allclose(given, unit * (wide + n), 8 * torch.finfo(weight.dtype).eps, 1e-6) for n in (0, 1)]
-    if not any(fits):
+    key = type(module), found[0], weight.dtype
+    offset = remembered(module, "what a norm adds to its weight", key, partial(_offset, module, found[0]))
+    if offset is None:
         raise UnsupportedStack(f"{name} ({type(module).__name__}) does not give what an RMS norm gives")
-    return Norm(wide if fits[0] else wide + 1, found[0])
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return Norm(wide + offset if offset else wide, found[0])
+
+
+def _offset(module: Any, eps: float) -> int | None:
+    """0 for a norm that multiplies by its weight, 1 for one by 1 + weight, None for what is no RMS norm: by trying."""
+    weight = module.weight.detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    x = torch.linspace(-1, 2, 2 * weight.shape[0], device=weight.device, dtype=torch.float32).view(2, -1)
+    x = torch.cat([x, x * eps**0.5]).to(weight.dtype)  # among these the epsilon shows
+    given = type(module).forward(module, x).to(wide.dtype)
+    unit = x.to(wide.dtype) * torch.rsqrt(x.to(wide.dtype).square().mean(-1, keepdim=True) + eps)
+    fits = [torch.allclose(given, unit * (wide + n), 8 * torch.finfo(weight.dtype).eps, 1e-6) for n in (0, 1)]
+    return fits.index(True) if any(fits) else None
 
 
 @torch.no_grad()
@@ -330,8 +340,9 @@ def _activation(function: Any, name: str) -> str:
     raise UnsupportedStack(f"{name} has the activation {type(function).__name__}; a stack runs SiLU and GELU (tanh)")
 
 
-def _plain(module: Any, name: str, lean: bool = False) -> Any:
-    """`module`, which has no hooks and runs its class's forward. lean: or our lean forward, which stands for it."""
-    if module._forward_hooks or module._forward_pre_hooks or ("forward" in module.__dict__ and not lean):
+def _plain(module: Any, name: str) -> Any:
+    """`module`, which has no hooks and runs its class's forward, or our lean one that stands for it."""
+    own = module.__dict__.get("forward")
+    if module._forward_hooks or module._forward_pre_hooks or not (own is None or is_ours(own)):
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has hooks or a forward that is not its class's")
     return module
