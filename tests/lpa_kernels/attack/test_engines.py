@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpa_kernels.attack import LatentPGD, loop, pgd
 from lpa_kernels.model.sites import decoder_layers, in_block
@@ -16,6 +15,7 @@ from lpa_kernels.model.trim import trimmable
 from lpa_kernels.ops.reference import NORMS, RULES
 
 from ...support.batches import PLAIN, RAGGED, assert_close, assert_same, attack_with, llama, pairs, with_lora
+from ...support.guards import NoWaiting, guard_steps
 from ...support.models import DEPTH, DEVICE, PACKS, STANDS_APART, implementations, tiny
 
 EVERY_FAMILY = [(family, attn) for family in PACKS for attn in implementations(family)]
@@ -413,47 +413,18 @@ def test_rows_have_both_completions(coefs: dict[str, float]) -> None:
 
 # ---- nothing waits for the device ----------------------------------------------------------------------------------
 
-WAITS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "lift_fresh", "_unique2")
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails on every operation whose result's size or value the host must know, or that brings it from the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in WAITS, f"{func} in an inner step"
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            masks = [i for i in args[1] if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)]
-            assert not masks, f"{func} by a mask in an inner step"
-        return func(*args, **(kwargs or {}))
-
 
 @pytest.mark.parametrize("options", [
     {}, {"coefs": {"dpo": 1.0}}, {"clip_grad": 0.1, "l2_penalty": 0.1, "stop_below": 1.0}, {"norm": "l2_sequence"},
     {"relative": True, "coefs": {"toward": 1.0, "kl": 0.1}},
 ], ids=["plain", "dpo", "clip, penalty, stop", "sequence", "relative, kl"])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_no_step_waits(family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["packed", "stack"])
+def test_no_step_waits(family: str, options: dict[str, Any], engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(tiny(family, attn="sdpa"))
-    original, steps = loop.InnerStep.__call__, []
-
-    def guarded(step: loop.InnerStep) -> None:
-        if steps:  # the first makes the masks
-            if DEVICE == "cuda":
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                with NoWaiting():
-                    original(step)
-            finally:
-                if DEVICE == "cuda":
-                    torch.cuda.set_sync_debug_mode("default")
-        else:
-            original(step)
-        steps.append(1)
-
-    monkeypatch.setattr(loop.InnerStep, "__call__", guarded)
-    attack_with(model, pairs(), ["embedding", "mlp:1"], "packed", capture_graph=False, **options)
-    assert len(steps) == 3
+    steps = guard_steps(monkeypatch)
+    attack_with(model, pairs(), ["embedding", "mlp:1"], engine, capture_graph=False, **options)
+    assert len(steps) >= 3
 
 
 def test_the_guard_sees_waiting() -> None:

@@ -12,7 +12,7 @@ CASES = [name for name in load_golden().info["cases"] if name.endswith((".base",
 
 
 @pytest.mark.parametrize("device", ["cpu", *([DEVICE] if DEVICE != "cpu" else [])])
-@pytest.mark.parametrize("engine", ["reference", "packed"])
+@pytest.mark.parametrize("engine", ["reference", "packed", "stack"])
 @pytest.mark.parametrize("name", CASES)
 def test_inner_loop(name, engine, device):
     golden = load_golden()

@@ -404,7 +404,7 @@ def test_a_gradient_that_is_cut() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [
-    ("engine='fast' is unknown; use one of auto, reference, packed", {"engine": "fast"}),
+    ("engine='fast' is unknown; use one of auto, reference, packed, stack", {"engine": "fast"}),
     ("norm='l1' is unknown", {"norm": "l1"}),
     ("rule='lion' is unknown", {"rule": "lion"}),
     ("backend='cuda' is unknown", {"backend": "cuda"}),

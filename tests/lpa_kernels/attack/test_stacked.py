@@ -1,0 +1,225 @@
+"""Attacks by the frozen stack: the plain passes' own for every architecture that it takes, and refused by name else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lpa_kernels import LatentPGD, PairBatch
+from lpa_kernels.attack import loop, stacked
+from lpa_kernels.attack.layout import PADDING, pack
+from lpa_kernels.attack.stacked import HookedForward, StackForward, Streams
+from lpa_kernels.model.modes import inner_mode
+from lpa_kernels.model.sites import resolve_sites
+from tests.support.batches import PLAIN, RAGGED, assert_same, attack_with, llama, pairs, with_lora
+from tests.support.models import DEVICE, implementations, tiny
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "smollm3", "gemma2", "gemma3_text", "granite")
+# plain descent: Adam makes a step of the sign of a gradient that is rounding alone
+DESCENT = {"rule": "sgd", "step_size": 0.5, "epsilon": 0.3}
+SITES = (["embedding", "mlp:1"], ["attn:1", "block:2"], ["mlp:3", "attn:3", "block:3"], ["block:0"])
+
+
+def late(batch: PairBatch) -> PairBatch:
+    """The same batch with its completions alone attacked."""
+    first = torch.where(batch.rejected_mask.any(1), batch.rejected_mask.long().argmax(1), 0)
+    position = torch.arange(batch.attack_mask.shape[1], device=first.device)
+    return replace(batch, attack_mask=batch.attack_mask & (position >= first[:, None]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_attacks_are_those_of_plain_passes(family: str, lora: bool) -> None:
+    """Ragged rows, one-token completions, windows that bind; prompts that are attacked, in part, and not at all."""
+    model = tiny(family, attn=implementations(family)[-1])
+    model = with_lora(model) if lora else model
+    batches = pairs(RAGGED, "all"), pairs(RAGGED, "some"), late(pairs(RAGGED, "all"))
+    for number, sites in enumerate(SITES):
+        batch = batches[number % 3]
+        got, want = (attack_with(model, batch, sites, engine, **DESCENT) for engine in ("stack", "reference"))
+        assert (got.engine, got.reason) == ("stack", "")
+        assert_same(got, want, losses=1e-5)
+
+
+def plain_norms(model: nn.Module) -> nn.Module:
+    """The model with torch's own RMS norms, which compute in float64 where they are given it; transformers' do not."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = nn.RMSNorm(module.weight.shape[0], eps=1e-5, dtype=torch.float64)
+            norm.weight.data = module.weight.data.double()
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], norm)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi3", "smollm3"])
+@pytest.mark.parametrize("sites", SITES, ids=str)
+def test_gradients_at_every_site_in_float64(family: str, sites: list[str]) -> None:
+    model = with_lora(plain_norms(tiny(family, attn="sdpa", dtype=torch.float64)), dtype=torch.float64)
+    layout = pack(pairs(RAGGED, "all"))
+    found = resolve_sites(model, sites)
+    draw = torch.Generator().manual_seed(1)
+    with inner_mode(model):
+        ours, theirs = StackForward(model, found, layout, "reference"), HookedForward(model, found, layout, "reference")
+        shape = (len(layout.row_tokens), model.config.hidden_size)
+        deltas = [torch.randn(shape, dtype=torch.float64, generator=draw).to(DEVICE) * 0.1 for _ in found]
+        with theirs(deltas, True) as wanted, ours(deltas, True) as got:
+            assert float((got.values - wanted.values).detach().abs().max()) < 1e-9 * float(wanted.values.abs().max())
+            grad = torch.randn(wanted.values.shape, dtype=torch.float64, generator=draw).to(DEVICE)
+            places = ours.stack.stream.places
+            for one, other in zip(got.gradients(got.values, grad), wanted.gradients(wanted.values, grad), strict=True):
+                assert float((one - other[places]).abs().max()) < 1e-9 * float(other.abs().max())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "kl": {"coefs": {"toward": 1.0, "kl": 0.3}},
+    "dpo": {"coefs": {"dpo": 1.0}},
+    "ipo, reference free": {"coefs": {"ipo": 0.5}, "reference_free": True},
+    "toward alone": {"coefs": {"toward": 1.0}},
+    "penalty and clip": {"l2_penalty": 0.5, "clip_grad": 0.01},
+    "sequence, stop": {"norm": "l2_sequence", "stop_below": 4.4},
+    "relative, random start": {"relative": True, "epsilon": 0.02, "random_start": True, "seed": 3},
+    "merged": {"merge_adapters": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_settings(options: dict[str, Any]) -> None:
+    model = llama(lora=True)
+    for sites in (["embedding", "mlp:1"], ["mlp:2"]):
+        given = DESCENT | options
+        got, want = (attack_with(model, pairs(), sites, engine, **given) for engine in ("stack", "reference"))
+        assert_same(got, want, losses=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_a_head_in_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gemma2's and granite's heads do more than a product, and are run whole."""
+    want = attack_with(tiny(family), pairs(), ["embedding"], "reference", **DESCENT)
+    monkeypatch.setattr(loop, "CHUNK_FROM", 1)
+    assert_same(attack_with(tiny(family), pairs(), ["embedding"], "stack", **DESCENT), want, losses=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_float32_as_the_model_itself(dtype: torch.dtype) -> None:
+    """By the first step's gradients' effect: how far the deltas are off, against how far the plain passes' are."""
+    exact = attack_with(tiny("llama"), pairs(), ["embedding", "mlp:1"], "reference", rule="sgd", epsilon=1e3)
+    off: dict[str, float] = {}
+    for engine in ("stack", "reference"):
+        found = attack_with(
+            tiny("llama", dtype=dtype), pairs(), ["embedding", "mlp:1"], engine, rule="sgd", epsilon=1e3
+        )
+        errors = [(found.deltas[n] - exact.deltas[n]).norm() / exact.deltas[n].norm() for n in exact.deltas]
+        off[engine] = float(max(errors))
+    assert off["stack"] < 1.5 * off["reference"] + 1e-3, off
+
+
+def test_no_row_is_padded_and_what_never_changes_is_run_once() -> None:
+    batch = late(pairs(RAGGED, "all"))
+    layout = pack(batch)
+    streams = Streams(layout)
+    tokens = int((layout.branch != PADDING).sum())
+    assert streams.before is not None
+    assert len(streams.main.places) + len(streams.before.places) == tokens
+    prompts = [prompt for prompt, *_ in RAGGED]
+    assert len(streams.before.places) == sum(max(prompt - 1, 0) for prompt in prompts)  # the last predicts a label
+    every = Streams(pack(pairs(RAGGED, "all")))
+    assert every.before is None
+    assert len(every.main.places) == tokens
+
+
+def test_auto_takes_it_where_it_is_exact_and_says_why_not_elsewhere() -> None:
+    cases = {
+        "llama": ("stack", ""),
+        "gpt2": ("packed", "no module with its blocks"),
+        "mixtral": ("packed", "block 0.mlp"),
+        "bloom": ("unshared", "position"),
+    }
+    for family, (engine, reason) in cases.items():
+        found = attack_with(tiny(family), pairs(), ["embedding"], "auto")
+        if DEVICE == "cpu":
+            assert found.engine == engine, family
+        assert reason in found.reason or DEVICE != "cpu"
+
+
+def test_engine_stack_says_why_it_cannot() -> None:
+    with pytest.raises(RuntimeError, match=r"engine='stack' cannot run GPT2LMHeadModel: .* no module with its blocks"):
+        attack_with(tiny("gpt2"), pairs(), ["embedding"], "stack")
+    with pytest.raises(RuntimeError, match=r"the site 'model.layers.1.mlp.gate_proj' is neither the embedding nor a"):
+        attack_with(tiny("llama"), pairs(), ["model.layers.1.mlp.gate_proj"], "stack")
+    with pytest.raises(RuntimeError, match=r"autocast=torch.bfloat16 is for the model's own code"):
+        attack_with(tiny("llama"), pairs(), ["embedding"], "stack", autocast=torch.bfloat16)
+
+
+def test_a_hook_on_a_block_is_seen_between_two_attacks() -> None:
+    model = tiny("llama")
+    assert attack_with(model, pairs(), ["embedding"], "stack").engine == "stack"
+    handle = model.model.layers[1].register_forward_hook(lambda m, a, out: out * 1.5)
+    with pytest.raises(RuntimeError, match=r"block 1 .* has hooks"):
+        attack_with(model, pairs(), ["embedding"], "stack")
+    want = attack_with(model, pairs(), ["embedding"], "reference", **DESCENT)
+    assert_same(attack_with(model, pairs(), ["embedding"], "auto", **DESCENT), want, losses=1e-5)
+    handle.remove()
+    assert attack_with(model, pairs(), ["embedding"], "stack").engine == "stack"
+
+
+def wrong_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The rotation of another convention: neighbouring entries are a pair."""
+    a, b = x[..., ::2].clone(), x[..., 1::2].clone()
+    c, s = cos[..., : a.shape[-1]], sin[..., : a.shape[-1]]
+    x[..., ::2], x[..., 1::2] = a * c - b * s, b * c + a * s
+
+
+MISTAKES: dict[str, tuple[str, Any]] = {
+    "another rotation": ("rotate_", wrong_rotation),
+    "a gradient that is off": ("gate_backward_", lambda grad, gate, up, act: (gate.zero_(), up.zero_())),
+    "another norm's gradient": ("norm_backward", lambda grad, r, rstd, norm, residual=None: grad),
+}
+
+
+@pytest.mark.parametrize(("name", "mistake"), MISTAKES.values(), ids=MISTAKES)
+def test_a_stack_that_is_not_the_model_is_not_taken(name: str, mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"lpa_kernels.model.stack.{name}", mistake)
+    with pytest.raises(RuntimeError, match="differ from the model's own"):
+        attack_with(tiny("llama"), pairs(PLAIN), ["embedding", "mlp:1"], "stack")
+
+
+def test_weights_are_read_anew_for_every_attack() -> None:
+    """A weight that was exchanged, or trained in place, is the one that the next attack runs with."""
+    model = llama(lora=True)
+    for change in (lambda p: p.data.mul_(1.5), lambda p: setattr(p, "data", p.data * 2.0)):
+        attack_with(model, pairs(), ["embedding"], "stack")
+        change(model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight)
+        change(model.base_model.model.model.layers[2].self_attn.q_proj.lora_B["default"].weight)
+        want = attack_with(model, pairs(), ["embedding"], "reference", **DESCENT)
+        assert_same(attack_with(model, pairs(), ["embedding"], "stack", **DESCENT), want, losses=1e-5)
+
+
+def test_the_defence_sees_the_attack_that_a_stack_found() -> None:
+    model, batch = llama(lora=True), pairs(RAGGED)
+    rows = {}
+    for engine in ("stack", "reference"):
+        pgd = LatentPGD(model, ["embedding", "mlp:1"], engine=engine, steps=3, step_size=0.05)
+        found = pgd.attack(batch)
+        rows[engine] = pgd.rows(batch, found).logits
+        part = found.part(1, 3, batch.part(1, 3))
+        assert part.layout is None or part.layout.packed
+    assert torch.allclose(rows["stack"], rows["reference"], atol=2e-3)
+    assert rows["stack"].requires_grad
+
+
+def test_the_comparison_is_made_once_for_a_state_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = stacked._difference
+    monkeypatch.setattr(stacked, "_difference", lambda *given: asked.append(1) or original(*given))
+    model = tiny("llama")
+    for _ in range(3):
+        attack_with(model, pairs(), ["embedding"], "stack")
+    assert len(asked) == 1
+    attack_with(model, pairs([(60, 5, 5, 0)]), ["embedding"], "stack")  # rows of another length
+    attack_with(model, pairs(), ["embedding", "mlp:1"], "stack")
+    assert len(asked) == 3
