@@ -78,7 +78,7 @@ def test_gradients_at_every_site_in_float64(family: str, sites: list[str]) -> No
 OPTIONS: dict[str, dict[str, Any]] = {
     "kl": {"coefs": {"toward": 1.0, "kl": 0.3}},
     "dpo": {"coefs": {"dpo": 1.0}},
-    "ipo, reference free": {"coefs": {"ipo": 0.5}, "reference_free": True},
+    "ipo, reference free": {"coefs": {"ipo": 0.5}, "reference_free": True, "step_size": 0.05},
     "toward alone": {"coefs": {"toward": 1.0}},
     "penalty and clip": {"l2_penalty": 0.5, "clip_grad": 0.01},
     "sequence, stop": {"norm": "l2_sequence", "stop_below": 4.4},
