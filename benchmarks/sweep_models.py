@@ -52,7 +52,7 @@ class Result:
     """One case: how it ran, how far from the oracle, and what that means.
 
     Attributes:
-        engine: "packed", "unshared", "reference", or "" where it was refused or failed.
+        engine: "stack", "packed", "unshared", "alone", or "" where it was refused or failed.
         losses, deltas, stray: see `Off`. floor: the losses' difference that one rounding of the weights makes.
         verdict: "packed-exact" (or "unshared-", "alone-"), "refused", "silently wrong", "unclear message", "not built".
     """
@@ -171,7 +171,7 @@ def compared(model: Any, other: Any) -> tuple[str, Off, Off, str]:
                 floor = floor.worst(off_by(moved, wanted))
         engines.append(found.engine)
         reasons.append(found.reason)
-    slowest = min(engines, key=("alone", "reference", "unshared", "packed").index)
+    slowest = min(engines, key=("alone", "reference", "unshared", "packed", "stack").index)
     return slowest, off, floor, next((reason for reason in reasons if reason), "")
 
 
@@ -216,7 +216,8 @@ def judged(case: str, make: Callable[[], Any]) -> Result:
         frames = traceback.extract_tb(error.__traceback__)
         ours = "lpa_kernels" in frames[-1].filename and isinstance(error, (RuntimeError, ValueError, TypeError))
         return Result(case, "refused" if ours else "unclear message", reason=_said(error))
-    exact = f"{engine}-exact" if off.within(floor) else "silently wrong"
+    shared = "packed" if engine == "stack" else engine  # a stack's rows are packed too
+    exact = f"{shared}-exact" if off.within(floor) else "silently wrong"
     return Result(case, exact, engine, off.losses, off.deltas, off.stray, floor.losses, reason)
 
 
