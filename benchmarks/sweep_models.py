@@ -1,6 +1,6 @@
 """Exact or refused: every causal-LM type, tuner and quantised base against an oracle of one text a pass.
 
-    python -m benchmarks.sweep_models                    # all of it, into benchmarks/results/sweep-models-VERSION.json
+    python -m benchmarks.sweep_models                    # all of it, into benchmarks/results/sweep-models.json
     python -m benchmarks.sweep_models types:llama tuners # some cases by their names' beginnings
 
 Every case runs in a process of its own with a time limit: a tiny random float32 model, its windows and chunks of 24
@@ -53,7 +53,7 @@ class Result:
 
     Attributes:
         engine: "stack", "packed", "unshared", "alone", or "" where it was refused or failed.
-        losses, deltas, stray: see `Off`. floor: the losses' difference that one rounding of the weights makes.
+        losses, deltas, stray: see `Off`. floor: the losses' difference that roundings of the weights make.
         verdict: "packed-exact" (or "unshared-", "alone-"), "refused", "silently wrong", "unclear message", "not built".
     """
 
@@ -141,7 +141,7 @@ def off_by(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor
 
 
 def compared(model: Any, other: Any) -> tuple[str, Off, Off, str]:
-    """(engine, how far off, how far one rounding goes, reason), the worst of both batches.
+    """(engine, how far off, how far a few roundings go, reason), the worst of both batches.
 
     Args:
         other: a second model of the same weights, for the oracle: what an attack does to a model must not reach it.
@@ -166,7 +166,7 @@ def compared(model: Any, other: Any) -> tuple[str, Off, Off, str]:
             for seed in range(8):  # a router near a tie turns in some of them
                 if off.within(floor):
                     break
-                with rounded_once(other, seed):
+                with rounded_a_little(other, seed):
                     moved = plain_attack(other, modules, batch, STEPS, STEP_SIZE, EPSILON)
                 floor = floor.worst(off_by(moved, wanted))
         engines.append(found.engine)
@@ -176,14 +176,14 @@ def compared(model: Any, other: Any) -> tuple[str, Off, Off, str]:
 
 
 @contextmanager
-def rounded_once(model: Any, seed: int) -> Iterator[None]:
-    """Every plain weight one rounding away: what that changes, no order of operations can promise."""
+def rounded_a_little(model: Any, seed: int) -> Iterator[None]:
+    """Every plain weight some roundings away, more with `seed`: no order of operations promises less."""
     draw = torch.Generator().manual_seed(seed)
     held = [(p, p.data.clone()) for p in model.parameters() if type(p.data) is Tensor and p.dtype == torch.float32]
     try:
         for parameter, own in held:
             sign = torch.randint(0, 2, own.shape, generator=draw) * 2 - 1
-            parameter.data.mul_(1 + sign * torch.finfo(torch.float32).eps)
+            parameter.data.mul_(1 + sign * (1 + seed) * torch.finfo(torch.float32).eps)
         yield
     finally:
         for parameter, own in held:
@@ -289,7 +289,7 @@ def table(results: list[Result]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="beginnings of cases' names; all of them by default")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"sweep-models-{transformers.__version__}.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sweep-models.json")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)

@@ -55,7 +55,7 @@ def wrong_gradients(
     if not 0 < norm < math.inf:
         return ""  # what is not finite, the attack counts itself
     slopes: list[float] = []
-    for nats in (0.3, 1.0, 3.0) if is_half(model) else (1e-3, 1e-2, 0.1, 1.0):
+    for nats in (0.3, 1.0, 3.0) if is_half(model) else (1e-4, 1e-3, 1e-2, 0.1, 1.0):
         step = nats / (2 * norm)
         with torch.no_grad():
             up, down = (float(loss([grad * (sign * step / norm) for grad in grads])) for sign in (1, -1))
