@@ -41,7 +41,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "beam": {"n_group": 1, "topk_group": 1},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}, "n_heads": HEADS},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "n_heads": HEADS},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -68,7 +68,6 @@ _OWN: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 2,
         "hc_lowrank": 8,
     },
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "xmod": {"default_language": "en_XX"},
 }
 
