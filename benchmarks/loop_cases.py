@@ -231,5 +231,7 @@ for _ending, _backend in _ops().items():
         f"packed engine, merged adapters{_ending}": partial(
             ours, engine="packed", backend=_backend, merge_adapters=True
         ),
+        f"frozen stack{_ending}": partial(ours, engine="stack", backend=_backend),
+        f"frozen stack, merged adapters{_ending}": partial(ours, engine="stack", backend=_backend, merge_adapters=True),
     }
     LPA_STEPS[f"packed engine{_ending}"] = partial(lpa_step, engine="packed", backend=_backend)

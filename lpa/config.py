@@ -106,7 +106,10 @@ class LPAConfig(TrainingArguments):
     attack_ipo_coef: float = _setting(0.0, "Weight of IPO in the attack, instead of toward and away.")
     attack_random_start: bool = _setting(False, "Start the attack at a random point of the ball.")
     attack_relative: bool = _setting(False, "Take epsilon as a share of the norm of the hidden state it perturbs.")
-    attack_engine: str = _setting("auto", "auto, packed (the prompt once) or reference (two plain passes).")
+    attack_engine: str = _setting(
+        "auto",
+        "auto, stack (the prompt once, blocks by hand), packed (the prompt once) or reference (two plain passes).",
+    )
     attack_backend: str = _setting("auto", "Backend of the ops: auto, reference, triton or native.")
     attack_merge_adapters: bool = _setting(False, "Merge LoRA into the weights while attacking.")
     attack_capture_graph: str = _setting("auto", "Capture an inner step in a CUDA graph: auto, on or off.")

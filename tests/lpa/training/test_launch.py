@@ -31,6 +31,7 @@ def model(tmp_path_factory: Any) -> str:
     return saved_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(model: str, tmp_path: Path, launcher: str) -> None:
     output = tmp_path / "run"

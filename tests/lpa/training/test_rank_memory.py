@@ -12,6 +12,7 @@ from tests.support import jobs, ranks
 from tests.support.jobs import RAGGED, difference, moved
 
 pytestmark = [
+    pytest.mark.ranks,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]

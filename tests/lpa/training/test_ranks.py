@@ -19,7 +19,10 @@ from tests.support import jobs, ranks
 from tests.support.jobs import RAGGED, difference, moved
 from tests.support.tiny import tiny_config
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package"),
+]
 
 
 CASES = {

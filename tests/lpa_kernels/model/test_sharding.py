@@ -99,6 +99,7 @@ def attack_both() -> None:
     dist.barrier()
 
 
+@pytest.mark.ranks
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 def test_shared_weights_are_attacked_as_whole_ones(tmp_path: Path) -> None:
     ranks.run(attack_both, folder=tmp_path, world=2)
