@@ -89,9 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="direct, prefix, template, latent, embedding; by default all")  # fmt: skip
     add("--attack-epsilon", type=float, help="radius of the latent and embedding attacks")
     add("--attack-steps", type=int, help="their steps")
-    add("--epsilon", dest="epsilons", type=float, action="extend", nargs="+", help="radii of the robustness curve")
-    add("--steps", type=int, action="extend", nargs="+", help="step counts of the robustness curve")
-    add("--sites", action="extend", nargs="+", help="attacked sites; by default LPA's, scaled to the depth")
+    add("--attack-sites", dest="sites", action="extend", nargs="+",
+        help="attacked sites; by default LPA's, scaled to the depth")  # fmt: skip
+    add(
+        "--curve-epsilon", dest="epsilons", type=float, action="extend", nargs="+", help="radii of the robustness curve"
+    )
+    add("--curve-steps", dest="steps", type=int, action="extend", nargs="+", help="step counts of the robustness curve")
+    for former, now in (("--epsilon", "--curve-epsilon"), ("--steps", "--curve-steps"), ("--sites", "--attack-sites")):
+        add(former, action=_Renamed, now=now, nargs="*", help=argparse.SUPPRESS)
     add("--judge", help="a classifier that judges the answers too, by folder or hub name")
     add("--judge-prompt", metavar="FILE", help="the judge's question, with {prompt} and {answer}")
     add(
@@ -110,6 +115,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of random perturbations (default: 0)")
     add("--keep-texts", action="store_true", help="keep the harmful prompts in the file that stays out of commits")
     add("--full", action="store_true", help="show the points of the robustness curves in the table too")
+
+
+class _Renamed(argparse.Action):
+    """An option by its former name: an error that says the new one."""
+
+    def __init__(self, *args: Any, now: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.now = now
+
+    def __call__(self, parser: argparse.ArgumentParser, space: Any, values: Any, option_string: Any = None) -> None:
+        parser.error(f"{option_string} is called {self.now} now")
 
 
 class _Progress:

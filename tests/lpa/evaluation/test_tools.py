@@ -124,3 +124,10 @@ def test_the_command_evaluates_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
     }
     assert evaluate_command(["--list"]) == 0
     assert "overrefusal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("former", "now"), [("--epsilon", "--curve-epsilon"), ("--sites", "--attack-sites")])
+def test_an_option_by_its_former_name_is_answered_with_the_new_one(former: str, now: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        evaluate_command([former, "1"])
+    assert f"{former} is called {now} now" in capsys.readouterr().err
