@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +180,7 @@ class _DryRun:
         """One inner step, with all that stays over the steps; returns the perturbations."""
         self.ledger.mark()
         with ExitStack() as stack:
-            sharded = mock.patch.object(modes, "is_sharded", return_value=bool(self.args.fsdp))
+            sharded = _exchanged(modes, "is_sharded", lambda model: bool(self.args.fsdp))
             with self.ledger.kind("copies", self.sharers), sharded:
                 stack.enter_context(inner_mode(self.model, self.args.attack_merge_adapters))
             with self.ledger.kind("perturbations"):
@@ -282,6 +281,17 @@ class _DryRun:
 
 
 @contextmanager
+def _exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it, the attribute `name` of a module is `value`."""
+    own = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+@contextmanager
 def _on_meta() -> Iterator[None]:
     """Within it, models run on the meta device as on a real one: sdpa as one fused op, and no look at values."""
 
@@ -298,8 +308,8 @@ def _on_meta() -> Iterator[None]:
         return out
 
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", attend),
+        _exchanged(F, "scaled_dot_product_attention", attend),
         # it looks for packed rows in the values of position ids, and these have none
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),
+        _exchanged(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None),
     ):
         yield
