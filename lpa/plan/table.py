@@ -42,6 +42,7 @@ ASSUMPTIONS = """\
 Assumed: every row is as long as said; one pass for both completions where attention is eager or sdpa; fused attention
 for sdpa; the plain PyTorch ops (those for GPUs keep fewer copies of the logits); no part of the model run once for all
 inner steps; AdamW.
+Of the packed engine; a frozen stack ("auto" takes one on a CPU where it can) keeps less in the attack.
 Of one rank; FSDP2's units are those that accelerate makes, and a block's weights come while another one is in use.
 Not in it: what NCCL or gloo keep for themselves; what Python, libraries and a GPU's driver take; what an allocator
 keeps beyond the tensors (with glibc's defaults much, docs/scale.md); loading; measuring before and after.
