@@ -53,6 +53,7 @@ def python(*args: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA or launch.INTERPRETED, reason="the kernels run in this process")
 @pytest.mark.parametrize(("file", "least"), [("test_backends", 150), ("test_block", 150), ("test_triton", 30)])
 def test_under_the_interpreter(file, least):
@@ -63,6 +64,7 @@ def test_under_the_interpreter(file, least):
     assert int(passed[1]) >= least, out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(launch.INTERPRETED, reason="compiled by the process that started this one")
 def test_compiled_ahead_of_time():
     """In the shapes of an 8B model, without spills, which the command checks; `.ci/run` does so for every target."""
