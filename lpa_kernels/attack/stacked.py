@@ -13,7 +13,7 @@ from ..model.facts import model_key, remembered
 from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
 from ..model.stack import FrozenStack, Span, Stream, observed
-from ..model.walk import parameters_of
+from ..model.walk import modules_of, parameters_of
 from .layout import PADDING, Layout
 from .loop import Differentiable, HookedForward
 from .passes import layout_hidden, layout_logits
@@ -144,6 +144,9 @@ def why_not_stacked(model: nn.Module, sites: Sequence[Site], settings: AttackSet
         return "its weights are sharded over ranks"
     if len(devices := sorted({str(p.device) for p in parameters_of(model)})) > 1:
         return f"the model is on several devices, {', '.join(devices)}"
+    for module in modules_of(model):  # hooks of our own may be on it too, which its key does not name
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"there are hooks on it, on {type(module).__name__} for one"
     key = model_key(model), tuple(site.name for site in sites), settings.merge_adapters, layout.shape[1].bit_length()
 
     def compared() -> str:

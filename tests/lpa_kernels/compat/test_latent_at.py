@@ -178,7 +178,8 @@ def test_two_micro_batches_keep_their_own_attack():
     for batch, wrappers, expected in zip(batches, kept, alone, strict=True):
         for wrapper in wrappers:
             wrapper.enabled = True
-        assert torch.equal(logits(model, batch), expected)
+        # kept wrappers are hooks, beside which the stack is not taken: the same up to the order of sums
+        torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-3)
         for wrapper in wrappers:
             wrapper.enabled = False
 
