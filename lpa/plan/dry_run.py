@@ -202,7 +202,7 @@ class _DryRun:
     def _rows(self, batch: PairBatch, attack: AttackResult | None) -> Any:
         if attack is None:
             return layout_rows(self.model, self.meta)
-        with kept_for_recompute(self.model, lambda: attack.applied(fixed_rows(self.meta.token_rows))):
+        with kept_for_recompute(self.model, lambda: attack.perturbing(fixed_rows(self.meta.token_rows))):
             return layout_rows(self.model, self.meta)
 
     def _trimmed(self) -> tuple[nn.Module | None, Tensor | None]:
