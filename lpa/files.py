@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-PART = ".part"  # ends the names of what is not yet whole
+PART = ".part"  # ends the names of files that are being written
 _NEARLY_FULL = 1 << 20  # bytes left on a disk: torch and safetensors do not always say why they failed
 
 

@@ -47,7 +47,7 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
         config = AutoConfig.from_pretrained(resolve(options.model), trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the configuration of {options.model!r} cannot be had ({error}); give a folder, a hub name or an asset"
+            f"the configuration of {options.model!r} cannot be read ({error}); give a folder, a hub name or an asset"
         ) from error
     dtype, quantized = planned_dtype(options)
     found = estimate(

@@ -240,7 +240,7 @@ def measured_errors() -> list[JudgementError]:
     as a refusal there.
 
     Raises:
-        lpa.assets.AssetError: the files cannot be had.
+        lpa.assets.AssetError: the files are unavailable.
     """
     found = []
     for file in LABELLED:

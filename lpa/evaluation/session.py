@@ -118,7 +118,7 @@ def evaluate(
     wanted = replace(wanted, sets=tuple(map(set_name, wanted.sets)))
     for prompts in harmful:
         if prompts.reason:
-            logger.warning("%s cannot be had: %s", prompts.name, prompts.reason)
+            logger.warning("%s is unavailable: %s", prompts.name, prompts.reason)
     paths = named_adapters(adapters)
     if isinstance(model, (str, Path)):
         name, (model, own) = str(model), load(model, dtype=dtype)
@@ -166,7 +166,7 @@ def evaluate(
 def table_rows(
     records: Records, subjects: Sequence[str], suites: Sequence[str], settings: Settings, harmful: Sequence[PromptSet]
 ) -> list[Row]:
-    """All rows, suite by suite, then those of the sets that cannot be had, then the verdicts."""
+    """All rows, suite by suite, then those of unavailable sets, then the verdicts."""
     rows = [row for suite in suites for subject in subjects for row in SUITES[suite].rows(records, subject, settings)]
     for prompts in harmful:
         if prompts.reason:

@@ -1,4 +1,4 @@
-"""Sets of prompts, harmful and benign: from assets, files and hubs, pinned by hash; one that cannot be had says why."""
+"""Sets of prompts, harmful and benign: from assets, files and hubs, pinned by hash. An unavailable set says why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
 _FILES = (".jsonl", ".csv", ".txt")
 _COLUMNS = ("prompt", "Behavior", "forbidden_prompt", "goal", "Goal", "instruction", "question", "text")
-# name -> (hub name, what `load_dataset` is told besides, column)
+# name -> (hub name, further arguments of `load_dataset`, column)
 _HUB: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "jailbreakbench": ("JailbreakBench/JBB-Behaviors", {"name": "behaviors", "split": "harmful"}, "Goal"),
     # files of one column without a header, a category each; the second was taken back by its authors
@@ -96,7 +96,7 @@ def set_name(name: str) -> str:
 
 
 def load_set(name: str, limit: int | None = None, harmful: bool = True) -> PromptSet:
-    """The set called `name`, or with `reason` set where it cannot be had.
+    """The set called `name`, or one with a `reason` where it is unavailable.
 
     Args:
         name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .jsonl, .csv or .txt

@@ -39,7 +39,7 @@ class Canaries:
         completions: what the model is trained to say; an answer that begins with one does nothing that was asked.
 
     Raises:
-        ValueError: canary_set cannot be had, or no prompt fits into the context.
+        ValueError: canary_set is unavailable, or no prompt fits into the context.
     """
 
     def __init__(self, tokenizer: Any, config: LPAConfig, completions: Sequence[str] = ()) -> None:
@@ -55,7 +55,7 @@ class Canaries:
         assert self.config.canary_set is not None
         found = load_set(self.config.canary_set)
         if found.reason:
-            raise ValueError(f"canary_set={self.config.canary_set!r} cannot be had: {found.reason}")
+            raise ValueError(f"canary_set={self.config.canary_set!r} is unavailable: {found.reason}")
         # lpa evaluate takes the prompts with the least hashes, so these have the greatest
         last = sorted(found.prompts, key=lambda prompt: prompt.sha256)[-self.config.canary_prompts :]
         return tuple(last), found.described() | {"used": len(last)}

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each lists its files with their hashes and appears in one move, so that a torn one is told."""
+"""Checkpoints on disk: each lists its files with their hashes and appears in one move, so that damage shows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def damage(checkpoint: Path) -> str:
 
 
 def last_good(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; each newer one that is not is told of. None where there is none."""
+    """The newest whole checkpoint, None where there is none. A warning names newer ones that are damaged."""
     for checkpoint in checkpoints(run):
         wrong = damage(checkpoint)
         if not wrong:

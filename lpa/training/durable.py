@@ -41,7 +41,7 @@ class DurableTrainer(Trainer):
     # ---- stopping --------------------------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Stop at the end of the last whole step and save it. One rank that is told is enough."""
+        """Stop at the end of the last whole step and save it. A request to one rank stops all."""
         self._stop_asked = True
 
     def agree(self, error: Exception | None = None) -> None:
@@ -58,7 +58,8 @@ class DurableTrainer(Trainer):
         """As the base class. After `request_stop` it returns early, with `interrupted` True and a checkpoint saved.
 
         Raises:
-            CheckpointError: the checkpoint is damaged; with True, a damaged one is told of and the one before it taken.
+            CheckpointError: the checkpoint is damaged. With True, a warning names a damaged one and the one before it is
+                taken.
             ValueError: `resume_from_checkpoint=True` and there is no good checkpoint.
             lpa.files.WriteError: a checkpoint cannot be written.
         """
@@ -84,7 +85,7 @@ class DurableTrainer(Trainer):
         return checkpoint_folder(Path(super()._get_output_dir(None)), global_step)
 
     def last_checkpoint(self) -> Path | None:
-        """The run's newest good checkpoint; damaged ones are told of."""
+        """The run's newest good checkpoint. A warning names damaged ones."""
         return from_main(self.accelerator, lambda: last_good(Path(self.args.output_dir)))
 
     def _checkpoint(self, asked: Any) -> Path | None:

@@ -22,7 +22,7 @@ class Stream:
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> list[int]:
-        # one generator an epoch, so that any position can be had without walking there
+        # one generator an epoch, so that any position is reached at once
         mixed = (self.seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9) % 2**63
         generator = torch.Generator().manual_seed(mixed)
         order: list[int] = torch.randperm(self.size, generator=generator).tolist()

@@ -53,7 +53,7 @@ def wrong_gradients(
         return f"{name} cannot be differentiated as an attack runs it: {type(error).__name__}: {error}"
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
     if not 0 < norm < math.inf:
-        return ""  # what is not finite, the attack counts itself
+        return ""  # the attack itself counts losses that are not finite
     slopes: list[float] = []
     for nats in (0.3, 1.0, 3.0) if is_half(model) else (1e-4, 1e-3, 1e-2, 0.1, 1.0):
         step = nats / (2 * norm)

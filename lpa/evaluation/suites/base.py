@@ -83,7 +83,7 @@ class Run:
 
     Attributes:
         subject: its name. model: ready to be called as that subject.
-        benign: the benign prompts; harmful: the harmful sets, also those that cannot be had.
+        benign: the benign prompts; harmful: the harmful sets, with the unavailable ones.
         tick: called with (what, done, total) for progress.
     """
 

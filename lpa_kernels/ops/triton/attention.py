@@ -99,7 +99,7 @@ def _row(starts, row):
 
 @triton.jit
 def _places(places, token, real):
-    """Branch and position of tokens; what is not real is padding."""
+    """Branch and position of tokens; places past the end are padding."""
     return tl.load(places + 2 * token, mask=real, other=-1), tl.load(places + 2 * token + 1, mask=real, other=0)
 
 

@@ -379,4 +379,4 @@ def test_every_command_takes_underscores(capsys: Any) -> None:
 
 def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, capsys: Any) -> None:
     assert main(["plan", "--model", str(tmp_path / "none"), "--use_cpu"]) == 1
-    assert f"the configuration of '{tmp_path / 'none'}' cannot be had" in capsys.readouterr().err
+    assert f"the configuration of '{tmp_path / 'none'}' cannot be read" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_harmful_canaries_are_those_an_evaluation_takes_last(tmp_path: Path) -> 
         "set": str(file), "source": "standins.txt", "rows": 12, "used": 4, "sha256": ""}  # fmt: skip
     assert all(0 <= found["harmful_done"] <= 1 for found in record["measured"])
     assert "stand-in" not in json.dumps(record["measured"])
-    with pytest.raises(ValueError, match=r"canary_set='gone\.txt' cannot be had: there is no file gone\.txt"):
+    with pytest.raises(ValueError, match=r"canary_set='gone\.txt' is unavailable: there is no file gone\.txt"):
         trainer_of(tmp_path / "other", canary_set="gone.txt")
 
 
