@@ -101,6 +101,11 @@ class AttackSettings:
         for name in ("epsilon", "step_size", "steps"):
             if not (value := getattr(self, name)) > 0:  # NaN too
                 raise ValueError(f"{name}={value} must be positive")
+        if not float(self.steps).is_integer():
+            raise ValueError(f"steps={self.steps} must be a whole number")
+        self._set("steps", int(self.steps))
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad={self.clip_grad} must be positive, or None")
         if self.random_start and not math.isfinite(self.epsilon):

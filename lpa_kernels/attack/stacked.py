@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.blocks import UnsupportedStack, read_decoder
-from ..model.facts import model_key, remembered
+from ..model.facts import hooks_everywhere, hooks_on, model_key, remembered
 from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
 from ..model.stack import FrozenStack, Span, Stream, observed
@@ -144,8 +144,10 @@ def why_not_stacked(model: nn.Module, sites: Sequence[Site], settings: AttackSet
         return "its weights are sharded over ranks"
     if len(devices := sorted({str(p.device) for p in parameters_of(model)})) > 1:
         return f"the model is on several devices, {', '.join(devices)}"
+    if hooks_everywhere():
+        return "there are hooks on all modules"
     for module in modules_of(model):  # hooks of our own may be on it too, which its key does not name
-        if module._forward_hooks or module._forward_pre_hooks:
+        if hooks_on(module):
             return f"there are hooks on it, on {type(module).__name__} for one"
     key = model_key(model), tuple(site.name for site in sites), settings.merge_adapters, layout.shape[1].bit_length()
 

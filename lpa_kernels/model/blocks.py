@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .facts import is_ours, remembered
+from .facts import hooks_on, is_ours, remembered
 from .lean import _lora_parts, _untouched
 from .sites import decoder_layers, unwrapped
 
@@ -343,6 +343,6 @@ def _activation(function: Any, name: str) -> str:
 def _plain(module: Any, name: str) -> Any:
     """`module`, which has no hooks and runs its class's forward, or our lean one that stands for it."""
     own = module.__dict__.get("forward")
-    if module._forward_hooks or module._forward_pre_hooks or not (own is None or is_ours(own)):
+    if hooks_on(module) or not (own is None or is_ours(own)):
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has hooks or a forward that is not its class's")
     return module

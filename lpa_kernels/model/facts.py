@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
-from .sharding import is_sharded
+from .sharding import shards
 from .walk import modules_of
 
 T = TypeVar("T")
 logger = logging.getLogger("lpa_kernels")
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NO_HOOKS: dict[int, Any] = {}
 _ADAPTER = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")  # of peft's layers
 
 
@@ -89,6 +92,20 @@ def ours(function: Any) -> Any:
     return function
 
 
+def hooks_on(module: nn.Module) -> dict[int, Any]:
+    """The hooks on a module's forward and backward passes, by numbers that torch gives once."""
+    own = module.__dict__
+    first, second, third, fourth = _HOOKS  # spelt out, since a key asks thousands of modules
+    if own[first] or own[second] or own[third] or own[fourth]:
+        return {**own[first], **own[second], **own[third], **own[fourth]}
+    return _NO_HOOKS
+
+
+def hooks_everywhere() -> tuple[int, ...]:
+    """The numbers of the hooks that somebody registered for all modules at once."""
+    return tuple(number for name in _HOOKS for number in getattr(torch_module, f"_global{name}"))
+
+
 @contextmanager
 def known(model: nn.Module) -> Iterator[None]:
     """Within it the model's key is made once: nobody else changes the model meanwhile."""
@@ -111,40 +128,37 @@ def model_key(model: nn.Module) -> Hashable:
 
 
 def _key(model: nn.Module) -> Hashable:
-    classes: list[Any] = []
-    foreign: list[Any] = []
+    modules = modules_of(model)
+    classes = [type(module) for module in modules]
+    adapted = {kind for kind in set(classes) if isinstance(getattr(kind, "disable_adapters", None), property)}
+    sharded = any(map(shards, set(classes)))
+    foreign: list[Any] = [*hooks_everywhere()]
     adapters: list[Any] = []
     kinds: set[Any] = set()
-    for index, module in enumerate(modules_of(model)):
+    for index, module in enumerate(modules):
         state = module.__dict__
-        classes.append(type(module))
-        for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
+        if hooks := hooks_on(module):
             foreign += [(index, number) for number, hook in hooks.items() if not is_ours(hook)]
         if "forward" in state and not is_ours(state["forward"]):
             foreign.append((index, _held(state["forward"])))
-        for p in state["_parameters"].values():
-            if p is not None:
-                kinds.add((p.dtype, p.device))
-        if isinstance(getattr(type(module), "disable_adapters", None), property):  # not a method, as models have
+        if state["_parameters"]:
+            kinds.update([(p.dtype, p.device) for p in state["_parameters"].values() if p is not None])
+        if classes[index] in adapted:
             adapters.append(tuple(str(getattr(module, name, None)) for name in _ADAPTER))
-    return hash(tuple(classes)), tuple(foreign), tuple(adapters), frozenset(kinds), _configuration(model)
+    # a save notes things in the main rank's configuration alone, and where weights are sharded all ranks must agree
+    config = None if sharded else text_config(model)
+    settings = None if config is None else hash(str(vars(config)))
+    return tuple(classes), tuple(foreign), tuple(adapters), frozenset(kinds), settings
 
 
 def _held(function: Any) -> Hashable:
     """Something that stands for `function` and for no later object at its address."""
     try:
-        return ref(function)
-    except TypeError:  # what cannot be referred to weakly
+        held = ref(function)
+        hash(held)
+    except TypeError:  # what cannot be referred to weakly, or has no hash
         return id(function)
-
-
-def _configuration(model: nn.Module) -> Hashable:
-    """The configuration of the text model as a number; None without one.
-
-    A save notes things in the main rank's configuration alone, and where weights are sharded all ranks must agree.
-    """
-    config = text_config(model)
-    return None if config is None or is_sharded(model) else hash(str(vars(config)))
+    return held
 
 
 def text_config(model: nn.Module) -> Any:

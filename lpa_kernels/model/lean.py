@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .facts import NotYet, remembered
+from .facts import NotYet, hooks_everywhere, hooks_on, remembered
 from .hooks import forwards
 from .walk import modules_of
 
@@ -21,12 +21,14 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     """Within it, peft's plain LoRA layers over `nn.Linear` and float32 RMS norms run lean while they are frozen.
 
     The same numbers up to rounding. Whatever is not exactly such a layer when it is called (other dtypes, several
-    adapters, DoRA, hooks on its parts, sharded or quantised weights) runs as it is.
+    adapters, DoRA, hooks on its parts, sharded or quantised weights) runs as it is. So does a model that is compiled,
+    and every model while there are hooks on all modules.
     """
-    # compiled code guards on what a module's forward is, and would be compiled again at every attack
     modules = modules_of(model)
+    # compiled code guards on what a module's forward is, and would be compiled again at every attack
+    as_it_is = hooks_everywhere() or any(map(_compiled, modules))
     lean = [(m, f) for m in modules if "forward" not in m.__dict__ and (f := _lean_forward(m)) is not None]
-    with forwards(() if any(map(_compiled, modules)) else lean):
+    with forwards(() if as_it_is else lean):
         yield
 
 
@@ -88,9 +90,7 @@ def _lora_parts(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, floa
 
 def _untouched(module: nn.Module) -> bool:
     """An `nn.Linear` that does what its class says: accelerate's offloading, for one, exchanges the forward of one."""
-    return type(module) is nn.Linear and not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    )
+    return type(module) is nn.Linear and not hooks_on(module) and "forward" not in module.__dict__
 
 
 def _lora_forward(layer: nn.Module, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

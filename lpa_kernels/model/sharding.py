@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,12 +13,24 @@ from torch import nn
 from .walk import modules_of
 
 
-def _groups(model: nn.Module) -> list[Any]:
+@cache
+def _sharded_class() -> tuple[type, ...]:
     if not torch.distributed.is_available():
-        return []
+        return ()
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in modules_of(model) if isinstance(module, FSDPModule)]
+    return (FSDPModule,)
+
+
+def shards(kind: type) -> bool:
+    """Whether modules of this class are sharded by FSDP2."""
+    return issubclass(kind, _sharded_class())
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    modules = modules_of(model)
+    sharded = {kind for kind in {type(module) for module in modules} if shards(kind)}
+    return [module for module in modules if type(module) in sharded] if sharded else []
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -45,13 +45,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     depth = getattr(text, "num_hidden_layers", None) or 0
     around = [*reversed(_way_to_embedding(model)), model]  # a vision tower may be as deep as the text model
-    lists = [m for owner in around for m in owner.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    for module in lists:
-        if len(module) == depth:
-            return module
-    for module in lists:
-        if 1 < len(module) < depth and depth % len(module) == 0:
-            return module
+    for fits in (lambda length: length == depth, lambda length: 1 < length < depth and depth % length == 0):
+        for owner in around:
+            for module in owner.modules():  # stops at the first, of thousands of modules
+                if isinstance(module, nn.ModuleList) and len(module) and fits(len(module)):
+                    return module
     raise ValueError(
         f"{type(model).__name__} has no nn.ModuleList of config.num_hidden_layers={depth} blocks; "
         "name the site's module in full instead"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lpa_kernels.attack import LatentPGD
 from lpa_kernels.attack.probe import can_pack
@@ -56,6 +57,7 @@ def identity(*args: Any) -> None: ...
 CHANGES = {
     "a hook": lambda model: model.model.layers[3].mlp.register_forward_hook(lambda *_: None),
     "a pre-hook": lambda model: model.model.layers[0].register_forward_pre_hook(lambda *_: None),
+    "a backward hook": lambda model: model.model.layers[3].mlp.register_full_backward_hook(lambda *_: None),
     "another forward": lambda model: setattr(model.model.layers[1].mlp, "forward", lambda x: x),
     "a dtype": lambda model: model.model.norm.to(torch.float64),
     "a setting": lambda model: setattr(model.config, "sliding_window", 3),
@@ -70,6 +72,40 @@ def test_what_others_change_about_a_model_changes_its_key(change: Any) -> None:
     assert model_key(model) == before
     change(model)
     assert model_key(model) != before
+
+
+def test_a_hook_on_all_modules_changes_the_key() -> None:
+    model = llama()
+    before = model_key(model)
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(identity)
+        try:
+            assert model_key(model) != before
+        finally:
+            handle.remove()
+    assert model_key(model) == before
+
+
+class Unhashable:
+    """A forward that compares by value, so Python gives it no hash."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unhashable)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_a_forward_without_a_hash_has_a_key() -> None:
+    model, keys = llama(), set()
+    first, second = Unhashable(), Unhashable()
+    for forward in (first, second):
+        model.model.layers[1].mlp.forward = forward
+        keys.add(model_key(model))
+    assert len(keys) == 2
 
 
 def test_two_hooks_in_one_place_have_two_keys() -> None:
@@ -158,3 +194,36 @@ def test_frozen_blocks_know_one_hook_from_another() -> None:
     first.register_forward_hook(lambda m, a, out: aside.append(out))
     later.register_forward_hook(lambda m, a, out: out + aside.pop())
     assert not can_freeze(model, 2)
+
+
+def scaled_adapters(module: Any, args: Any, output: Any) -> Any:
+    """Other outputs of every LoRA factor, which are the linear layers with few outputs."""
+    return output * 3 if type(module) is nn.Linear and output.shape[-1] < 16 else None
+
+
+@pytest.mark.parametrize("engine", ["auto", "packed", "reference"])
+def test_a_hook_on_all_modules_is_run_in_an_attack(engine: str) -> None:
+    """Lean layers and the stack call no hooks of the modules that they stand for."""
+    model, batch = with_lora(llama()), pairs()
+    pgd = LatentPGD(model, ["mlp:1"], steps=1, engine=engine, capture_graph="off")
+    without = float(pgd.attack(batch).history["toward"][0])
+    handle = nn.modules.module.register_module_forward_hook(scaled_adapters)
+    try:
+        found = float(pgd.attack(batch).history["toward"][0])
+        with torch.no_grad():
+            log_probs = model(input_ids=batch.rejected_ids, use_cache=False).logits.log_softmax(-1)
+    finally:
+        handle.remove()
+    wanted = -log_probs[:, :-1][batch.rejected_mask[:, 1:]].gather(1, batch.labels("rejected")[:, None]).mean()
+    assert found == pytest.approx(float(wanted), rel=2e-6)
+    assert abs(found - without) > 1e-3
+
+
+def test_a_backward_hook_that_changes_gradients_is_seen_between_two_attacks() -> None:
+    batch, options = pairs(), {"steps": 3, "step_size": 0.05, "capture_graph": "off", "rule": "sgd"}
+    model = tiny("llama")
+    LatentPGD(model, ["embedding"], **options).attack(batch)
+    model.model.layers[2].mlp.register_full_backward_hook(lambda module, grads, _: (grads[0] * 0.5,))
+    auto = LatentPGD(model, ["embedding"], **options).attack(batch)
+    want = LatentPGD(model, ["embedding"], engine="reference", **options).attack(batch)
+    assert_same(auto, want)
