@@ -1,12 +1,14 @@
 """Hold `lpa plan` against measured runs: peak memory of one LPA step on the CPU, each in a process of its own.
 
     python -m benchmarks.check_plan --out benchmarks/results/plan-check-cpu.json
+    python -m benchmarks.check_plan --table benchmarks/results/plan-check-cpu.json   # measures nothing
 
-A run is a real one (LPATrainer, two inner steps, two updates) on rows of exactly the planned lengths. What Python and
-the libraries take by themselves is measured by the same run on a tiny model.
+A run is a real one (LPATrainer, two inner steps, two updates) on rows of exactly the planned lengths. The record holds
+what was measured; the table sets today's plan beside it. The same run on a tiny model, the case "idle", measures what
+Python and the libraries take by themselves.
 
 Cases of several ranks run over gloo; each rank's memory is watched from the start of training on, when the weights are
-where they belong, and the most that any had counts. Two LPA steps, so that DDP's buckets are there in an attack.
+where they belong, and the most that any held counts. They make two LPA steps: DDP's buckets are there in the second.
 
 A plan is of tensors. glibc keeps much of what was freed unless large blocks are mapped one by one: the check is made so
 (MALLOC_MMAP_THRESHOLD_), and the peak with glibc's defaults is noted beside where there is one process.
@@ -40,6 +42,7 @@ NOTHING = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermed
 
 
 def case(model: Any, prompt: int, completion: int, micro: int, accumulation: int = 2, **more: Any) -> dict[str, Any]:
+    """A model, the lengths of rows, and settings of `LPAConfig`."""
     shape = {"prompt": prompt, "completion": completion, "benign_prompt": prompt, "benign_answer": completion}
     settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation, **more}
     return {"model": model, "shape": shape, "settings": settings}
@@ -69,39 +72,22 @@ for name, more in {"DDP": {}, "FSDP2": {"fsdp": True}}.items():
     }
 
 
+def idle(name: str) -> str:
+    """The case that tells what Python and the libraries take in this one."""
+    return f"idle, {name.rpartition(', ')[2]}" if "ranks" in CASES[name] else "idle"
+
+
 def settings_of(case: dict[str, Any], folder: str) -> Any:
+    """The case's `LPAConfig`."""
     from lpa import LPAConfig
 
-    fixed: dict[str, Any] = {
-        "attack_steps": 2,
-        "defence_steps": 2,
-        "lpa_steps": 1,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": [],
-    }
+    fixed: dict[str, Any] = {"attack_steps": 2, "attack_engine": "packed", "defence_steps": 2, "lpa_steps": 1,
+             "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "report_to": []}  # fmt: skip
     return LPAConfig(folder, **(fixed | case["settings"]))
 
 
-def from_here_on(trainer: Any) -> None:
-    """Have the process's peak memory be that of training alone. Linux alone."""
-    from transformers import TrainerCallback
-
-    class Reset(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    trainer.add_callback(Reset())
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held since the last reset."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
 def configuration(case: dict[str, Any]) -> Any:
+    """The case's model, as a configuration of transformers."""
     from transformers import AutoConfig
 
     from lpa.models import resolve
@@ -111,40 +97,8 @@ def configuration(case: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**case["model"])
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Run a case here; peak memory in bytes and seconds."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from lpa import LPATrainer
-    from lpa.models import load
-    from lpa.plan import PlanShape
-    from tests.support.jobs import allow_fsdp, planned_data
-
-    attention = case.get("attn_implementation")
-    torch.manual_seed(0)
-    if isinstance(case["model"], str):
-        model, _ = load(case["model"], attn_implementation=attention)
-    else:
-        model = AutoModelForCausalLM.from_config(
-            configuration(case), dtype=torch.float32, attn_implementation=attention
-        )
-    shape, begun = PlanShape(**case["shape"]), time.time()
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = settings_of(case, folder)
-        if config.fsdp:
-            allow_fsdp(config)
-        trainer = LPATrainer(model, config, **planned_data(shape, config, 64))
-        del model
-        if "ranks" in case:
-            from_here_on(trainer)
-        trainer.train()
-        assert trainer.is_fsdp_enabled == bool(config.fsdp)
-    return {"bytes": peak_bytes(), "seconds": round(time.time() - begun, 1)}
-
-
-def planned(case: dict[str, Any]) -> dict[str, Any]:
+def planned(case: dict[str, Any]) -> int:
+    """Bytes at the peak, by `lpa plan`."""
     import torch
 
     from lpa.plan import PlanShape, estimate
@@ -157,10 +111,48 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
         attn_implementation=case.get("attn_implementation"),
         ranks=case.get("ranks", 1),
     )
-    return {"phase": found.peak_phase, "parts": dict(found.peak), "bytes": found.peak.total()}
+    return found.peak.total()
 
 
-def _run(name: str, environment: dict[str, str]) -> dict[str, Any]:
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Run a case here; peak memory in bytes and seconds."""
+    import torch
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from lpa import LPATrainer
+    from lpa.models import load
+    from lpa.plan import PlanShape
+    from tests.support.jobs import allow_fsdp, planned_data
+
+    class Reset(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is that of training alone
+
+    attention = case.get("attn_implementation")
+    torch.manual_seed(0)
+    if isinstance(case["model"], str):
+        model, _ = load(case["model"], attn_implementation=attention)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            configuration(case), dtype=torch.float32, attn_implementation=attention
+        )
+    begun = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings_of(case, folder)
+        if config.fsdp:
+            allow_fsdp(config)
+        trainer = LPATrainer(model, config, **planned_data(PlanShape(**case["shape"]), config, 64))
+        del model
+        if "ranks" in case:
+            trainer.add_callback(Reset())
+        trainer.train()
+        assert trainer.is_fsdp_enabled == bool(config.fsdp)
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return {"bytes": int(line.split()[1]) * 1024, "seconds": round(time.time() - begun, 1)}
+
+
+def run(name: str, environment: dict[str, str]) -> dict[str, Any]:
+    """Measure a case in processes of its own, one a rank; the one that took most."""
     command = [sys.executable, "-m", "benchmarks.check_plan", "--case", name]
     world = CASES[name].get("ranks", 1)
     with socket.socket() as it:
@@ -178,70 +170,53 @@ def _run(name: str, environment: dict[str, str]) -> dict[str, Any]:
     return max(found, key=lambda one: one["bytes"])
 
 
-def idle(name: str) -> str:
-    """The case that tells what Python and the libraries take in this one."""
-    kind = name.rpartition(", ")[2]
-    return f"idle, {kind}" if "ranks" in CASES[name] else "idle"
+def errors(record: dict[str, Any]) -> dict[str, tuple[int, int, int, float]]:
+    """Case -> (planned, measured without Python and libraries, what these take, error) of the cases in a record."""
+    found = {}
+    for name, held in record["cases"].items():
+        if name != idle(name):
+            process = record["cases"][idle(name)]["measured"]["bytes"] - planned(CASES[idle(name)])
+            plan, own = planned(CASES[name]), held["measured"]["bytes"] - process
+            found[name] = plan, own, process, plan / own - 1
+    return found
 
 
 def as_table(record: dict[str, Any]) -> str:
-    """The record in Markdown, GB of 10^9 bytes."""
+    """Today's plan beside a record, in Markdown; GB of 10^9 bytes."""
     lines = ["| case | planned | measured | error | with Python and libraries | measured with glibc's defaults |",
              "|---|---|---|---|---|---|"]  # fmt: skip
-    for name, found in record["cases"].items():
-        if name != idle(name):
-            nothing = record["cases"][idle(name)]
-            process = nothing["measured"]["bytes"] - nothing["planned"]["bytes"]
-            own = (found["measured"]["bytes"] - process) / 1e9
-            plain = found.get("measured_glibc_defaults")
-            defaults = f"{(plain['bytes'] - process) / 1e9:.3f}" if plain else "-"
-            lines.append(f"| {name} | {found['planned']['bytes'] / 1e9:.3f} | {own:.3f} | {found['error']:+.1%} | "
-                         f"{found['error_with_process']:+.1%} | {defaults} |")  # fmt: skip
+    for name, (plan, own, process, error) in errors(record).items():
+        plain = record["cases"][name].get("measured_glibc_defaults")
+        defaults = f"{(plain['bytes'] - process) / 1e9:.3f}" if plain else "-"
+        whole = (plan + process) / (own + process) - 1
+        lines.append(f"| {name} | {plan / 1e9:.3f} | {own / 1e9:.3f} | {error:+.1%} | {whole:+.1%} | {defaults} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--table", type=Path, help="print the table of a record, and measure nothing")
+    parser.add_argument("--only", nargs="+", default=[n for n in CASES if "ranks" not in CASES[n]], choices=list(CASES))
+    parser.add_argument("--table", type=Path, metavar="RECORD", help="print the table of a record; measure nothing")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(CASES[options.case])))
         return
     if options.table:
-        print(as_table(json.loads(options.table.read_text())), end="")
+        print(as_table(json.loads(options.table.read_text(encoding="utf-8"))), end="")
         return
     from lpa.environment import versions
 
-    results: dict[str, Any] = {}
-    processes: dict[str, int] = {}
+    cases: dict[str, Any] = {}
     for name in dict.fromkeys(each for only in options.only for each in (idle(only), only)):
-        mapped, plan = _run(name, MAPPED), planned(CASES[name])
-        if name == idle(name):
-            processes[name] = mapped["bytes"] - plan["bytes"]
-        process = processes[idle(name)]
-        error = plan["bytes"] / (mapped["bytes"] - process) - 1
-        error_of_all = (plan["bytes"] + process) / mapped["bytes"] - 1
-        results[name] = CASES[name] | {
-            "planned": plan,
-            "measured": mapped,
-            "error": round(error, 4),
-            "error_with_process": round(error_of_all, 4),
-        }
+        cases[name] = CASES[name] | {"measured": run(name, MAPPED)}
         if "ranks" not in CASES[name]:
-            results[name]["measured_glibc_defaults"] = _run(name, {})
-        print(
-            f"{name:30} planned {plan['bytes'] / 1e9:6.3f} GB + {process / 1e9:.3f} of Python and libraries, "
-            f"measured {mapped['bytes'] / 1e9:6.3f}; error {error:+.1%}, of all {error_of_all:+.1%}; "
-            f"{mapped['seconds']} s",
-            flush=True,
-        )
+            cases[name]["measured_glibc_defaults"] = run(name, {})
+    record = {"command": shlex.join(["python", "-m", "benchmarks.check_plan", *sys.argv[1:]]), "versions": versions(),
+              "environment": MAPPED, "cases": cases}  # fmt: skip
+    print(as_table(record), end="")
     if options.out:
-        command = shlex.join(["python", "-m", "benchmarks.check_plan", *sys.argv[1:]])
-        record = {"command": command, "versions": versions(), "environment": MAPPED, "process_bytes": processes,
-                  "cases": results}  # fmt: skip
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

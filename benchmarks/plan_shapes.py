@@ -17,9 +17,8 @@ import torch
 from transformers import LlamaConfig
 
 from lpa import LPAConfig
-from lpa.plan import PlanShape, estimate
-from lpa.plan.shapes import FOUR_BIT
-from lpa.plan.table import gigabytes
+from lpa.commands.plan import gigabytes
+from lpa.plan import FOUR_BIT, PARTS, PlanShape, estimate
 
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 MODELS = {
@@ -61,8 +60,7 @@ def planned(model: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_table(results: dict[str, dict[str, Any]]) -> str:
-    parts = ("weights", "adapters", "copies", "gradients", "optimiser", "gathered", "perturbations", "logits",
-             "activations")  # fmt: skip
+    parts = [part for part in PARTS if any(found["parts"].get(part) for found in results.values())]
     lines = [f"| | peak, GB | {' | '.join(parts)} | 10^15 operations |", "|---" * (len(parts) + 3) + "|"]
     for name, found in results.items():
         cells = [gigabytes(found["parts"].get(part, 0)) for part in parts]

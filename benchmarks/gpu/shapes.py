@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loop_cases import LORA, Shape
+from benchmarks.loop_cases import Shape
 
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -26,7 +26,6 @@ _TINY = {"vocab_size": 192, "hidden_size": 64, "intermediate_size": 96, "num_hid
          "initializer_range": 0.16}  # fmt: skip  # attention scores spread as at width 4096 with 0.02
 PROMPT, REJECTED, CHOSEN = 130, 6, 8
 BATCH = 16  # pairs an LPA step
-LORA_ON, RANK = LORA["target_modules"], LORA["r"]
 
 
 def shape(family: str, pairs: int, dry: bool) -> Shape:
@@ -48,8 +47,8 @@ def counted(family: str, pairs: int, dry: bool, merged: bool = False) -> dict[st
     """What one inner step and one micro-batch of an update are: floating-point operations, tokens, and planned memory
     of LPA steps of 16 pairs.
 
-    Counted on the meta device by the code that runs. Operations of products and attention, two for a multiplication
-    and an addition, each as it is: head over the rows that are scored, the last block's feed-forward over these alone.
+    By `lpa plan`. Operations of products and attention, two for a multiplication and an addition, each as it is: the
+    head over the rows that are scored, the last block's feed-forward over these alone.
     """
     from transformers import AutoConfig
 
@@ -78,23 +77,3 @@ def counted(family: str, pairs: int, dry: bool, merged: bool = False) -> dict[st
         "tokens": found.tokens,
         "planned peak GB": round(found.peak.total() / 1e9, 2),
     }
-
-
-def public_work(family: str, pairs: int, dry: bool) -> float:
-    """Floating-point operations of one iteration of the public loop: both texts whole, the head over every token."""
-    from transformers import AutoConfig
-
-    from lpa.plan.shapes import build
-
-    own = shape(family, pairs, dry)
-    config = AutoConfig.for_model(family, **own.config)
-    model = build(config, dtype=own.dtype, attn_implementation="sdpa")
-    embedding = model.get_input_embeddings().weight
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p is not embedding)
-    lora = sum(sum(m.weight.shape) for name, m in model.named_modules() if name.rpartition(".")[2] in LORA_ON) * RANK
-    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    total = 0.0
-    for length in (own.prompt + own.rejected, own.prompt + own.chosen):
-        # forward and backward by the inputs are two products each; attention's are two and five
-        total += pairs * (4 * length * (matrices + lora) + 14 * length**2 * heads)
-    return total

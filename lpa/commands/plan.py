@@ -14,11 +14,22 @@ LENGTHS = {
     "benign_prompt_tokens": ("benign_prompt", "Tokens of a benign prompt."),
     "benign_answer_tokens": ("benign_answer", "Tokens of its answer."),
 }
+PHASES = {"weights": "loaded", "attack": "in the attack", "defence": "in an update"}
+ASSUMPTIONS = """\
+Assumed: every row is as long as said; one pass for both completions where attention is eager or sdpa; fused attention
+for sdpa; the plain PyTorch ops (those for GPUs keep fewer copies of the logits); no part of the model run once for all
+inner steps; AdamW.
+Of the packed engine, or of the reference one where that is asked for; a frozen stack ("auto" takes one on a CPU where
+it can) keeps less in the attack.
+Of one rank; FSDP2's units are those that accelerate makes, and a block's weights come while another one is in use.
+Not in it: what NCCL or gloo keep for themselves; what Python, libraries and a GPU's driver take; what an allocator
+keeps beyond the tensors (with glibc's defaults much, docs/scale.md); loading; measuring before and after.
+No GPU was measured."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    from ..plan.shapes import PlanShape
+    from ..plan import PlanShape
 
     parser = train.parser("lpa plan", "Tell memory and work of a run of lpa train, which takes the same options.")
     for flag, (name, text) in LENGTHS.items():
@@ -37,7 +48,6 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     from ..config import LPAConfig
     from ..models import ModelError, resolve
     from ..plan import estimate
-    from ..plan.table import ASSUMPTIONS, as_text
 
     transformers_logging.set_verbosity_error()
     options = train.TrainOptions(**{name: values[name] for name in train.TrainOptions.__annotations__})
@@ -75,7 +85,7 @@ def planned_dtype(options: Any) -> tuple[Any, str | None]:
     """(dtype of the weights or None for the configuration's, kind of quantisation) that the options ask for."""
     import torch
 
-    from ..plan.shapes import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED
+    from ..plan import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED
 
     kind = EIGHT_BIT if options.load_in_8bit else None
     if options.load_in_4bit:
@@ -83,3 +93,33 @@ def planned_dtype(options: Any) -> tuple[Any, str | None]:
     if options.dtype != "auto":
         return getattr(torch, options.dtype), kind
     return (torch.bfloat16 if kind else None), kind
+
+
+def as_text(found: Any) -> str:
+    """An `Estimate` for a terminal: memory by part and phase, and the work."""
+    from ..plan import PARTS
+
+    phases = list(found.phases.values())
+    rows = [(part, [phase[part] for phase in phases]) for part in PARTS if any(phase[part] for phase in phases)]
+    rows.append(("all", [phase.total() for phase in phases]))
+    lines = [f"{'GB (10^9 bytes)':16}" + "".join(f"{PHASES[name]:>15}" for name in found.phases)]
+    lines += [f"{part:16}" + "".join(f"{gigabytes(size):>15}" for size in sizes) for part, sizes in rows]
+    total = found.attack_flops + found.defence_flops
+    share = found.attack_flops / total if total else 0.0
+    lines += [
+        "",
+        f"expected peak: {gigabytes(found.peak.total())} GB, {PHASES[found.peak_phase]}",
+        f"floating-point work: {total:.2e} operations, {share:.0%} of them in attacks",
+        f"weights: {found.total / 1e6:,.1f}M, trained: {found.trained / 1e6:,.1f}M; "
+        f"a pass: {found.rows} rows, {found.tokens} tokens",
+    ]
+    return "\n".join(lines)
+
+
+def gigabytes(size: float) -> str:
+    """GB (10^9 bytes) with three digits after the point below 10, else one.
+
+    >>> gigabytes(21_300_000_000)
+    '21.3'
+    """
+    return f"{size / 1e9:.3f}" if size < 1e10 else f"{size / 1e9:.1f}"

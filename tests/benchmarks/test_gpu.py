@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.gpu import origin, parts, report, runner
 from benchmarks.gpu.goals import FAMILIES
@@ -294,46 +293,6 @@ def test_a_table_within_a_case(tmp_path: Path) -> None:
 def test_the_kind_of_a_kernel(kernel: str, group: str) -> None:
     """A compiled kernel is named after all that it fuses."""
     assert group_of(kernel.lower(), KERNELS) == group
-
-
-def test_each_kernel_takes_the_longest_of_its_three() -> None:
-    from benchmarks.gpu.counts import Rates, Traffic
-
-    with torch.device("meta"):
-        table, tokens = torch.empty(1000, 64, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.long)
-        a, large = torch.empty(8, 64), torch.empty(1 << 20)
-    with (traffic := Traffic()):
-        F.embedding(tokens, table)
-        large.exp()
-        a @ a.T
-    assert traffic.kernels == {
-        ("the rest", 0, 4 * 8 + 2 * 4 * 64 * 2): 1,  # what it takes of the table, not the table
-        ("the rest", 0, 2 * 4 << 20): 1,
-        ("products", 2 * 8 * 64 * 8, 4 * (2 * 8 * 64 + 64)): 1,
-    }
-    times = Rates(flops=1e9, bandwidth=1e12, launch=5e-6).times(1e6, traffic)
-    # a launch and 8.39 us of bytes, each by itself; 8.19 us of operations
-    assert times == {"floor": 1.0, "products": 0.01, "the rest": 0.01, "step": 0.02}
-    assert Rates(1e12, 1e15, 1.0).times(1e12, traffic)["the rest"] == 2000
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_step_is_counted_without_memory() -> None:
-    """Against what the tiny shape's products are, written out."""
-    from benchmarks.gpu.counts import Rates, counts
-    from benchmarks.gpu.shapes import _TINY
-
-    got = counts("llama", 2, merged=True, rates=Rates(1e12, 1e12, 1e-6), dry=True)
-    width, gate, heads, keys = _TINY["hidden_size"], _TINY["intermediate_size"], 64, 32
-    block = width * (2 * heads + 2 * keys + 3 * gate)
-    tokens, scored, depth = 2 * 16, 2 * 8, _TINY["num_hidden_layers"]  # 10 + 3 + 5, less the last label of each text
-    whole = 4 * tokens * (depth * block - 3 * width * gate)  # the last feed-forward is run on what is scored
-    products = whole + 4 * scored * (3 * width * gate + width * _TINY["vocab_size"])
-    attention = 14 * 2 * 16 * 16 * heads * depth
-    assert got["FLOP"] == pytest.approx(products + attention, rel=0.01)
-    assert got["launches"]["products"] - 2 * (7 * depth + 1) in (0, 1)  # older transformers rotate by one of their own
-    assert got["launches"]["this package's ops"] == 3 + 1 + 1  # a site each, the loss, the update
-    assert got["launches"]["attention"] == 2 * depth
 
 
 def test_the_page_has_every_piece_variant_and_count() -> None:

@@ -53,13 +53,19 @@ def allow_fsdp(config: LPAConfig) -> None:
 def planned_data(shape: PlanShape, config: LPAConfig, rows: int) -> dict[str, Any]:
     """Arguments of `LPATrainer`: data of a plan's lengths, benign ones too where the config has a term for them."""
 
+    def texts(prompt: int, answer: int, size: int) -> tuple[Tensor, Tensor]:
+        """(ids, True at the answer's tokens), [size, prompt + answer] each."""
+        mask = (torch.arange(prompt + answer) >= prompt).expand(size, prompt + answer)
+        return torch.zeros(mask.shape, dtype=torch.long), mask.clone()
+
     def pairs(some: list[Any]) -> dict[str, Any]:
-        held = shape.pairs(len(some), "prompt+completions")
-        return {name: value.clone() for name, value in vars(held).items() if value is not None}
+        ids, mask = texts(shape.prompt, shape.completion, len(some))
+        return {"rejected_ids": ids, "rejected_mask": mask, "chosen_ids": ids + mask.long(),
+                "chosen_mask": mask.clone(), "attack_mask": torch.ones_like(mask)}  # fmt: skip
 
     def benign(some: list[Any]) -> dict[str, Any]:
-        ids, mask = shape.benign(len(some))
-        return {"benign_ids": ids, "benign_mask": mask.clone()}
+        ids, mask = texts(shape.benign_prompt, shape.benign_answer, len(some))
+        return {"benign_ids": ids, "benign_mask": mask}
 
     data = Dataset.from_dict({"number": list(range(rows))})
     given: dict[str, Any] = {"train_dataset": data, "data_collator": pairs}
