@@ -58,8 +58,8 @@ class DurableTrainer(Trainer):
         """As the base class. After `request_stop` it returns early, with `interrupted` True and a checkpoint saved.
 
         Raises:
-            CheckpointError: the checkpoint is damaged. With True, a warning names a damaged one and the one before it is
-                taken.
+            CheckpointError: the checkpoint is damaged. With True, a warning names a damaged one, and the one before it
+                is taken.
             ValueError: `resume_from_checkpoint=True` and there is no good checkpoint.
             lpa.files.WriteError: a checkpoint cannot be written.
         """
