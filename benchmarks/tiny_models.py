@@ -128,11 +128,16 @@ def build(model_type: str, attention: str = "eager", seed: int = 0, wide: bool =
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     if sum(p.numel() for p in model.parameters()) > 20_000_000:
         raise ValueError(f"the shrunk {model_type} still has {sum(p.numel() for p in model.parameters())} parameters")
+    draw_weights(model, seed, 0.1 if wide else 0.2)
+    return model.eval()
+
+
+def draw_weights(model: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
+    """Draw every matrix anew with `scale` for deviation, and move every vector, so that no part of a block is idle."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("A_log", "dt_bias", "recurrent_param")):
                 continue  # a state's decay, where the library's start keeps it stable
             noise = torch.randn(parameter.shape, generator=draw)
-            parameter.copy_(noise * (0.1 if wide else 0.2)) if parameter.dim() > 1 else parameter.add_(noise * 0.05)
-    return model.eval()
+            parameter.copy_(noise * scale) if parameter.dim() > 1 else parameter.add_(noise * 0.05)

@@ -1,4 +1,4 @@
-"""The subcommands of `lpa`, one module each with `run(arguments) -> exit status`."""
+"""The subcommands of `lpa`, one module each with `run(arguments) -> exit status`; `options` serves train and plan."""
 
 from typing import Literal, get_args
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import train
+from .options import TrainOptions, parsed, parser
 
 # flag -> (field of PlanShape, what it is)
 LENGTHS = {
@@ -31,12 +31,12 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     from ..plan import PlanShape
 
-    parser = train.parser("lpa plan", "Tell memory and work of a run of lpa train, which takes the same options.")
+    found = parser("lpa plan", "Tell memory and work of a run of lpa train, which takes the same options.")
     for flag, (name, text) in LENGTHS.items():
-        parser.add_argument(f"--{flag}", type=int, default=getattr(PlanShape, name), help=text)
-    parser.add_argument("--ranks", type=int, default=1, help="Ranks that run it, by DDP or with --fsdp by FSDP2; batch "
+        found.add_argument(f"--{flag}", type=int, default=getattr(PlanShape, name), help=text)
+    found.add_argument("--ranks", type=int, default=1, help="Ranks that run it, by DDP or with --fsdp by FSDP2; batch "
                         "sizes are each rank's, as for lpa train.")  # fmt: skip
-    values, _ = train.parsed(parser, arguments)
+    values, _ = parsed(found, arguments)
     shape = PlanShape(**{name: values.pop(flag) for flag, (name, _) in LENGTHS.items()})
     return _plan(values, shape, values.pop("ranks"))
 
@@ -50,8 +50,8 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     from ..plan import estimate
 
     transformers_logging.set_verbosity_error()
-    options = train.TrainOptions(**{name: values[name] for name in train.TrainOptions.__annotations__})
-    own = {*train.TrainOptions.__annotations__, "config", "preset", "output_dir"}
+    options = TrainOptions(**{name: values[name] for name in TrainOptions.__annotations__})
+    own = {*TrainOptions.__annotations__, "config", "preset", "output_dir"}
     args = LPAConfig("plan", **{name: value for name, value in values.items() if name not in own})
     try:
         config = AutoConfig.from_pretrained(resolve(options.model), trust_remote_code=options.trust_remote_code)

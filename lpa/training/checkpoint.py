@@ -21,11 +21,6 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names it and the file that is wrong."""
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, good or not, the newest first."""
-    return checkpoint_folders(run)
-
-
 def publish(written: Path, target: Path) -> None:
     """Seal a checkpoint and give it its name, once all of it is on the disk. What had that name before goes."""
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
@@ -61,7 +56,7 @@ def damage(checkpoint: Path) -> str:
 
 def last_good(run: Path) -> Path | None:
     """The newest whole checkpoint, None where there is none. A warning names newer ones that are damaged."""
-    for checkpoint in checkpoints(run):
+    for checkpoint in checkpoint_folders(run):
         wrong = damage(checkpoint)
         if not wrong:
             return checkpoint
@@ -76,7 +71,7 @@ def checked(checkpoint: Path) -> Path:
         CheckpointError: it is not; the message names the file, and another checkpoint of its run that is good.
     """
     if wrong := damage(checkpoint):
-        others = [other for other in checkpoints(checkpoint.parent) if other.name != checkpoint.name]
+        others = [other for other in checkpoint_folders(checkpoint.parent) if other.name != checkpoint.name]
         good = next((other for other in others if not damage(other)), None)
         hint = f"; the last good one is {good}" if good else "; there is no other good one"
         raise CheckpointError(f"the checkpoint {checkpoint} cannot be used: {wrong}{hint}")
@@ -85,7 +80,7 @@ def checked(checkpoint: Path) -> Path:
 
 def remove_old(run: Path, keep: int | None, best: str | None = None) -> None:
     """Leave `keep` checkpoints, all where it is None or 0; the newest and the best always."""
-    found = checkpoints(run)
+    found = checkpoint_folders(run)
     spared = {path.name for path in found[:1]} | ({Path(best).name} if best else set())
     others = [path for path in found if path.name not in spared]
     for old in others[max(0, keep - (len(found) - len(others))) :] if keep else ():

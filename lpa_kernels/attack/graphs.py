@@ -19,7 +19,7 @@ from ..model.facts import model_key, remembered, say_once
 from ..model.frozen import Replay, frozen_blocks
 from ..model.sharding import is_sharded, left_out
 from ..model.sites import Site
-from ..model.walk import modules_of, parameters_of
+from ..model.walk import modules_of, spread_over
 from ..ops import requested
 from .layout import PADDING, Layout
 from .loop import HookedForward, InnerStep
@@ -214,14 +214,13 @@ def _try(loop: _Loop, state: AttackState, layout: Layout) -> str:
 
 def _refusal(model: nn.Module, settings: AttackSettings, state: AttackState, layout: Layout | None) -> str:
     """Why the loop cannot be captured, as far as that is known beforehand; "" if it may be."""
-    devices = sorted({str(p.device) for p in parameters_of(model)})
     others = sorted(set(settings.objective.terms) - {"toward", "away"})
     if layout is None:
         return "only the packed engine can be"
-    if len(devices) > 1:
-        return f"the model is on several devices, {', '.join(devices)}"
-    if state.own_rows.device.type not in RECORDERS:
-        return f"it runs on {devices[0]}, which has no graphs"
+    if reason := spread_over(model):
+        return reason
+    if (device := state.own_rows.device).type not in RECORDERS:
+        return f"it runs on {device}, which has no graphs"
     if is_sharded(model):
         if settings.capture_graph == "auto":
             say_once(model, left_out(model, "inner steps are not captured in CUDA graphs"))

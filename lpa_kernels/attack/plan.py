@@ -55,11 +55,9 @@ def plan(
         return Plan("reference", "engine='reference'")
     if way.engine == "packed":
         layout = pack(batch, first_position=way.first_position)
-        return (
-            _packed(model, sites, settings, layout)
-            if loop and settings.engine != "packed"
-            else Plan("packed", "", layout)
-        )
+        if loop and settings.engine != "packed":
+            return _packed(model, sites, settings, layout)
+        return Plan("packed", "", layout)
     if settings.engine not in ("auto", "reference"):
         raise RuntimeError(f"engine={settings.engine!r} cannot run {type(model).__name__}: {way.reason}")
     how = "unshared, two texts a pair" if way.engine == "unshared" else "one text a pass"

@@ -24,7 +24,7 @@ from .passes import layout_logits
 _WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 _PROBE_WINDOW = 4
 _ROUNDING = 1e-6  # of the largest logit; a completion that sees the other moves it by 1e-2 and more
-_FLOAT32_TOLERANCE = 2e-4  # of the largest logit; rounding gives 5e-6 at 30 layers, wrong positions 1e-2 to 1
+FLOAT32_TOLERANCE = 2e-4  # of the largest logit; rounding gives 5e-6 at 30 layers, wrong positions 1e-2 to 1
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _parity(model: nn.Module, batch: PairBatch, layout: Layout, base: Tensor) ->
     """Why packed logits are not those of separate passes; "" if they are."""
     plain = layout_logits(model, unshared(batch))
     error, scale = float((base - plain).abs().max()), float(plain.abs().max())
-    if error <= _FLOAT32_TOLERANCE * scale:
+    if error <= FLOAT32_TOLERANCE * scale:
         return ""
     if _dtypes(model) <= {torch.float32, torch.float64} and plain.device.type == "cpu":
         return f"packed logits differ from separate passes' by {error:.1e} of {scale:.1e}"

@@ -13,13 +13,13 @@ from ..model.facts import hooks_everywhere, hooks_on, model_key, remembered
 from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
 from ..model.stack import FrozenStack, Span, Stream, observed
-from ..model.walk import modules_of, parameters_of
+from ..model.walk import modules_of, spread_over
 from .layout import PADDING, Layout
 from .loop import Differentiable, HookedForward
 from .passes import layout_hidden, layout_logits
+from .probe import FLOAT32_TOLERANCE
 from .settings import AttackSettings
 
-_FLOAT32_TOLERANCE = 2e-4  # of the largest logit and gradient; rounding gives 5e-6 at 30 layers
 _HALF_TOLERANCE = 0.2  # of the root mean square: half precision alone moves both ways' gradients by some percent
 
 
@@ -142,8 +142,8 @@ def why_not_stacked(model: nn.Module, sites: Sequence[Site], settings: AttackSet
         return f"autocast={settings.autocast} is for the model's own code"
     if is_sharded(model):
         return "its weights are sharded over ranks"
-    if len(devices := sorted({str(p.device) for p in parameters_of(model)})) > 1:
-        return f"the model is on several devices, {', '.join(devices)}"
+    if reason := spread_over(model):
+        return reason
     if hooks_everywhere():
         return "there are hooks on all modules"
     for module in modules_of(model):  # hooks of our own may be on it too, which its key does not name
@@ -186,7 +186,7 @@ def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout) -> str:
 def _apart(what: str, ours: Tensor, theirs: Tensor) -> str:
     if theirs.dtype in (torch.float32, torch.float64):
         scale = float(theirs.abs().max())
-        error, within = float((ours - theirs).abs().max()), _FLOAT32_TOLERANCE * scale
+        error, within = float((ours - theirs).abs().max()), FLOAT32_TOLERANCE * scale
     else:
         error, scale = (float(t.float().square().mean().sqrt()) for t in (ours.float() - theirs.float(), theirs))
         within = _HALF_TOLERANCE * scale

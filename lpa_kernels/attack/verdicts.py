@@ -19,10 +19,9 @@ from ..model.walk import parameters_of
 from .batch import PairBatch
 from .layout import Layout, pack, text_lengths, unshared
 from .passes import layout_logits, texts, two_pass_rows
-from .probe import Verdict, can_pack
+from .probe import FLOAT32_TOLERANCE, Verdict, can_pack
 
 WAYS = ("packed", "unshared", "alone")  # the fastest first
-_FLOAT32 = 2e-4  # of the largest logit; rounding gives 5e-6 at 30 layers, wrong positions 1e-2 to 1
 _HALF = 0.03  # of the logits' root mean square; bf16 rounds to 1e-2
 _ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
 _CHOICES = ("index_topk", "keep_window_size", "indexer_budget")  # how many of all keys an attention chooses
@@ -165,7 +164,7 @@ class _Comparison:
         scale = self._size(self.wanted)
         if not math.isfinite(scale):
             return ""  # the attack says so itself
-        allowed = scale * (_HALF if self.half else _FLOAT32)
+        allowed = scale * (_HALF if self.half else FLOAT32_TOLERANCE)
         if size <= allowed and not is_sharded(self.model):  # where sharded, all ranks make the same passes
             return ""
         with _rounded_embeddings(self.model):
@@ -218,7 +217,7 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
         float(before.abs().sum(-1).max()),
     )
     noise = float((before - rounded).abs().max())
-    if not moved > max(scale * (_HALF if is_half(model) else _FLOAT32), _ROUNDINGS * noise):
+    if not moved > max(scale * (_HALF if is_half(model) else FLOAT32_TOLERANCE), _ROUNDINGS * noise):
         return "", ""  # also where they are not finite, which the attack says itself
     seen = f"other tokens at the end of a text move the logits before them by {moved / scale:.1%}"
     if moved < _LEAK * scale:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import perturb
 from .blocks import Block, Decoder, Mlp, Norm, UnsupportedStack
+from .hooks import forwards
 from .sites import decoder_layers
 
 EMBEDDING = -1  # the half block that a perturbation of the embedding follows
@@ -61,7 +62,6 @@ class Given(NamedTuple):
 @contextmanager
 def observed(model: nn.Module) -> Iterator[tuple[list[Given], list[Tensor]]]:
     """Within it, a pass of the model skips its blocks; yields what each was given, and the hidden states, as lists."""
-    layers = list(decoder_layers(model))
     given: list[Given] = []
     inputs: list[Tensor] = []
 
@@ -73,16 +73,8 @@ def observed(model: nn.Module) -> Iterator[tuple[list[Given], list[Tensor]]]:
         given.append(Given(mask if mask.dtype == torch.bool else mask == 0, *turn))
         return hidden
 
-    own = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.__dict__["forward"] = look
-    try:
+    with forwards((layer, look) for layer in decoder_layers(model)):
         yield given, inputs
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.__dict__["forward"] = forward
 
 
 # ---- the arithmetic: a function is one fused kernel on a GPU ---------------------------------------------------------
@@ -342,7 +334,7 @@ class FrozenStack:
         if part.rotates:
             rotate_(q, scored_cos if few else cos, scored_sin if few else sin)
             rotate_(k, cos, sin)
-        if len(self.keys) == index:
+        if self.first > self.last:  # nothing here is perturbed: it is for the stack on the tokens that follow
             self.keys.append((k, v))
         out = torch.empty_like(q)
         graphs = []

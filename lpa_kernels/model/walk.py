@@ -22,3 +22,9 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     """`list(model.parameters())` in half the time."""
     held = (p for module in modules_of(model) for p in module._parameters.values() if p is not None)
     return list({id(p): p for p in held}.values())
+
+
+def spread_over(model: nn.Module) -> str:
+    """Over which devices the parameters are spread, in words; "" where all are on one."""
+    devices = sorted({str(p.device) for p in parameters_of(model)})
+    return f"the model is on several devices, {', '.join(devices)}" if len(devices) > 1 else ""

@@ -33,7 +33,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from lpa.environment import versions
 from lpa.files import write_text
-from lpa.training.checkpoint import MANIFEST, checkpoints, damage, last_good
+from lpa.run_folder import checkpoint_folders
+from lpa.training.checkpoint import MANIFEST, damage, last_good
 from tests.support import any_settings, jobs
 from tests.support.hostile import cells, check_cells
 from tests.support.ranks import Ranks, run
@@ -190,7 +191,7 @@ class Trial:
                     what, step = doing(diary)
                     kept = last_step(folder)
                     assert kept >= before, f"{folder}: checkpoint of step {before} is lost"
-                    damaged = [path for path in checkpoints(folder) if damage(path)]
+                    damaged = [path for path in checkpoint_folders(folder) if damage(path)]
                     assert not damaged, damaged
                     lost[0 if what == "start" else step - kept] += 1
                     where[what] += 1
@@ -213,7 +214,7 @@ class Trial:
             folder, diary = self.new()
             shutil.copytree(self.whole[1], folder)
             (folder / "weights.pt").unlink()
-            newest = checkpoints(folder)[0]
+            newest = checkpoint_folders(folder)[0]
             path = self.draw.choice([path for path in newest.rglob("*") if path.is_file()])
             content, kind = path.read_bytes(), self.draw.choice(["removed", "cut", "a bit", "zeros"])
             place = self.draw.randrange(len(content))
@@ -245,7 +246,7 @@ class Trial:
         """Run out of disk at a random size, make room and go on."""
         lost: Counter[int] = Counter()
         worst = 0.0
-        size = sum(path.stat().st_size for path in checkpoints(self.whole[1])[0].rglob("*"))
+        size = sum(path.stat().st_size for path in checkpoint_folders(self.whole[1])[0].rglob("*"))
         for _ in range(times):
             _, diary = self.new()
             with disk(f"{int(self.draw.uniform(0.1, 2.9) * size)}") as folder:
@@ -340,7 +341,7 @@ class Trial:
         return {"times": seen.total(), "what": dict(seen)}
 
     def _unharmed(self, folder: Path, diary: Path, lost: Counter[int]) -> None:
-        assert not [path for path in checkpoints(folder) if damage(path)]
+        assert not [path for path in checkpoint_folders(folder) if damage(path)]
         lost[doing(diary)[1] - last_step(folder)] += 1
 
     def more_ranks(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.tiny_models import draw_weights
+
 VOCAB, WIDTH, DEPTH, WINDOW = 101, 32, 4, 6
 # Where models and batches of these tests are: on a GPU if there is one.
 DEVICE = os.environ.get("LPA_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,14 +177,5 @@ def tiny(
         warnings.simplefilter("ignore")
         config = AutoConfig.for_model(family, **values)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("A_log", "dt_bias", "recurrent_param")):
-                continue  # a state's decay, where the library's start keeps it stable
-            noise = torch.randn(parameter.shape, generator=draw)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * 0.2)
-            else:
-                parameter.add_(noise * 0.05)
+    draw_weights(model, seed)
     return model.to(dtype).to(device).eval()

@@ -224,18 +224,23 @@ def assert_near(
     )
 
 
+def called_on_poison(op: str, backend: str, args: Args) -> Any:
+    """What `op` returns on `backend` where all that torch.empty gives a kernel starts as NaN."""
+    run = implementation(op, backend, args)
+    torch.use_deterministic_algorithms(backend != "reference")
+    try:
+        return run(*args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def run_against_oracle(op: str, backend: str, args: Args, tolerance: float = 2e-6) -> None:
     """Run `op` on `backend` and compare all that it returns and writes with the reference in float64.
 
     Results in a narrow dtype may be off by one unit in their last place besides. The case itself is not changed.
     """
     got, want = copied(args), copied(args, torch.float64)
-    run = implementation(op, backend, got)
-    torch.use_deterministic_algorithms(backend != "reference")  # fills what torch.empty gives a kernel with NaN
-    try:
-        returned = run(*got)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    returned = called_on_poison(op, backend, got)
     expected = getattr(reference, op)(*want)
     if op == "perturb":
         assert returned.dtype == args[0].dtype

@@ -185,7 +185,7 @@ def test_yaml_is_checked_like_the_command_line(tmp_path: Path, capsys: Any, text
 
 
 def test_yaml_of_every_kind_is_read_as_words_would_be(tmp_path: Path) -> None:
-    from lpa.commands.train import parsed, parser
+    from lpa.commands.options import parsed, parser
 
     file = tmp_path / "run.yaml"
     file.write_text("attack-sites: embedding\nlora_targets: [q_proj, v_proj]\nsave_strategy: no\nmeasure: false\n"
@@ -200,6 +200,7 @@ def test_yaml_of_every_kind_is_read_as_words_would_be(tmp_path: Path) -> None:
 
 def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -> None:
     from lpa.commands import train as command
+    from lpa.commands.options import asked
     from lpa.run_folder import keep_settings
 
     seen: list[dict[str, Any]] = []
@@ -225,7 +226,7 @@ def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -
     for words, _ in cases:
         assert train(*words) == 0
     assert [tuple(values[name] for name in names) for values in seen] == [wanted for _, wanted in cases]
-    keep_settings(run, command._asked(seen[0]), "lpa train")
+    keep_settings(run, asked(seen[0]), "lpa train")
     for words in (["--resume", "--output", str(run)], ["--config", str(run / "settings.yaml")]):
         assert train(*words) == 0
         assert tuple(seen[-1][name] for name in names) == demo

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lpa.files import WriteError, staged, write_text, writing
+from lpa.run_folder import checkpoint_folders
 from lpa.training import checkpoint
-from lpa.training.checkpoint import CheckpointError, checkpoints, damage, last_good, publish, remove_old
+from lpa.training.checkpoint import CheckpointError, damage, last_good, publish, remove_old
 from tests.support import jobs, ranks
 
 # everything that has a state: dropout, random starts, the benign stream, an optimiser and a schedule that go on
@@ -60,7 +61,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path, pl
     last = last_good(tmp_path)
     assert last is not None
     assert last.name == ("checkpoint-4" if place == "rename" else "checkpoint-2")
-    assert [path.name for path in checkpoints(tmp_path) if damage(path)] == []
+    assert [path.name for path in checkpoint_folders(tmp_path) if damage(path)] == []
     ranks.run(jobs.train, tmp_path, RUN, True, folder=tmp_path)
     assert same(whole, tmp_path)
     assert not list(tmp_path.glob(".*"))  # what the killed one had begun to write is gone
@@ -75,7 +76,7 @@ def test_one_seed_is_one_result(whole: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(whole: Path, tmp_path: Path) -> None:
     ranks.run(jobs.stop, tmp_path, RUN, folder=tmp_path, world=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-2"]
     ranks.run(jobs.train, tmp_path, RUN, True, folder=tmp_path)
     one, other = weights(whole), weights(tmp_path)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
@@ -101,7 +102,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert f"{six} is damaged and left out: adapter_model.safetensors has 100 bytes instead of" in caplog.text
     assert same(whole, tmp_path)
     assert damage(six) == ""  # made again
-    for path in checkpoints(tmp_path):
+    for path in checkpoint_folders(tmp_path):
         (path / checkpoint.MANIFEST).unlink()
     with pytest.raises(ValueError, match="there is no good checkpoint"):
         jobs.trainer_of(tmp_path, **RUN).train(resume_from_checkpoint=True)
@@ -141,7 +142,7 @@ def test_rotation_spares_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (0, 4, 8, 12, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
-    names = lambda: [path.name for path in checkpoints(tmp_path)]  # noqa: E731
+    names = lambda: [path.name for path in checkpoint_folders(tmp_path)]  # noqa: E731
     remove_old(tmp_path, None)
     assert names() == [f"checkpoint-{step}" for step in (100, 12, 8, 4, 0)]
     remove_old(tmp_path, 3, str(tmp_path / "checkpoint-0"))
@@ -173,7 +174,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(whole: Path, tmp_path: Path, mo
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-2"]
     assert not list(tmp_path.glob(".*"))  # its space is given back
     jobs.train(tmp_path, RUN, resume=True)
     assert same(whole, tmp_path)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from lpa.cli import main
-from lpa.training.checkpoint import checkpoints, damage, last_good
+from lpa.run_folder import checkpoint_folders
+from lpa.training.checkpoint import damage, last_good
 from tests.support.tiny import saved_tiny
 
 LAUNCHERS = {
@@ -40,7 +41,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(model: str, tmp_p
     with (tmp_path / "printed").open("w") as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
     end = time.monotonic() + 120
-    while len(checkpoints(output)) < 2 and process.poll() is None and time.monotonic() < end:
+    while len(checkpoint_folders(output)) < 2 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
@@ -49,7 +50,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(model: str, tmp_p
     assert told.count("stopped after") == 1  # rank 0 alone speaks
     last = last_good(output)
     assert last is not None
-    assert [path.name for path in checkpoints(output) if damage(path)] == []
+    assert [path.name for path in checkpoint_folders(output) if damage(path)] == []
     assert f"saved as {last}" in told
     assert not list(output.glob(".*"))
     steps = int(last.name.rpartition("-")[2])

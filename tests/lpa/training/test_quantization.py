@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lpa import models, quantization
-from lpa.commands.train import TrainOptions
+from lpa.commands.options import TrainOptions
 from lpa.quantization import quantized_loading
 from lpa.training.trainer import LPATrainer
 from tests.support.quantized import quantised
