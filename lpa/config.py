@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from lpa_kernels.attack import AttackSettings, Objective
 
-from .data import ASSESSMENT_PROMPT, ATTACK_ON
+from .data import ASSESSMENT_PROMPT, ATTACK_ON, system_prompt_text
 from .names import nearest
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -64,8 +64,9 @@ class LPAConfig(TrainingArguments):
     updates and follows from it. Steps of saving, logging and evaluating count model updates too and are rounded up to
     whole LPA steps.
 
-    The defaults are the published ones (arXiv 2605.08496): 30 LPA steps of 16 pairs, 16 inner steps of AdamW at 1e-3
-    within radius 6, 4 model updates of AdamW (made anew each LPA step) at a constant 8e-5, LoRA of rank 64.
+    The defaults are those of arXiv 2607.07918 for Qwen3-8B and Llama-3-8B: 30 LPA steps of 16 pairs, 16 inner steps of
+    AdamW at 1e-3 within radius 6, 4 model updates of AdamW (made anew each LPA step) at a constant 8e-5, LoRA of rank
+    64, no KL term. `lpa.presets` has these and those of the first paper (arXiv 2605.08496) by name.
 
     Raises:
         ValueError: a setting that is unknown, contradicts another or cannot be used; the message says which.
@@ -97,6 +98,8 @@ class LPAConfig(TrainingArguments):
     attack_epsilon: float = _setting(6.0, "Radius of a token's perturbation.")
     attack_step_size: float = _setting(1e-3, "Step size of the attack.")
     attack_steps: int = _setting(16, "Inner steps of the attack; 0 trains without an adversary.")
+    attack_start: int = _setting(0, "LPA steps at the beginning that are trained without the adversary.")
+    attack_growth: int = _setting(0, "LPA steps from then on over which the radius grows evenly to attack_epsilon.")
     attack_norm: str = _setting("l2", "Ball that a perturbation stays in: l2, linf, l2_sequence or none.")
     attack_rule: str = _setting("adamw", "Update rule of the attack: adamw, normalised, sign, adam, rmsprop or sgd.")
     attack_toward_coef: float = _setting(0.5, "Weight of the attack's loss toward the rejected completion.")
@@ -121,7 +124,8 @@ class LPAConfig(TrainingArguments):
                                      "uses.")  # fmt: skip
 
     # data
-    system_prompt: str | None = _setting(ASSESSMENT_PROMPT, "System prompt of the pairs; an empty one for none.")
+    system_prompt: str | None = _setting(ASSESSMENT_PROMPT, "System prompt of the pairs; an empty one for none, @NAME for "
+                                        "one of ours, @FILE for a file's text.")  # fmt: skip
     benign_system_prompt: str | None = _setting(None, "System prompt of benign examples. By default that of the pairs "
                                                 "for the shipped statements, and none for other sets.")  # fmt: skip
     max_length: int | None = _setting(None, "Longest prompt and completion in tokens; by default the model's context.")
@@ -168,6 +172,8 @@ class LPAConfig(TrainingArguments):
         for name in ("attack_sites", "lora_targets"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
+        for name in ("system_prompt", "benign_system_prompt"):
+            setattr(self, name, system_prompt_text(getattr(self, name)))
         self._check_settings()
         updates = self.lpa_steps * self.defence_steps
         given: int = self.max_steps  # type: ignore[has-type]
@@ -202,6 +208,16 @@ class LPAConfig(TrainingArguments):
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.attack_steps < 0:
             raise ValueError(f"attack_steps={self.attack_steps} must be 0 (no attack) or more")
+        for name in ("attack_start", "attack_growth"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name}={value} must be 0 or more LPA steps")
+        if self.attack_steps and self.attack_start >= self.lpa_steps:
+            raise ValueError(
+                f"attack_start={self.attack_start} leaves no LPA step with an attack, of lpa_steps={self.lpa_steps}; "
+                "make it smaller, or say attack_steps=0"
+            )
+        if self.attack_growth and not math.isfinite(self.attack_epsilon):
+            raise ValueError(f"attack_growth={self.attack_growth} needs a finite attack_epsilon to grow to")
         if self.canary_steps < 0:
             raise ValueError(f"canary_steps={self.canary_steps} must be 0 (no canaries) or more")
         for name in ("canary_max_refusal", "canary_max_perplexity"):
@@ -290,6 +306,13 @@ class LPAConfig(TrainingArguments):
             )
         except ValueError as error:
             raise ValueError(re.sub(rf"\b({'|'.join((*_ATTACK, 'steps'))})=", r"attack_\1=", str(error))) from error
+
+    def attack_radius(self, lpa_step: int) -> float:
+        """The attack's radius in an LPA step (counted from 0): 0 before it enters, then growing to its epsilon."""
+        made = lpa_step - self.attack_start + 1
+        if not self.attack_steps or made < 1:
+            return 0.0
+        return self.attack_epsilon * min(1.0, made / max(1, self.attack_growth))
 
     @property
     def own_settings(self) -> dict[str, Any]:

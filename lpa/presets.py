@@ -19,4 +19,41 @@ DEMO: dict[str, Any] = {
     "attack_merge_adapters": True,
     "measure_attacked": 4,
 }
-PRESETS: dict[str, dict[str, Any]] = {"none": {}, "demo": DEMO}
+_PUBLISHED: dict[str, Any] = {
+    "attack_steps": 16,
+    "attack_step_size": 1e-3,
+    "attack_epsilon": 6.0,
+    "defence_steps": 4,
+    "learning_rate": 8e-5,
+    "lora_r": 64,
+    "lora_alpha": 8.0,
+    "system_prompt": "@self-assessment-or-refusal",
+}
+# arXiv 2607.07918 ("Efficient Safety Alignment of Language Models via Latent Personality Traits"), Qwen3-8B and
+# Llama-3-8B; Mistral-7B took 8 LPA steps. 16 pairs: 4 micro-batches of 4.
+PUBLISHED_2607: dict[str, Any] = _PUBLISHED | {
+    "lpa_steps": 30,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "kl_coef": 0.0,
+}
+# arXiv 2605.08496 ("Latent Personality Alignment"), by its code: one pair a batch, and the public code's KL term on
+# desirable statements. Its runs are of 7 to 20 LPA steps; this is the longest.
+PUBLISHED_2605: dict[str, Any] = _PUBLISHED | {
+    "lpa_steps": 20,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "kl_coef": 0.1,
+    "kl": "public",
+    "normaliser": "micro",
+}
+# The adversary pulls toward the wrong completion alone, the defence does both: by a co-author's log the best trade
+# between safety and utility.
+TOWARD_ONLY: dict[str, Any] = DEMO | {"attack_toward_coef": 1.0, "attack_away_coef": 0.0}
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "demo": DEMO,
+    "published-2607": PUBLISHED_2607,
+    "published-2605": PUBLISHED_2605,
+    "toward-only": TOWARD_ONLY,
+}

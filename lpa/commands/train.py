@@ -27,7 +27,7 @@ def _train(values: dict[str, Any], command: str) -> int:
     from accelerate.utils import broadcast_object_list
 
     from ..config import LPAConfig
-    from ..data import PLAIN_PROMPT
+    from ..data import PLAIN_PROMPT, system_prompt_text
 
     options = TrainOptions(**{name: values[name] for name in TrainOptions.__annotations__})
     output = folder.output_folder(options.output or values.get("output_dir"), options.model)
@@ -37,6 +37,8 @@ def _train(values: dict[str, Any], command: str) -> int:
     own = {*TrainOptions.__annotations__, "config", "preset"}
     if options.benign == "own" and values["benign_system_prompt"] is None:
         values = values | {"benign_system_prompt": PLAIN_PROMPT}  # they are asked for as they are answered
+    for name in ("system_prompt", "benign_system_prompt"):
+        values[name] = system_prompt_text(values[name])  # settings.yaml keeps the text: a file may change
     config = LPAConfig(**{k: v for k, v in values.items() if k not in own} | {"output_dir": str(output)})
     config.output_dir = broadcast_object_list([str(output)])[0]  # it may hold the time, which ranks read differently
     output = Path(config.output_dir)

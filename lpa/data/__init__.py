@@ -15,6 +15,7 @@ from .loading import (
     statements,
 )
 from .preview import preview
+from .prompts import SYSTEM_PROMPTS, system_prompt_text
 from .templates import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DISAGREE",
     "PLAIN_PROMPT",
     "SPLITS",
+    "SYSTEM_PROMPTS",
     "TRAITS",
     "BenignCollator",
     "ChatEncoder",
@@ -39,4 +41,5 @@ __all__ = [
     "perplexity_text",
     "preview",
     "statements",
+    "system_prompt_text",
 ]

@@ -315,11 +315,14 @@ class LPATrainer(DurableTrainer):
         self._ask_base_model(micro)  # first: where an attack fails, its passes are the last that other ranks wait for
         seed = self._seed(micro, 0)
         torch.manual_seed(seed)
-        if self.objective is not None and self.args.attack_steps:
+        radius = self.args.attack_radius(self.lpa_step)
+        if self.objective is not None and radius:
+            whole = radius == self.args.attack_epsilon
+            pgd = self.pgd if whole else attack_of(self.model, self.args, epsilon=radius)
             generator = torch.Generator().manual_seed(seed) if self.args.attack_random_start else None
             try:
                 counts = self._normalisers(micro)[:2]
-                micro.attack = self.pgd.attack(micro.pairs, counts, part=True, generator=generator)
+                micro.attack = pgd.attack(micro.pairs, counts, part=True, generator=generator)
             except FloatingPointError as error:
                 raise FloatingPointError(f"LPA step {self.lpa_step + 1}: {error}") from error
         if micro.attack is not None:

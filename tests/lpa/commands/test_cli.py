@@ -235,6 +235,27 @@ def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -
     assert (seen[-1]["attack_steps"], seen[-1]["lpa_steps"], seen[-1]["measure_attacked"]) == (3, 30, 5)
 
 
+def test_every_preset_makes_settings_and_they_are_its_own(tmp_path: Path) -> None:
+    from lpa import LPAConfig
+    from lpa.commands.options import parsed, parser
+
+    for name, preset in PRESETS.items():
+        values, _ = parsed(parser("lpa train", ""), ["--preset", name, "--output", str(tmp_path)])
+        assert {key: values[key] for key in preset} == preset, name
+        own = {key: value for key, value in preset.items() if key in LPAConfig.__annotations__}
+        config = LPAConfig(str(tmp_path), use_cpu=True, **own)
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        if name == "published-2607":
+            assert (config.lpa_steps, batch, config.coefs) == (30, 16, {"toward": 0.5, "away": 0.5})
+        if name == "published-2605":
+            assert (batch, config.kl) == (1, "public")
+            assert 7 <= config.lpa_steps <= 20
+            assert config.coefs == pytest.approx({"toward": 0.5 / 1.1, "away": 0.5 / 1.1, "kl": 0.1 / 1.1})
+        if name == "toward-only":
+            assert config.attack_coefs == {"toward": 1.0}
+            assert config.coefs["toward"] == config.coefs["away"]
+
+
 def test_help_has_groups_and_leaves_the_inherited_out(capsys: Any) -> None:
     for flag, inherited in (("--help", False), ("-h", False), ("--help-all", True)):
         with pytest.raises(SystemExit) as end:

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from lpa.data import DataError
-from tests.support.tiny import rows, tiny_model
+from tests.support.tiny import rows, tiny_config, tiny_model
 from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
 
 
@@ -344,3 +344,32 @@ def test_large_seeds(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, seed=2**32 - 1, attack_random_start=True, lpa_steps=1)
     trainer.train()
     assert len(logged(trainer)) == 1
+
+
+def test_the_attack_enters_late_and_its_radius_grows(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lpa_steps=5, attack_start=2, attack_growth=2, attack_epsilon=0.2, defence_steps=1)
+    made: list[list[float | None]] = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            attacks = [micro.attack for parts in trainer._micro for micro in parts]
+            made.append([None if each is None else float(each.epsilon) for each in attacks])
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert made == [[None] * 2, [None] * 2, [0.1] * 2, [0.2] * 2, [0.2] * 2]
+    entries = logged(trainer)
+    assert ["attack_toward_first" in entry for entry in entries] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"attack_start": -1}, "attack_start=-1 must be 0 or more"),
+        ({"attack_start": 2}, "attack_start=2 leaves no LPA step with an attack, of lpa_steps=2"),
+        ({"attack_growth": 3, "attack_epsilon": math.inf}, "attack_growth=3 needs a finite attack_epsilon"),
+    ],
+)
+def test_a_schedule_of_the_attack_that_cannot_be(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        tiny_config(tmp_path, **settings)
