@@ -124,8 +124,8 @@ class LPAConfig(TrainingArguments):
                                      "uses.")  # fmt: skip
 
     # data
-    system_prompt: str | None = _setting(ASSESSMENT_PROMPT, "System prompt of the pairs; an empty one for none, @NAME for "
-                                        "one of ours, @FILE for a file's text.")  # fmt: skip
+    system_prompt: str | None = _setting(ASSESSMENT_PROMPT, "System prompt of the pairs; an empty one for none, @NAME "
+                                        "for one of ours, @FILE for a file's text.")  # fmt: skip
     benign_system_prompt: str | None = _setting(None, "System prompt of benign examples. By default that of the pairs "
                                                 "for the shipped statements, and none for other sets.")  # fmt: skip
     max_length: int | None = _setting(None, "Longest prompt and completion in tokens; by default the model's context.")
