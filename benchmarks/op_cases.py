@@ -55,7 +55,7 @@ def own_backends(op: str) -> list[str]:
     """The fast backends that can run an op on this device; the reference where there is none: it is far slower."""
     fast = ("triton", "native") if device() == "cuda" else ("native",)
     there = [b for b in fast if (op, b) in registry.table()]
-    return [b for b in there if b != "native" or native._device_refusal(op, device()) is None] or ["reference"]
+    return [b for b in there if b != "native" or native.built_for(op, device())] or ["reference"]
 
 
 def project_eagerly(delta: Tensor) -> None:

@@ -7,7 +7,7 @@ The kernels are `torch.ops.lpa_kernels_native.*`, with the schemas of schema.py 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,18 @@ for _schema in SCHEMAS:
 
 
 @cache
-def _device_refusal(op: str, device_type: str) -> str | None:
+def built_for(op: str, device_type: str) -> bool:
+    """Whether the loaded library has a kernel of `op` for this type of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"lpa_kernels_native::{op}", key):
-        return f"its build has no {op} for {device_type}"
-    return None
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"lpa_kernels_native::{op}", key)
 
 
 def _refusal(op: str) -> Callable[..., str | None]:
     required = getattr(requirements, op)
 
     def unsupported(first: Tensor, *rest: Any) -> str | None:
-        return required(first, *rest) or _device_refusal(op, first.device.type)
+        device = first.device.type
+        return required(first, *rest) or (None if built_for(op, device) else f"its build has no {op} for {device}")
 
     return unsupported
 
@@ -53,7 +53,8 @@ def _load() -> bool:
         registry.register_missing("native", f"{LIBRARY.name} does not load ({error}); build it again for this torch")
         return False
     for op in OPS:
-        registry.register(op, "native", getattr(torch.ops.lpa_kernels_native, op).default, _refusal(op))
+        kernel = getattr(torch.ops.lpa_kernels_native, op).default
+        registry.register(op, "native", kernel, _refusal(op), partial(built_for, op))
     return True
 
 

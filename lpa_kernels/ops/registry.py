@@ -21,10 +21,12 @@ class Impl:
     Attributes:
         fn: takes the arguments of the op's schema, by position.
         unsupported: takes the same arguments; returns in a few words why `fn` cannot take this call, or None.
+        built_for: takes a type of device; whether the build has `fn` for it.
     """
 
     fn: Callable[..., Any]
     unsupported: Callable[..., str | None]
+    built_for: Callable[[str], bool]
 
 
 _table: dict[tuple[str, str], Impl] = {}
@@ -33,9 +35,15 @@ _logged: set[tuple[str, str, str]] = set()
 logger = logging.getLogger(__name__)
 
 
-def register(op: str, backend: str, fn: Callable[..., Any], unsupported: Callable[..., str | None]) -> None:
-    """Add `fn` to the table as `backend`'s implementation of `op`."""
-    _table[op, backend] = Impl(fn, unsupported)
+def register(
+    op: str,
+    backend: str,
+    fn: Callable[..., Any],
+    unsupported: Callable[..., str | None],
+    built_for: Callable[[str], bool] = lambda device_type: True,
+) -> None:
+    """Add to the table an `Impl` of these parts as `backend`'s implementation of `op`."""
+    _table[op, backend] = Impl(fn, unsupported, built_for)
 
 
 def table() -> frozenset[tuple[str, str]]:
@@ -51,7 +59,7 @@ def register_missing(backend: str, reason: str) -> None:
 def _log_once(op: str, backend: str, reason: str) -> None:
     if (op, backend, reason) not in _logged:
         _logged.add((op, backend, reason))
-        logger.info("%s runs on the reference backend, not on %s: %s", op, backend, reason)
+        logger.info("%s does not run on the %s backend: %s", op, backend, reason)
 
 
 def _refusal(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
@@ -79,25 +87,31 @@ def preferred(device_type: str) -> tuple[str, ...]:
     return ("triton", "reference") if device_type == "cuda" else ("native", "reference")
 
 
+def _lacks(backend: str, op: str, device_type: str) -> bool:
+    """Whether `backend` has kernels for this type of device, but none of `op`."""
+    own = {name for (name, b), impl in _table.items() if b == backend and impl.built_for(device_type)}
+    return bool(own) and op not in own
+
+
 def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The function that runs `op` on `args`, of which the first is a tensor.
 
-    A named backend that has no such op leaves it to the reference; the log says so once.
+    A named backend that has kernels for the device but none of this op leaves it to those that "auto" takes; the log
+    says so once. (The native build has the update alone for CUDA.)
 
     Raises:
         ValueError: the backend is unknown.
         RuntimeError: the named backend cannot take this call; the message says why.
     """
     name = requested(backend)
+    device: torch.device = args[0].device
     if name != "auto":
         reason = _refusal(op, name, args)
         if reason is None:
             return _table[op, name].fn
-        if (op, name) in _table or name in _missing:
+        if not _lacks(name, op, device.type):
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use backend='auto' or 'reference'")
         _log_once(op, name, reason)
-        return _table[op, "reference"].fn
-    device: torch.device = args[0].device
     for candidate in preferred(device.type):
         reason = _refusal(op, candidate, args)
         if reason is None:

@@ -16,7 +16,7 @@ everywhere = pytest.mark.parametrize("place", PLACES, ids="-".join)
 def need(op: str, place: tuple[str, str]) -> tuple[str, str]:
     """`place`, or a skip where this process has no such kernel."""
     backend, device = place
-    if backend == "native" and (not native.BUILT or native._device_refusal(op, device)):
+    if backend == "native" and (not native.BUILT or not native.built_for(op, device)):
         pytest.skip(f"the native {op} is not built for {device} (see setup.py)")
     if backend == "triton":
         launch = pytest.importorskip("lpa_kernels.ops.triton.launch")

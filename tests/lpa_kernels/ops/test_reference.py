@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lpa_kernels import PGDOptimizer, linear_token_loss, perturb, pgd_update_, project_, token_loss, token_loss_
 from lpa_kernels.ops import reference, registry
-from tests.support.op_cases import PROBABILITIES, loss_case, perturb_case
+from tests.support.op_cases import PROBABILITIES, loss_case, perturb_case, update_case
 
 
 def scalar(value):
@@ -326,17 +326,33 @@ def test_registry(monkeypatch):
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
     args = perturb_case(4, 2, 3)
     assert registry.select("perturb", "auto", args) is reference.perturb
-    monkeypatch.setitem(registry._table, ("perturb", "native"), registry.Impl(lambda *a: None, lambda *a: "a reason"))
+    monkeypatch.setattr(
+        registry, "_table", {place: registry._table[place] for place in registry._table if "reference" in place}
+    )
+    monkeypatch.setattr(registry, "_missing", {})
+    registry.register("perturb", "native", lambda *a: None, lambda *a: "a reason")
     with pytest.raises(RuntimeError, match="cannot run perturb: a reason"):
         registry.select("perturb", "native", args)
-    monkeypatch.delitem(registry._table, ("perturb", "native"))
-    monkeypatch.delitem(
-        registry._missing, "native", raising=False
-    )  # loaded, but without this op: the reference runs it
-    assert registry.select("perturb", "native", args) is reference.perturb
     table = registry.backends()
     assert "pgd_update_" in table
     assert "auto: cuda takes triton" in table
+
+
+def test_a_named_backend_leaves_ops_that_it_lacks_on_a_device_to_the_others(monkeypatch, caplog):
+    """As native on CUDA, which has the update alone; on a device for which it has nothing it raises."""
+    args = perturb_case(4, 2, 3)
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    monkeypatch.setattr(registry, "_logged", set())
+    for op in ("perturb", "pgd_update_", "token_loss_"):
+        where = ("cpu", "cuda") if op == "pgd_update_" else ("cuda",)
+        registry.register(op, "native", lambda *a: None, lambda *a: "not here", where.__contains__)
+    with caplog.at_level("INFO", registry.logger.name):
+        assert registry.select("perturb", "native", args) is reference.perturb
+    assert "perturb does not run on the native backend: not here" in caplog.text
+    with pytest.raises(RuntimeError, match="'native' cannot run pgd_update_: not here"):
+        registry.select("pgd_update_", "native", update_case(1, 1, 2, 1))
+    with pytest.raises(RuntimeError, match="'native' cannot run perturb: not here"):
+        registry.select("perturb", "native", tuple(tensor.to("meta") for tensor in args))
 
 
 @pytest.mark.parametrize("rule", reference.RULES)
