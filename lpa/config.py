@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -129,6 +130,11 @@ class LPAConfig(TrainingArguments):
     benign_system_prompt: str | None = _setting(None, "System prompt of benign examples. By default that of the pairs "
                                                 "for the shipped statements, and none for other sets.")  # fmt: skip
     max_length: int | None = _setting(None, "Longest prompt and completion in tokens; by default the model's context.")
+    chat_template_kwargs: dict[str, Any] | str | None = field(default=None, metadata={
+        "help": "Variables for the chat template, in JSON: {\"reasoning_effort\": \"low\"}. Thinking is off where a "
+                "template has a switch for it."})  # fmt: skip
+    chat_template_date: str | None = _setting(None, "What chat templates print as today's date, YYYY-MM-DD. By default "
+                                              "the day on which the run begins.")  # fmt: skip
 
     # adapters
     lora: bool = _setting(True, "Train LoRA adapters; otherwise all weights.")
@@ -174,6 +180,7 @@ class LPAConfig(TrainingArguments):
                 setattr(self, name, [value])
         for name in ("system_prompt", "benign_system_prompt"):
             setattr(self, name, system_prompt_text(getattr(self, name)))
+        self.chat_template_kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs)
         self._check_settings()
         updates = self.lpa_steps * self.defence_steps
         given: int = self.max_steps  # type: ignore[has-type]
@@ -315,6 +322,11 @@ class LPAConfig(TrainingArguments):
         return self.attack_epsilon * min(1.0, made / max(1, self.attack_growth))
 
     @property
+    def chat_options(self) -> dict[str, Any]:
+        """What is told the chat template, as arguments of `lpa.data.ChatEncoder` and all that makes one."""
+        return {"chat_template_kwargs": self.chat_template_kwargs, "date": self.chat_template_date}
+
+    @property
     def own_settings(self) -> dict[str, Any]:
         """LPA's settings and the changed ones of `TrainingArguments`, as plain values, for records and model cards."""
         usual = _Usual(use_cpu=self.use_cpu).to_dict()
@@ -326,6 +338,21 @@ class LPAConfig(TrainingArguments):
             for name, value in self.to_dict().items()
             if name not in left_out and (name in own or value != usual[name])
         }
+
+
+def json_object(name: str, value: Any) -> Any:
+    """A setting that is a mapping, from JSON where it is text.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is not JSON ({error}); write it as '{{\"name\": \"value\"}}'") from error
+    if read is not None and not isinstance(read, dict):
+        raise ValueError(f"{name}={value!r} must be a JSON object of names and values")
+    return read
 
 
 class _Usual(LPAConfig):

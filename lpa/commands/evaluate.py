@@ -26,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
+    from ..config import json_object
     from ..evaluation import SUITES, Settings, evaluate
     from ..models import DEFAULT_MODEL
 
@@ -46,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.judge_prompt:
         with open(options.judge_prompt, encoding="utf-8") as stream:
             chosen["judge_prompt"] = stream.read()
+    if options.chat_template_kwargs:
+        chosen["chat_template_kwargs"] = json_object("--chat-template-kwargs", options.chat_template_kwargs)
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
     settings = Settings(**values)
     with _Progress(console) as tick:
@@ -108,6 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the adapters were trained to say, where it was not agreeing and disagreeing with statements",
     )
     add("--system-prompt", help="of the conversations; empty for none")
+    add("--chat-template-kwargs", metavar="JSON", help="variables for the chat template")
+    add("--chat-template-date", metavar="YYYY-MM-DD", help="what chat templates print as today's date")
     add("--max-new-tokens", type=int, help="longest answer (default: 96)")
     add("--batch-size", type=int, default=8, help="prompts a pass (default: 8)")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights")

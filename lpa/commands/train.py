@@ -81,7 +81,7 @@ def _train(values: dict[str, Any], command: str) -> int:
     say = print if main else _silent
     if main and not options.resume:
         folder.clear(output)  # only now: what was wrong with the settings, the data or the model has been told
-        folder.keep_settings(output, asked(values), command)
+        folder.keep_settings(output, asked(values | {"chat_template_date": config.chat_template_date}), command)
     trainer.accelerator.wait_for_everyone()
     trained, total = trained_share(trainer.model)
     if values["preset"] != "none":

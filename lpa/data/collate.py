@@ -20,22 +20,27 @@ _BENIGN_TOKENS = ("prompt_tokens", "response_tokens")
 
 
 def encode_pairs(
-    dataset: Dataset, tokenizer: Any, *, system_prompt: str | None = None, max_length: int | None = None
+    dataset: Dataset, tokenizer: Any, *, system_prompt: str | None = None, max_length: int | None = None, **chat: Any
 ) -> Dataset:
     """The data set of `load_pairs` with columns prompt_tokens, rejected_tokens, chosen_tokens (lists of int) added.
+
+    Args:
+        system_prompt, max_length, chat: as in `ChatEncoder`.
 
     Raises:
         DataError: a row is longer than max_length; the message names it and both lengths.
     Warns: once, naming the rows whose text holds special tokens.
     """
-    return _encode(dataset, ChatEncoder(tokenizer, system_prompt, max_length), ("rejected", "chosen"), _PAIR_TOKENS)
+    return _encode(
+        dataset, ChatEncoder(tokenizer, system_prompt, max_length, **chat), ("rejected", "chosen"), _PAIR_TOKENS
+    )
 
 
 def encode_benign(
-    dataset: Dataset, tokenizer: Any, *, system_prompt: str | None = None, max_length: int | None = None
+    dataset: Dataset, tokenizer: Any, *, system_prompt: str | None = None, max_length: int | None = None, **chat: Any
 ) -> Dataset:
     """The data set of `load_benign` with columns prompt_tokens, response_tokens added; errors as `encode_pairs`."""
-    return _encode(dataset, ChatEncoder(tokenizer, system_prompt, max_length), ("response",), _BENIGN_TOKENS)
+    return _encode(dataset, ChatEncoder(tokenizer, system_prompt, max_length, **chat), ("response",), _BENIGN_TOKENS)
 
 
 def _encode(dataset: Dataset, encoder: ChatEncoder, completions: Sequence[str], names: Sequence[str]) -> Dataset:
@@ -57,8 +62,10 @@ def _encode(dataset: Dataset, encoder: ChatEncoder, completions: Sequence[str], 
 class _Collator:
     """Rows to tokens, encoding those that are not yet."""
 
-    def __init__(self, tokenizer: Any, *, system_prompt: str | None = None, max_length: int | None = None) -> None:
-        self.encoder = ChatEncoder(tokenizer, system_prompt, max_length)
+    def __init__(
+        self, tokenizer: Any, *, system_prompt: str | None = None, max_length: int | None = None, **chat: Any
+    ) -> None:
+        self.encoder = ChatEncoder(tokenizer, system_prompt, max_length, **chat)
         # Masks go by position, so any token does for padding, and a tokenizer need not have one for it.
         self.pad = tokenizer.pad_token_id or 0
 
@@ -86,7 +93,7 @@ class PairCollator(_Collator):
     Args:
         attack_on: "prompt+completions" (prompt and every position where either text has a completion token), "prompt"
             or "completions".
-        tokenizer, system_prompt, max_length: as in `ChatEncoder`; the last two matter for rows of text alone.
+        tokenizer, system_prompt, max_length, chat: as in `ChatEncoder`; the last three matter for rows of text alone.
     """
 
     def __init__(
@@ -96,8 +103,9 @@ class PairCollator(_Collator):
         system_prompt: str | None = None,
         max_length: int | None = None,
         attack_on: str = "prompt+completions",
+        **chat: Any,
     ) -> None:
-        super().__init__(tokenizer, system_prompt=system_prompt, max_length=max_length)
+        super().__init__(tokenizer, system_prompt=system_prompt, max_length=max_length, **chat)
         if attack_on not in ATTACK_ON:
             raise DataError(f"attack_on={attack_on!r} is unknown; use one of {', '.join(map(repr, ATTACK_ON))}")
         self.attack_on = attack_on

@@ -22,6 +22,7 @@ def preview(
     max_length: int | None = None,
     attack_on: str = "prompt+completions",
     console: Console | None = None,
+    **chat: Any,
 ) -> None:
     """Print each pair's tokens: coloured on a terminal; elsewhere a line each (part, position, id, text, attacked).
 
@@ -30,7 +31,7 @@ def preview(
         The others are `PairCollator`'s.
     """
     console = console or Console()
-    collate = PairCollator(tokenizer, system_prompt=system_prompt, max_length=max_length, attack_on=attack_on)
+    collate = PairCollator(tokenizer, system_prompt=system_prompt, max_length=max_length, attack_on=attack_on, **chat)
     if console.is_terminal:
         legend = [Text(f" {name} ", _STYLES[name]) for name in _STYLES]
         console.print(*legend, Text(" attacked ", _ATTACKED))

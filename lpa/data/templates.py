@@ -3,62 +3,55 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .loading import DataError, is_text, some_of
+from .rendering import Rendering, chat_template
 
 ASSESSMENT_PROMPT = "Indicate whether you agree or disagree with the following statements."
 PLAIN_PROMPT = "You are a helpful assistant."
 
-# Words that stand for the contents while a template is rendered: plain letters, which no template changes or splits.
-_SYSTEM, _PROMPT, _ANSWER = "LpaSystemXq", "LpaPromptXq", "LpaAnswerXq"
 _NO_LIMIT = 10**9  # tokenizers that know no limit say 1e30
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """A stretch of a rendered prompt: the template's own text, or content that must stay inert."""
-
-    text: str
-    content: bool
 
 
 class ChatEncoder:
     """Texts to tokens for one tokenizer and system prompt.
 
-    The prompt is what the tokenizer's chat template renders for a system and a user message with the generation prompt
-    after it. A template that refuses or drops the system message gets it in the user's, before the prompt and an empty
-    line. `enable_thinking=False` is handed to every template; those without it do not look. A tokenizer without a
-    template gets "{system}\\n\\n{prompt}\\n". There is exactly one BOS where template or tokenizer add one.
+    The prompt is what `Rendering` makes of it by the tokenizer's chat template. There is exactly one BOS where template
+    or tokenizer add one.
 
     Ordinary text gets exactly the tokens of the rendered whole. A text that holds special tokens ("<|im_end|>") is
     tokenised apart from the template with special tokens off, so that it stays text; tokens then cannot merge across
     its two ends, and a SentencePiece tokenizer that puts a space before every text puts one there too.
 
-    A completion follows the prompt with whatever the template puts between (Llama 2: a space) and nothing after it.
+    A completion follows where the template puts a finished answer, and nothing follows it.
 
     Args:
         tokenizer: a transformers tokenizer.
         system_prompt: None for no system message (some templates then add their own).
         max_length: of prompt and completion together, in tokens; None for the tokenizer's own limit.
+        chat_template_kwargs, date: as in `Rendering`.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str | None = None, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        system_prompt: str | None = None,
+        max_length: int | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         limit = getattr(tokenizer, "model_max_length", None) or _NO_LIMIT
         self.max_length: int | None = max_length or (int(limit) if limit < _NO_LIMIT else None)
-        # A blank system prompt has no text to fold or to protect, but where the template has the role it must see it:
-        # some put a system message of their own where there is none.
-        self._has_system = bool(system_prompt and system_prompt.strip())
-        self._folded = system_prompt is not None and self._drops_system()
         self._control = _control_tokens(tokenizer)
-        self._segments(_PROMPT)  # says now if the template leaves something out
-        self._probe_text = self._render(self._stand_ins(_PROMPT))
+        self._rendering = Rendering(tokenizer, system_prompt, chat_template_kwargs, date)
+        # the template's own text, with a word for each content
+        self._probe_text = "".join("Xq" if part.content else part.text for part in self._rendering.segments("Xq"))
         self._probe_tokens = self._plain(self._probe_text)
-        self._gap = self._completion_gap()
         self._known: dict[tuple[bool, str], tuple[tuple[int, ...], bool]] = {}
 
     def row(self, prompt: str, completions: Sequence[str], where: str = "the row") -> tuple[list[list[int]], list[str]]:
@@ -91,7 +84,7 @@ class ChatEncoder:
         return self._known[is_prompt, text]
 
     def _encode_prompt(self, prompt: str) -> tuple[tuple[int, ...], bool]:
-        segments = self._segments(prompt)
+        segments = self._rendering.segments(prompt)
         tokens = self._plain("".join(segment.text for segment in segments))
         inert = self._has_control(tokens, self._probe_tokens, prompt, self.system_prompt or "")
         if inert:
@@ -101,67 +94,11 @@ class ChatEncoder:
 
     def _encode_completion(self, completion: str) -> tuple[tuple[int, ...], bool]:
         """Its tokens after a prompt. They do not depend on which, since a template ends with text of its own."""
-        whole, start = self._plain(self._probe_text + self._gap + completion), self._probe_tokens
+        whole, start = self._plain(self._probe_text + self._rendering.space + completion), self._probe_tokens
         inert = self._has_control(whole, start, completion)
         if inert or whole[: len(start)] != start:
-            return tuple(self._inert(self._gap + completion)), inert
+            return tuple(self._inert(self._rendering.space + completion)), inert
         return tuple(whole[len(start) :]), False
-
-    def _messages(self, system: str | None, prompt: str) -> list[dict[str, str]]:
-        if system is None:
-            return [{"role": "user", "content": prompt}]
-        return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-
-    def _render(self, messages: list[dict[str, str]], answer: str | None = None) -> str:
-        if answer is not None:
-            messages = [*messages, {"role": "assistant", "content": answer}]
-        if not self.tokenizer.chat_template:
-            contents = [m["content"] for m in messages if m["role"] != "assistant" and m["content"]]
-            return "\n\n".join(contents) + "\n" + (answer or "")
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer is None, enable_thinking=False
-            )
-        )
-
-    def _drops_system(self) -> bool:
-        try:
-            return _SYSTEM not in self._render(self._messages(_SYSTEM, _PROMPT))
-        except Exception:  # templates refuse a role by raising, each in its own way
-            return True
-
-    def _stand_ins(self, prompt: str) -> list[dict[str, str]]:
-        """Messages with stand-ins for the contents, with their white space at the ends: templates may strip it."""
-        user = _around(prompt, _PROMPT)
-        if not self._has_system:
-            return self._messages(None if self._folded else self.system_prompt, user)
-        system = _around(self.system_prompt or "", _SYSTEM)
-        return self._messages(None, f"{system}\n\n{user}") if self._folded else self._messages(system, user)
-
-    def _segments(self, prompt: str) -> list[_Segment]:
-        rendered = self._render(self._stand_ins(prompt))
-        contents = {_PROMPT: prompt.strip(), _SYSTEM: (self.system_prompt or "").strip()}
-        marks = [_SYSTEM, _PROMPT] if self._has_system else [_PROMPT]
-        segments, rest = [], rendered
-        for mark in marks:
-            before, found, rest = rest.partition(mark)
-            if not found or mark in rest:
-                what = "prompt" if mark == _PROMPT else "system prompt"
-                raise DataError(f"the tokenizer's chat template does not render the {what} exactly once, in order")
-            segments += [_Segment(before, False), _Segment(contents[mark], True)]
-        return [segment for segment in (*segments, _Segment(rest, False)) if segment.text]
-
-    def _completion_gap(self) -> str:
-        """What the template puts between its generation prompt and an answer."""
-        try:
-            rendered = self._render(self._stand_ins(_PROMPT), _ANSWER)
-        except Exception:
-            return ""
-        prompt = self._render(self._stand_ins(_PROMPT))
-        if not rendered.startswith(prompt):
-            return ""
-        gap, found, _ = rendered[len(prompt) :].partition(_ANSWER)
-        return gap if found and not gap.strip() else ""
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -202,19 +139,12 @@ class ChatEncoder:
         return tokens
 
 
-def _around(text: str, mark: str) -> str:
-    """The mark with the text's white space at both ends; a text of white space alone is kept as a prefix."""
-    core = text.strip()
-    start = text.find(core) if core else len(text)
-    return text[:start] + mark + text[start + len(core) :]
-
-
 def _control_tokens(tokenizer: Any) -> dict[int, str]:
     """id -> text of the tokens that steer a model: the special ones, and the added ones that the template uses.
 
     Other added tokens (runs of spaces, say) are ordinary text, and so is the unknown token, which any odd letter makes.
     """
-    template = str(tokenizer.chat_template or "")
+    template = chat_template(tokenizer) or ""
     return {
         token: added.content
         for token, added in tokenizer.added_tokens_decoder.items()
@@ -232,16 +162,17 @@ def encode_pair(
     system_prompt: str | None = None,
     max_length: int | None = None,
     row: str = "the row",
+    **chat: Any,
 ) -> dict[str, list[int]]:
     """The tokens of one pair: prompt_tokens (with template and BOS), rejected_tokens, chosen_tokens (no EOS).
 
-    See `ChatEncoder` for how. `row` names the pair in messages.
+    See `ChatEncoder` for how, and for `chat`. `row` names the pair in messages.
 
     Raises:
         DataError: longer than max_length.
     Warns: a text holds a special token and was made inert.
     """
-    encoder = ChatEncoder(tokenizer, system_prompt, max_length)
+    encoder = ChatEncoder(tokenizer, system_prompt, max_length, **chat)
     tokens, inert = encoder.row(prompt, (rejected, chosen), row)
     warn_inert([row] if inert else [])
     return dict(zip(("prompt_tokens", "rejected_tokens", "chosen_tokens"), tokens, strict=True))

@@ -23,18 +23,25 @@ class Bench:
 
     Args:
         system_prompt: of every conversation, None for none.
-        max_new_tokens: longest answer. batch_size: prompts a pass.
+        max_new_tokens: longest answer. batch_size: prompts a pass. chat: as in `ChatEncoder`.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, system_prompt: str | None, max_new_tokens: int = 128, batch_size: int = 8
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        system_prompt: str | None,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+        **chat: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         limit = getattr(tokenizer, "model_max_length", None) or 10**9  # tokenizers without a limit say 1e30
         self.context: int = min(context_length(model) or 10**9, int(min(limit, 10**9)))
         self._encoders: dict[str | None, ChatEncoder] = {}
-        self.system_prompt = system_prompt
+        self.system_prompt, self.chat = system_prompt, chat
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +51,7 @@ class Bench:
     def encoder(self, system_prompt: str | None) -> ChatEncoder:
         """The encoder for a system prompt, kept."""
         if system_prompt not in self._encoders:
-            self._encoders[system_prompt] = ChatEncoder(self.tokenizer, system_prompt, self.context)
+            self._encoders[system_prompt] = ChatEncoder(self.tokenizer, system_prompt, self.context, **self.chat)
         return self._encoders[system_prompt]
 
     def prompt_tokens(self, prompt: str, prefill: str = "", room: int | None = None) -> Tokens:

@@ -115,7 +115,9 @@ def measure(
         raise ValueError(f"attacked_rows={attacked_rows} must be 0 (none) or more")
     config = config or LPAConfig()
     pgd = pgd or attack_of(model, config)
-    collator = PairCollator(tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on)
+    collator = PairCollator(
+        tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on, **config.chat_options
+    )
     found: dict[str, float] = {}
     for kind, name in _KINDS.items():
         pairs = load_pairs(kind=kind, split="heldout")

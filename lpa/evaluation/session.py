@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import platform
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..data.rendering import prints_date
 from ..environment import versions
 from ..files import write_json, write_text
 from ..models import DEFAULT_MODEL, load
@@ -130,6 +132,8 @@ def evaluate(
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer; hand it over as tokenizer=")
     folder = None if output is None else Path(output).expanduser()
+    if wanted.chat_template_date is None and prints_date(tokenizer):
+        wanted = replace(wanted, chat_template_date=_first_date(folder) or datetime.date.today().isoformat())
     subjects = Subjects(model, paths)
     try:
         info = _info(name, subjects, chosen, wanted, [benign, *harmful], command)
@@ -141,7 +145,8 @@ def evaluate(
         for subject in subjects.names:
             with subjects.using(subject) as measured, quiet_generation():
                 bench = Bench(measured, tokenizer, system_prompt=wanted.system_prompt, batch_size=batch_size,
-                              max_new_tokens=wanted.max_new_tokens)  # fmt: skip
+                              max_new_tokens=wanted.max_new_tokens, date=wanted.chat_template_date,
+                              chat_template_kwargs=wanted.chat_template_kwargs)  # fmt: skip
                 run = Run(subject, bench, wanted, records, benign, [p for p in harmful if not p.reason])
                 for suite in chosen:
                     if tick is not None:
@@ -211,6 +216,14 @@ def _info(
         "commands": [command or " ".join(map(str, sys.argv))],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _first_date(folder: Path | None) -> str | None:
+    """The date in the prompts of an earlier run in this folder."""
+    if folder is None or not (folder / RUN).is_file():
+        return None
+    date: str | None = json.loads((folder / RUN).read_text(encoding="utf-8"))["settings"].get("chat_template_date")
+    return date
 
 
 def _continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class Canaries:
         longer = {text for text in completions if len(text.split()) >= _COMPLETION_WORDS}
         self.completions = sorted({AGREE, DISAGREE, *longer})
         self.pairs = {kind: load_pairs(kind=kind, split="canary") for kind in ("undesirable", "desirable")}
-        self.collator = PairCollator(tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on)
+        self.collator = PairCollator(
+            tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on, **config.chat_options
+        )
         self.benign = benign_prompts(FILE)[: config.canary_prompts]
         self.harmful, self.source = self._harmful() if config.canary_set else ((), {})
 
@@ -104,7 +106,7 @@ class Canaries:
     def _answers(self, model: Any, prompts: Sequence[Prompt]) -> tuple[list[str], list[bool]]:
         """Answers to the prompts that fit into the context, and whether each does what was asked."""
         bench = Bench(model, self.tokenizer, system_prompt=PLAIN_PROMPT, batch_size=_BATCH,
-                      max_new_tokens=self.config.canary_max_new_tokens)  # fmt: skip
+                      max_new_tokens=self.config.canary_max_new_tokens, **self.config.chat_options)  # fmt: skip
         fitting: list[tuple[Prompt, Tokens]] = []
         for prompt in prompts:
             try:

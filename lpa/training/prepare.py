@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ..data import (
     load_benign,
     load_pairs,
 )
+from ..data.rendering import prints_date
 from ..models import context_length
 from ..quantization import is_quantized
 
@@ -102,9 +104,11 @@ def pairs_as_tokens(
     if collator is None:
         if tokenizer is None:
             raise ValueError("give processing_class (a tokenizer), or a data_collator that needs none")
+        fix_date(tokenizer, config)
         dataset = encode_pairs(
-            load_pairs(dataset), tokenizer, system_prompt=config.system_prompt or None, max_length=_limit(model, config)
-        )
+            load_pairs(dataset), tokenizer, system_prompt=config.system_prompt or None,
+            max_length=_limit(model, config), **config.chat_options,
+        )  # fmt: skip
         collator = PairCollator(tokenizer, attack_on=config.attack_on)
     if dataset is None or len(dataset) == 0:
         raise ValueError("the data set of pairs is empty; give at least one row")
@@ -122,9 +126,11 @@ def benign_as_tokens(
         system = config.benign_system_prompt
         if system is None and dataset is None:
             system = config.system_prompt
+        fix_date(tokenizer, config)
         dataset = encode_benign(
-            load_benign(dataset), tokenizer, system_prompt=system or None, max_length=_limit(model, config)
-        )
+            load_benign(dataset), tokenizer, system_prompt=system or None, max_length=_limit(model, config),
+            **config.chat_options,
+        )  # fmt: skip
         collator = BenignCollator(tokenizer)
     if dataset is None or len(dataset) == 0:
         raise ValueError("the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0")
@@ -160,22 +166,36 @@ def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> 
         return given
     if config.benign_system_prompt is None:
         raise ValueError(f"benign={OWN!r} needs benign_system_prompt: what the model is asked under; '' for none")
-    return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None)
+    fix_date(tokenizer, config)
+    return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None, **config.chat_options)
+
+
+def fix_date(tokenizer: Any, config: LPAConfig) -> None:
+    """Set the config's date to today's where the chat template prints one, so that the run has one and its record says
+    which."""
+    if config.chat_template_date is None and prints_date(tokenizer):
+        config.chat_template_date = datetime.date.today().isoformat()
 
 
 def own_answers(
-    model: Any, tokenizer: Any, *, system_prompt: str | None = PLAIN_PROMPT, max_new_tokens: int = 32, batch: int = 16
+    model: Any,
+    tokenizer: Any,
+    *,
+    system_prompt: str | None = PLAIN_PROMPT,
+    max_new_tokens: int = 32,
+    batch: int = 16,
+    **chat: Any,
 ) -> list[dict[str, str]]:
     """The model's own greedy answers to the shipped benign requests, rows of prompt and response: what a kl term holds
     it to. Made where the model lies; requests that get an empty answer are left out.
 
     Args:
         system_prompt: of the conversations; the trainer's benign_system_prompt must be the same.
-        max_new_tokens: longest answer. batch: requests a pass.
+        max_new_tokens: longest answer. batch: requests a pass. chat: as in `ChatEncoder`.
     """
     from ..evaluation.bench import Bench, batches, quiet_generation
 
-    bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
+    bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens, **chat)
     rows = []
     with quiet_generation():
         for prompts in batches(benign_requests(), batch):

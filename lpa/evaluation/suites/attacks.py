@@ -112,7 +112,7 @@ def _perturber(run: Run, mode: str) -> Callable[[Sequence[str]], AttackResult]:
     pgd = bounded_pgd(
         run, ["embedding"] if mode == "embedding" else inner, settings.attack_epsilon, settings.attack_steps
     )
-    collate = PairCollator(bench.tokenizer, system_prompt=bench.system_prompt, attack_on="prompt")
+    collate = PairCollator(bench.tokenizer, system_prompt=bench.system_prompt, attack_on="prompt", **bench.chat)
 
     def perturb(texts: Sequence[str]) -> AttackResult:
         batch = collate([{"prompt": text, "rejected": TARGET, "chosen": DECLINE} for text in texts])

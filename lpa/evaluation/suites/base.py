@@ -35,6 +35,7 @@ class Settings:
         judge: a classifier's hub name or folder, for answers to harmful prompts; `judge_prompt` its question.
         utility_sets: beside perplexity: mmlu, lambada. tasks: lm-eval's, by name.
         utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
+        chat_template_kwargs: variables for the chat template; chat_template_date: what it prints as today's date.
         seed: of random perturbations and resampling.
     """
 
@@ -57,6 +58,8 @@ class Settings:
     utility_sets: tuple[str, ...] = UTILITY_SETS
     tasks: tuple[str, ...] = ()
     utility_limit: int | None = 200
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_date: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

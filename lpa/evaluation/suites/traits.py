@@ -58,7 +58,7 @@ class Traits(Suite):
         return {f"{kind} statements": described("lpa/data/statements.jsonl, heldout", held[kind]) for kind in KINDS}
 
     def measure(self, run: Run) -> None:
-        collate = PairCollator(run.bench.tokenizer, system_prompt=run.settings.trait_prompt)
+        collate = PairCollator(run.bench.tokenizer, system_prompt=run.settings.trait_prompt, **run.bench.chat)
         for kind in KINDS:
             pairs = [dict(row) for row in load_pairs(None, kind=kind, split="heldout")]
             self._clean(run, kind, pairs, collate)
