@@ -349,7 +349,7 @@ def json_object(name: str, value: Any) -> Any:
     try:
         read = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={value!r} is not JSON ({error}); write it as '{{\"name\": \"value\"}}'") from error
+        raise ValueError(f'{name}={value!r} is not JSON ({error}); write it as \'{{"name": "value"}}\'') from error
     if read is not None and not isinstance(read, dict):
         raise ValueError(f"{name}={value!r} must be a JSON object of names and values")
     return read

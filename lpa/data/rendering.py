@@ -208,6 +208,11 @@ def chat_template(tokenizer: Any) -> str | None:
     return str(tokenizer.get_chat_template()) if isinstance(template, dict) else template or None
 
 
+def today() -> str:
+    """YYYY-MM-DD, where the process runs."""
+    return datetime.date.today().isoformat()
+
+
 def prints_date(tokenizer: Any) -> bool:
     """Whether the chat template asks for today's date."""
     return bool(_TODAY.search(chat_template(tokenizer) or ""))
@@ -222,7 +227,7 @@ def _dated(template: str | None, date: str | None) -> str | None:
     if not template:
         return None
     try:
-        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        day = datetime.date.fromisoformat(today() if date is None else date)
     except ValueError:
         raise DataError(f"chat_template_date={date!r} is no date; write it as YYYY-MM-DD") from None
     return _TODAY.sub(lambda found: repr(day.strftime(found[2])), template)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data.rendering import prints_date
+from ..data import rendering
 from ..environment import versions
 from ..files import write_json, write_text
 from ..models import DEFAULT_MODEL, load
@@ -132,8 +131,8 @@ def evaluate(
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer; hand it over as tokenizer=")
     folder = None if output is None else Path(output).expanduser()
-    if wanted.chat_template_date is None and prints_date(tokenizer):
-        wanted = replace(wanted, chat_template_date=_first_date(folder) or datetime.date.today().isoformat())
+    if wanted.chat_template_date is None and rendering.prints_date(tokenizer):
+        wanted = replace(wanted, chat_template_date=_first_date(folder) or rendering.today())
     subjects = Subjects(model, paths)
     try:
         info = _info(name, subjects, chosen, wanted, [benign, *harmful], command)

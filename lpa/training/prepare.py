@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ from ..data import (
     encode_pairs,
     load_benign,
     load_pairs,
+    rendering,
 )
-from ..data.rendering import prints_date
 from ..models import context_length
 from ..quantization import is_quantized
 
@@ -173,8 +172,8 @@ def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> 
 def fix_date(tokenizer: Any, config: LPAConfig) -> None:
     """Set the config's date to today's where the chat template prints one, so that the run has one and its record says
     which."""
-    if config.chat_template_date is None and prints_date(tokenizer):
-        config.chat_template_date = datetime.date.today().isoformat()
+    if config.chat_template_date is None and rendering.prints_date(tokenizer):
+        config.chat_template_date = rendering.today()
 
 
 def own_answers(

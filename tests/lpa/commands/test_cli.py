@@ -150,6 +150,32 @@ def test_unknown_names_are_matched(model: str, tmp_path: Path, capsys: Any) -> N
     assert "did you mean 'train'?" in capsys.readouterr().err
 
 
+def test_a_run_keeps_the_date_that_its_prompts_print(tmp_path: Path, monkeypatch: Any) -> None:
+    from lpa.data import rendering
+    from lpa.training import prepare
+
+    folder = Path(saved_tiny(tmp_path / "tiny"))
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }} " + template.read_text())
+    dates, output = [], tmp_path / "out"
+    encode = prepare.encode_pairs
+    monkeypatch.setattr(prepare, "encode_pairs", lambda *data, **how: dates.append(how["date"]) or encode(*data, **how))
+    for day in ("2026-03-09", "2026-03-10"):
+        monkeypatch.setattr(rendering, "today", lambda day=day: day)
+        more = ["--model", str(folder), "--no_measure", *SMALL] if day.endswith("09") else ["--resume"]
+        assert train("--output", str(output), *more) == 0
+        assert json.loads((output / "metrics.json").read_text())["settings"]["chat_template_date"] == "2026-03-09"
+    assert dates == ["2026-03-09"] * 2
+
+
+def test_the_templates_variables_are_given_in_json(model: str, tmp_path: Path, capsys: Any) -> None:
+    args = ["--model", model, "--output", str(tmp_path / "out"), "--no_measure", *SMALL]
+    assert train(*args, "--chat_template_kwargs", '{"thinking_mode": "off"}') == 1
+    assert "'thinking_mode' has no effect, the chat template does not read it" in capsys.readouterr().err
+    assert train(*args, "--chat_template_kwargs", "thinking_mode=off") == 1
+    assert "chat_template_kwargs='thinking_mode=off' is not JSON" in capsys.readouterr().err
+
+
 def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "pairs.csv"
     file.write_text("prompt,rejected,chosen\nI agree,yes,no\nI do not agree,no,yes\n")

@@ -12,7 +12,7 @@ import torch
 
 import lpa.evaluation.session as session
 import lpa.evaluation.subjects as subjects
-from lpa.data import DISAGREE
+from lpa.data import DISAGREE, rendering
 from lpa.evaluation import Evaluation, EvaluationError, evaluate
 from lpa.evaluation.bench import Bench
 from lpa.evaluation.records import RECORDS, TEXTS
@@ -272,6 +272,20 @@ def test_a_killed_run_goes_on_where_it_was(harmful: str, tmp_path: Path, monkeyp
     assert found.rows == whole.rows
     assert json.loads((tmp_path / "part" / "results.json").read_text())["rows"]
     assert len(found.info["commands"]) == 2
+
+
+def test_an_evaluation_keeps_the_date_that_its_prompts_print(
+    harmful: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = tokenizer()
+    dated.chat_template = "{{ strftime_now('%d') }} " + dated.chat_template
+    for day in ("2026-03-09", "2026-03-10"):
+        monkeypatch.setattr(rendering, "today", lambda day=day: day)
+        found = evaluate(
+            random_model(), tokenizer=dated, device="cpu", suites=["harm"], sets=(harmful,), limit=2,
+            output=tmp_path / "run",
+        )  # fmt: skip
+        assert found.info["settings"]["chat_template_date"] == "2026-03-09"
 
 
 def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: Path) -> None:
