@@ -28,7 +28,7 @@ CACHE_VARIABLE = "LPA_CACHE"
 
 
 class AssetError(RuntimeError):
-    """An asset could not be had; the message says why and what to do."""
+    """An asset is not available; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

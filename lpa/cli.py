@@ -42,7 +42,7 @@ def usage() -> str:
 
 
 def _dashed(word: str) -> str:
-    """An option spelt as `lpa train` spells its own, with underscores, as the other commands spell theirs."""
+    """An option with dashes. `lpa train` writes its options with underscores, the other commands with dashes."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
@@ -75,6 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         known = isinstance(error, (ValueError, RuntimeError, OSError, ArithmeticError, ImportError))
-        told = str(error) if known else f"{type(error).__name__}: {error} (this may be a bug of lpa)"
-        print(f"error: {told}\n({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
+        text = str(error) if known else f"{type(error).__name__}: {error} (this may be a bug of lpa)"
+        print(f"error: {text}\n({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
         return 1

@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_gb() -> float | None:
-    """The most memory this process has held, in GB (10^9 bytes); None where the system does not say."""
+    """The peak memory of this process in GB (10^9 bytes); None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows has none

@@ -24,7 +24,7 @@ class WriteError(OSError):
 
 
 def sync(path: Path) -> None:
-    """Have what is written to a file, or the names in a folder, on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -35,14 +35,14 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` of every file and folder below, and of the folder itself."""
+    """`sync` a folder and everything in it."""
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that has its old content, or all of the new one."""
+    """Write a file. After a crash it has its old content or all of the new one."""
     draft = path.with_name(path.name + PART)
     draft.write_text(text, encoding="utf-8")
     sync(draft)
@@ -73,7 +73,7 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _odd(value: Any, place: str) -> Iterator[tuple[str, float]]:
-    """Where in a value, and which, the numbers are that are not finite."""
+    """The numbers in a value that are not finite, each after its place."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place.lstrip(".") or "the value", value
     for key, part in _parts(value):
@@ -92,7 +92,7 @@ def _without_odd(value: Any) -> Any:
 def staged(folder: Path) -> Iterator[Path]:
     """A new folder to write files into; when that has gone well, they are moved into `folder`, JSON last.
 
-    So whoever finds a model's or an adapter's configuration finds its weights too.
+    A folder that has a model's or an adapter's configuration then has its weights too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".files{PART}"
@@ -116,8 +116,8 @@ def writing(what: str, folder: Path, lost: str = "") -> Iterator[None]:
     """Turn what fails in writing into a `WriteError`.
 
     Args:
-        what: it is, for the message.
-        lost: what of earlier work is still there, and what to do, for the message.
+        what: names the file in the message.
+        lost: tells what earlier work is still there, and what to do next.
     """
     try:
         yield
@@ -153,7 +153,7 @@ def _reason(error: Exception, folder: Path) -> str | None:
 
 
 def writable(folder: Path) -> bool:
-    """Whether a folder, or the nearest one above it that is there, lets itself be written to."""
+    """Whether a folder is writable; for one that does not exist, whether its nearest existing parent is."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return os.access(folder, os.W_OK | os.X_OK)

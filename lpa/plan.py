@@ -90,12 +90,12 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        """In all rows."""
+        """Tokens in all rows."""
         return self.rows * self.length
 
     @property
     def unscored(self) -> int:
-        """Tokens that predict nothing of interest."""
+        """Tokens whose prediction is not scored."""
         return max(self.tokens - self.scored, 0)
 
 
@@ -108,7 +108,7 @@ class Linear:
     rank: int
 
     def weights(self, adapter: bool = True) -> int:
-        """Of the layer, with those of its adapter or without."""
+        """Number of weights, with or without those of the adapter."""
         return self.inputs * self.outputs + adapter * self.adapter
 
     @property
@@ -150,18 +150,18 @@ class Block:
         self.normed = any("Norm" in type(module).__name__ for module in half.children())  # queries and keys, each head
 
     def kept(self, length: int, masked: bool, attack: bool) -> int:
-        """What the backward pass needs: for the perturbation's gradient, or for the weights' in an update."""
+        """Bytes that the backward pass needs, for the gradients of perturbations (attack) or of weights."""
         kept = self._norms(attack) + self._scores(length, masked) + self.activation
         return kept if attack else kept + self._inputs()
 
     @property
     def activation(self) -> int:
-        """Act's input; where the feed-forward is act(gate) * up, act's output and up too."""
+        """Bytes kept of the activation: its input, and for act(gate) * up also its output and up."""
         gated = sum(each.outputs for each in self.feed_forward[:-1]) > self.inner
         return self.inner * self.size * (3 if gated else 1)
 
     def transient(self, attack: bool) -> int:
-        """What the backward pass makes besides: gradients of act and up, and of a hidden state."""
+        """Bytes that exist during the backward pass alone: gradients of act and up, and of a hidden state."""
         wide = self.size if attack or self.full else F32
         return 2 * self.inner * wide + self.width * self.size
 
@@ -201,7 +201,7 @@ class Block:
 
 
 def _linear(module: nn.Module) -> Linear | None:
-    """A layer, under its adapter where it has one; None for what is no linear layer."""
+    """The linear layer of a module, adapter or not; None for any other module."""
     base: Any = getattr(module, "base_layer", module)
     turned = type(base).__name__ == "Conv1D"  # transformers' own, [inputs, outputs]
     if not turned and not isinstance(base, nn.Linear):
@@ -211,7 +211,7 @@ def _linear(module: nn.Module) -> Linear | None:
 
 
 def _linears(half: nn.Module, index: int) -> list[Linear]:
-    """The linear layers of a block's half, in the order in which they are made; the last one gives its output."""
+    """The linear layers of a block's half in order of definition; the last one makes its output."""
     found = [linear for linear in map(_linear, half.children()) if linear]
     others = [type(m).__name__ for m in half.children() if not _linear(m) and any(p.dim() > 1 for p in m.parameters())]
     if len(found) < 2:
@@ -353,8 +353,8 @@ class _Run:
         return weights / 2 + (weights / 64 * (1 + F32 / 256) if self.quantized == FOUR_BIT_NESTED else weights / 16)
 
     def _always(self, optimiser: bool) -> Counter[str]:
-        """There at every moment of an LPA step's last micro-batch: DDP's buckets, AdamW's moments, and the gradients of
-        the other micro-batches (whole, also under FSDP2, which scatters them with the last one's)."""
+        """What exists at every moment of an LPA step's last micro-batch: DDP's buckets, AdamW's moments, and the
+        gradients of the other micro-batches (whole, also under FSDP2, which scatters them with the last one's)."""
         parts = self.static()
         parts["gradients"] = self.trained_bytes * (self.micro > 1)
         parts["buckets"] = self.trained_bytes * (self.ranks > 1 and not self.args.fsdp)
@@ -366,7 +366,7 @@ class _Run:
         return always + Counter(more)
 
     def _copies(self) -> int:
-        """Merged: the adapted weights as they were. Else adapters in the weights' dtype, where that is another."""
+        """Merged: a copy of the adapted weights. Otherwise the adapters in the weights' dtype, if it is not float32."""
         if self.args.attack_merge_adapters:
             return sum(w.weights(False) for w in self.linears if w.rank) * self.size // self.sharers
         return self.trained * self.size * (self.args.lora and self.size < F32 and not self.args.fsdp)
@@ -381,19 +381,19 @@ class _Run:
         return sum(self._of_block(what, block, attack) for block in blocks)
 
     def _in_backward(self, what: Pass, attack: bool) -> int:
-        """What the last block's backward pass needs beside: its products, a checkpointed block run again, a weight made
-        of few bits."""
+        """What the last block's backward pass needs in addition: its products, a checkpointed block that runs again, a
+        dequantised weight."""
         block = self.blocks[-1]
         again = self._of_block(what, block, attack) if self.args.gradient_checkpointing else 0
         weight = max(w.weights(False) for w in block.linears) * self.size if self.quantized else 0
         return again + block.transient(attack) * what.tokens + weight
 
     def _beside(self, what: Pass) -> int:
-        """Logits of one text's every token, from which the reference engine takes its rows."""
+        """Logits of all tokens of one text, from which the reference engine takes its rows."""
         return what.headed // 2 * self.vocabulary * self.size if what.headed > what.scored else 0
 
     def attack_moments(self) -> Iterator[Counter[str]]:
-        """The heights of an attack: the head's backward pass, the last block's, under FSDP2 the start."""
+        """The peaks of an attack: the head's backward pass, the last block's, and under FSDP2 the start."""
         what, args, block = self.pairs, self.args, self.blocks[-1]
         always = self._always(optimiser=not args.reset_optimizer)
         others = 0 if args.offload_attacks else self.micro - 1
@@ -412,7 +412,7 @@ class _Run:
             yield self._moment(always, 0, 0, 3 * self.head)
 
     def defence_moments(self) -> Iterator[Counter[str]]:
-        """The heights of an update: the same, and the end of the backward pass, when all gradients are there."""
+        """The peaks of an update: the same, and the end of the backward pass, when all gradients exist."""
         args, block, batches = self.args, self.blocks[-1], 1 if self.args.offload_attacks else self.micro
         passes = self._defence_passes()
         always = self._always(optimiser=True)
@@ -461,7 +461,7 @@ class _Run:
         return 2.0 * what.headed * self.head / self.size
 
     def attack_flops(self) -> float:
-        """An inner step's."""
+        """Work of an inner step."""
         what, adapters = self.pairs, not self.args.attack_merge_adapters
         work = self._forward(what, self.blocks, adapters) + self._backward(what, self.above, adapters)
         if self.args.gradient_checkpointing:
@@ -471,7 +471,7 @@ class _Run:
         return work + 2 * self._head_flops(what)
 
     def defence_flops(self) -> float:
-        """An update's, with the gradients of what is trained."""
+        """Work of an update, with the gradients of what is trained."""
         total = 0.0
         for what in self._defence_passes():
             forward = self._forward(what, self.blocks)

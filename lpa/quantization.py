@@ -18,7 +18,7 @@ def quantized_loading(
     nested: bool = False,
     dtype: torch.dtype | str = "auto",
 ) -> dict[str, Any]:
-    """The arguments of `lpa.models.load` for quantised weights; none where neither kind is asked for.
+    """The arguments of `lpa.models.load` for quantised weights; empty unless 4 or 8 bits are asked for.
 
     Args:
         quant_type: of 4-bit weights, "nf4" or "fp4". nested: quantise the scales of 4-bit weights too.
@@ -58,5 +58,5 @@ def quantized_loading(
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether the model's weights are quantised, as transformers marks it."""
+    """Whether the model has quantised weights, by the marks that transformers leaves."""
     return bool(getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None))

@@ -22,8 +22,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a checkpoint's folder, by its nu
 # an evaluation's
 RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
 RECORDS, TEXTS = "records.jsonl", "texts.local.jsonl"  # one line a prompt; what stays out of commits
-# What a run may have written: adapter, or model and tokenizer; record; checkpoints. The settings go last: by them a run
-# is known.
+# What a run may have written: adapter, or model and tokenizer; record; checkpoints. The settings go last, because a
+# folder with them counts as a run.
 _WRITTEN = (ADAPTER, "adapter_model*.safetensors*", "config.json", "generation_config.json",
             "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
             "merges.txt", "chat_template.jinja", f"{CARD}*", f"{METRICS}*", "checkpoint-[0-9]*", f".*{PART}",
@@ -39,7 +39,7 @@ def output_folder(chosen: str | None, model: str) -> Path:
 
 
 def check_output(output: Path, model: str, *, resume: bool, overwrite: bool) -> None:
-    """An earlier run is only touched when told, and anything else never.
+    """Refuse an output folder that is in use: a run in it needs `resume` or `overwrite`.
 
     Raises:
         ValueError: the output is a file, or a folder that holds something or cannot be written to.
@@ -48,7 +48,7 @@ def check_output(output: Path, model: str, *, resume: bool, overwrite: bool) -> 
         raise ValueError(f"the output {output} is a file; give a folder")
     if not writable(output):
         raise ValueError(f"the output folder {output} cannot be written to; use another --output")
-    # all that a run leaves that was killed before it had begun
+    # a run that was killed while it wrote its settings leaves that file alone
     held = [path for path in output.iterdir() if path.name != SETTINGS + PART] if output.is_dir() else []
     if resume or not held:
         return
@@ -84,26 +84,26 @@ def keep_settings(output: Path, settings: dict[str, Any], command: str) -> None:
 
 
 def first_command(record: Path) -> str | None:
-    """The command that a run was begun with: in its settings' first line, as a comment."""
+    """The command that began a run. It is the first line of its settings, as a comment."""
     first = record.read_text(encoding="utf-8").partition("\n")[0]
     return json.loads(first[2:]) if first.startswith('# "') else None
 
 
 def keep_before(output: Path, found: dict[str, float], measure_attacked: int) -> None:
-    """before.json: the table's first column, and of how many attacked statements it is."""
+    """Write before.json: the table's first column, and how many statements of each kind were attacked for it."""
     with writing(BEFORE, output):
         write_json(output / BEFORE, {"measure_attacked": measure_attacked, "found": found})
 
 
 def kept_before(output: Path, measure_attacked: int) -> dict[str, float] | None:
-    """What was measured before a run was interrupted; None where that was not, or not of as many statements."""
+    """What a run measured before its training; None where it measured nothing, or another number of statements."""
     file = output / BEFORE
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return values["found"] if values.get("measure_attacked") == measure_attacked else None
 
 
 def checkpoint_folder(run: Path, updates: int) -> Path:
-    """Where the checkpoint after so many model updates lies."""
+    """The folder of the checkpoint after this many model updates."""
     return run / f"checkpoint-{updates}"
 
 
