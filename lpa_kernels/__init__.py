@@ -1,6 +1,15 @@
 """A fast, exact inner loop for latent adversarial training."""
 
-from .attack import AttackResult, AttackSettings, LatentAttack, LatentPGD, Objective, PairBatch
+from .attack import (
+    AttackResult,
+    AttackSettings,
+    Completions,
+    LatentAttack,
+    LatentPGD,
+    Objective,
+    PairBatch,
+    shared_prefix,
+)
 from .compat import EmbeddingSpaceAttack, clear_hooks, fused_latent_pgd, patch_latent_at
 from .ops import PGDOptimizer, linear_token_loss, perturb, pgd_update_, project_, token_loss, token_loss_
 from .ops import backends as _backends
@@ -16,6 +25,7 @@ def backends() -> str:
 __all__ = [
     "AttackResult",
     "AttackSettings",
+    "Completions",
     "EmbeddingSpaceAttack",
     "LatentAttack",
     "LatentPGD",
@@ -30,6 +40,7 @@ __all__ = [
     "perturb",
     "pgd_update_",
     "project_",
+    "shared_prefix",
     "token_loss",
     "token_loss_",
 ]

@@ -2,6 +2,7 @@
 
 from ..model import Site, forget, output_head, resolve_sites
 from .batch import PairBatch
+from .completions import Completions, shared_layout, shared_prefix
 from .graphs import forget_graphs
 from .layout import Layout, pack, unshared
 from .objective import Objective, kl_rows
@@ -18,6 +19,7 @@ __all__ = [
     "NORMS",
     "AttackResult",
     "AttackSettings",
+    "Completions",
     "LatentAttack",
     "LatentPGD",
     "Layout",
@@ -33,6 +35,8 @@ __all__ = [
     "output_head",
     "pack",
     "resolve_sites",
+    "shared_layout",
+    "shared_prefix",
     "two_pass_rows",
     "unshared",
 ]

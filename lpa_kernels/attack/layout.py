@@ -26,7 +26,7 @@ class Layout:
         position_ids: [B, L] int64, the position in the token's own text, so both completions start at the prompt's
             end; 0 at padding.
         branch: [B, L] int64, 0 the shared prefix or a text that stands alone, 1 the rejected completion, 2 the chosen
-            one, -1 padding.
+            one (of `pack_completions`: 1, 2, ... one completion each), -1 padding.
         attention_mask: [B, L] int64, 1 at every token, 0 at padding; for the model.
         token_rows: [B * L] int64, the delta row of each token, -1 = none.
         row_tokens: [R, 2] int64, the tokens (numbers in 0..B*L-1) that each delta row is added to, -1 = none.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from .layout import CHOSEN, PADDING, PREFIX, Layout
+from .layout import PADDING, PREFIX, Layout
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -72,7 +72,7 @@ def packed_masks(layout: Layout) -> Iterator[MaskCalls]:
 def visible(layout: Layout) -> Tensor:
     """[B, L, L] bool: whether query i may see key j as far as branches go (the pattern comes on top)."""
     query, key = layout.branch[:, :, None], layout.branch[:, None, :]
-    return (query == key) | ((query <= CHOSEN) & (query > PREFIX) & (key == PREFIX))
+    return (query == key) | ((query > PREFIX) & (key == PREFIX))
 
 
 def _install() -> None:

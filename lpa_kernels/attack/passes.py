@@ -102,13 +102,13 @@ def two_pass_rows(
 def layout_logits(model: nn.Module, layout: Layout) -> Tensor:
     """[N, V]: the logits that predict a layout's labels, from one pass; the head runs on these rows alone."""
     with selected_rows(model, layout.shape, layout.places):
-        return logits_of(_run(model, layout))
+        return logits_of(run_layout(model, layout))
 
 
 def layout_hidden(model: nn.Module, layout: Layout) -> Tensor:
     """[N, H]: the hidden states that the head would make `layout_logits` of."""
     with selected_rows(model, layout.shape, layout.places, run_head=False) as rows:
-        _run(model, layout)
+        run_layout(model, layout)
     assert rows.hidden is not None
     return rows.hidden
 
@@ -118,7 +118,7 @@ def layout_rows(model: nn.Module, layout: Layout) -> PairRows:
     return PairRows(layout_logits(model, layout), layout.labels, layout.rejected, layout.example, layout.size)
 
 
-def _run(model: nn.Module, layout: Layout) -> Any:
+def run_layout(model: nn.Module, layout: Layout) -> Any:
     """What the model returns for a layout's tokens. On plain ones the library chooses its fastest causal attention."""
     extra: dict[str, Tensor] = {}
     if layout.packed:

@@ -13,27 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import LatentPGD, PairBatch
-from ..model import Site, in_block, say_once, unwrapped
+from ..model import Site, in_block, language_model, say_once, unwrapped
 from .latent_at_hooks import CustomHook, GDAdversary, clear_hooks, install, make_room
 from .patch import Patch, find_in, foreign_module, imports, same_parameters
 
 NAMES = ("projected_gradient_descent", "clear_hooks", "GDAdversary")  # what `patch_latent_at` replaces
 HOME = "lat_methods"  # their submodule, for forks whose package imports nothing by itself
 ACCUMULATION = ("each", "upstream")
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The language model under wrappers that hide it, such as DistributedDataParallel.
-
-    Raises:
-        ValueError: no module underneath has get_input_embeddings().
-    """
-    inner: Any = model
-    while not hasattr(inner, "get_input_embeddings"):
-        inner = getattr(inner, "module", None)
-        if inner is None:
-            raise ValueError(f"{type(model).__name__} is no causal language model: it has no get_input_embeddings()")
-    return inner
 
 
 def _labels(batch: Mapping[str, Any], side: str) -> Tensor | None:
@@ -99,7 +85,7 @@ def lat_sites(model: nn.Module, model_layers_module: str, layer: int | str | Seq
         ValueError: the model has no model_layers_module, or no such layer in it.
     """
     layers = [layer] if isinstance(layer, (int, str)) else list(layer)
-    inner: Any = _inner(model)
+    inner: Any = language_model(model)
     sites = []
     for index in (x for x in layers if isinstance(x, int)):
         try:
@@ -214,7 +200,7 @@ def fused_latent_pgd(
     """
     if accumulation not in ACCUMULATION:
         raise ValueError(f"accumulation={accumulation!r} is unknown; use one of {', '.join(ACCUMULATION)}")
-    inner = _inner(model)
+    inner = language_model(model)
     _warn_of_the_callers_own(sys._getframe(1).f_globals, inner)
     coefs, scale = _coefs(loss_coefs), 1.0
     if accelerator is not None:

@@ -4,7 +4,7 @@ from .facts import forget, ours, say_once
 from .head import output_head
 from .modes import eval_mode, frozen_eval, merged_adapters
 from .perturbation import rows_by_length
-from .sites import Site, decoder_layers, hidden_of, in_block, resolve_sites, unwrapped, with_hidden
+from .sites import Site, decoder_layers, hidden_of, in_block, language_model, resolve_sites, unwrapped, with_hidden
 
 __all__ = [
     "Site",
@@ -14,6 +14,7 @@ __all__ = [
     "frozen_eval",
     "hidden_of",
     "in_block",
+    "language_model",
     "merged_adapters",
     "ours",
     "output_head",

@@ -33,6 +33,20 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The language model under wrappers that hide it, such as DistributedDataParallel.
+
+    Raises:
+        ValueError: no module underneath has get_input_embeddings().
+    """
+    inner: Any = model
+    while not hasattr(inner, "get_input_embeddings"):
+        inner = getattr(inner, "module", None)
+        if inner is None:
+            raise ValueError(f"{type(model).__name__} is no causal language model: it has no get_input_embeddings()")
+    return inner
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks: the nn.ModuleList nearest to the embedding that is as long as the configuration says.
 
