@@ -71,10 +71,11 @@ class Completions:
         apart = (self.ids != self.ids[lead]) & (_columns(self.ids) < both[:, None])
         if bool(apart.any()):
             text, position = (int(i) for i in apart.nonzero()[0])
+            other = int(lead[text])
             raise ValueError(
-                f"texts {int(lead[text])} and {text} are of one group and have no common prompt: they differ at "
-                f"position {position}, and their completions begin at {int(starts[lead[text]])} and {int(starts[text])}; "
-                "give texts of different prompts different groups, or none"
+                f"texts {other} and {text} are of one group and have no common prompt: they differ at position "
+                f"{position}, and their completions begin at {int(starts[other])} and {int(starts[text])}; give texts "
+                "of different prompts different groups"
             )
 
     @classmethod
