@@ -71,6 +71,23 @@ _DO_NOT_ANSWER = {
     "misinformation_harms.jsonl": "cd91a2a9aeec6ee8ab12bb7b6e7fff55e343175399b56e7a21f8fc04df2c16be",
 }
 
+_OBJECTIVES = {
+    "bias.csv": "be11ab70e918ddc1b88ef43496df2e1336ec63527f56094c2db42ab0fb490980",
+    "chemical_biological.csv": "1f6d092b50dfc90cf95608372b70737a27ff786ee4c09f4549c63e374c1e4a38",
+    "cyber.csv": "57fad141e2237b244737b72c3f46b33b5a3c509365d5e832d2612b34caa967cd",
+    "exploits.csv": "315f4220f8533059b7d1ee86a492fb348e860e7f5e5fe17190c87b5736a2dc27",
+    "harassment_bullying.csv": "ce8814ccc30ce1556bc191daaf597845fa2ab569561cb14076f09bb6d3dfdcce",
+    "hate_speech.csv": "9572e1072e228ca50af0ed27faca07cb8b7ac03a6ba5ef905988b41f87ebdb24",
+    "illegal_activity.csv": "27b2c07e5183c8068f09313137c3e5360954b746152bda45b6cac8ad69f753ee",
+    "info_integrity.csv": "ae8537d73d7a627cdd2a6837c364d434d7e819188b157b935efdb09e65e7df2e",
+    "misinformation.csv": "4a2e81aff9a0f2c6305d156b15e7ac344e77192f85c17d7ec59495ad701015be",
+    "phishing.csv": "573f09da2265ec886b173d1cd0574943dd6cdfad2859b10daccd2d990f16e35d",
+    "privacy.csv": "a115b3df4c812d95f358d8afa628243ff137a5051f2399ca89eb4bd866e20946",
+    "self_harm.csv": "e8a36cdbd420650a0213798a869848f55c4c31cc6000f30bc78c4b37f96c0f8f",
+    "sexual.csv": "b619f60677b3a941f34992914fdd06c26a49116bce9305bebab3fca7b0b06c8b",
+    "violence.csv": "298d191a992d506439aa5150f58e8c1d1bd6b89f2bc501c66f4e5abf498debe2",
+}
+
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
@@ -164,6 +181,30 @@ ASSETS: dict[str, Asset] = {
             licence="MIT",
             source="llm-attacks/llm-attacks and microsoft/PyRIT",
             note="520 goals (YAML); answers labelled refusal or not, 105 and 64",
+        ),
+        Asset(
+            name="objectives",
+            package="pyrit",
+            version="1.1.0",
+            sha256="84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+            files={
+                name: (f"pyrit/datasets/scorer_evals/objective/{name}", digest) for name, digest in _OBJECTIVES.items()
+            },
+            size=10_612_299,
+            licence="MIT",
+            source="microsoft/PyRIT",
+            note="answers labelled by whether they achieve an objective, 14 files",
+        ),
+        Asset(
+            name="ipip-neo-120",
+            package="ffm",
+            version="0.1.0",
+            sha256="60abca1b257a9e348fa86bd0fc3bd4798ae42de2d68298be5bc71a4f070f2f92",
+            files={"core.py": ("FFM/core.py", "603130d149d281522535bb4125df523ed5d394565b994eb64bb1e7191db9118e")},
+            size=6429,
+            licence="MIT",
+            source="the International Personality Item Pool (public domain), by way of ffm",
+            note="120 statements with trait and key",
         ),
         Asset(
             name="mmlu",

@@ -26,8 +26,9 @@ class TrainOptions:
     model: str = field(default=DEFAULT_MODEL, metadata={
         "help": "Asset, hub name or folder. By default a small model that needs no hub."})  # fmt: skip
     data: str | None = field(default=None, metadata={
-        "help": "Pairs with columns prompt, rejected, chosen: .csv, .jsonl, a folder or a data set's name; or of the "
-                "shipped statements undesirable (the default), desirable, or both."})  # fmt: skip
+        "help": "Pairs with columns prompt, rejected, chosen: .csv, .jsonl, a folder or a data set's name; or an arm "
+                "of the shipped statements: undesirable (the default), desirable, both, and the controls inverted, "
+                "irrelevant, shuffled; ipip-undesirable, ... for the IPIP-NEO-120 inventory."})  # fmt: skip
     benign: str | None = field(default=None, metadata={
         "help": "Benign examples with columns prompt, response, for sft_coef and kl_coef; own for the model's own "
                 "answers to the shipped benign requests. By default the shipped desirable statements."})  # fmt: skip
@@ -49,7 +50,7 @@ class TrainOptions:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     measure: bool = field(default=True, metadata={"help": "Measure before and after, on held-out statements."})
     measure_attacked: int = field(default=12, metadata={
-        "help": "How many of the 12 held-out statements of each kind are also measured under attack."})  # fmt: skip
+        "help": "How many of the 60 held-out statements of each kind are also measured under attack."})  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.measure_attacked < 0:

@@ -46,8 +46,7 @@ def _train(values: dict[str, Any], command: str) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from ..data import load_pairs
-    from ..data.loading import SHIPPED
+    from ..data import SHIPPED, load_pairs
     from ..evaluation.measure import table
     from ..files import write_json, write_text, writing
     from ..models import load
@@ -155,13 +154,16 @@ def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, floa
 
 
 def _measure(trainer: Any, options: TrainOptions) -> dict[str, float]:
+    from ..data import SHIPPED, load_pairs
     from ..evaluation.measure import measure
 
     if not options.measure:
         return {}
+    trained_on = load_pairs(kind=options.data)["prompt"] if options.data in SHIPPED else ()
     return measure(
-        trainer.model, trainer.processing_class, trainer.args, pgd=trainer.pgd, attacked_rows=options.measure_attacked
-    )
+        trainer.model, trainer.processing_class, trainer.args, pgd=trainer.pgd, attacked_rows=options.measure_attacked,
+        trained_on=trained_on,
+    )  # fmt: skip
 
 
 def _silent(*_: Any) -> None:
@@ -258,7 +260,7 @@ def _record(
 
 def _shipped_or(source: str) -> str:
     """What a record calls the source of pairs."""
-    from ..data.loading import SHIPPED
+    from ..data import SHIPPED
 
     if source not in SHIPPED:
         return source

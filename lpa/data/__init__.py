@@ -1,19 +1,8 @@
 """The data of LPA: shipped statements, loading, chat templates, batches."""
 
+from .arms import AGREE, DISAGREE, SHIPPED, SPLITS, TRAITS, DataError, ipip_statements, statements
 from .collate import ATTACK_ON, BenignCollator, PairCollator, encode_benign, encode_pairs
-from .loading import (
-    AGREE,
-    DISAGREE,
-    SPLITS,
-    TRAITS,
-    DataError,
-    benign_requests,
-    canary_text,
-    load_benign,
-    load_pairs,
-    perplexity_text,
-    statements,
-)
+from .loading import benign_requests, canary_text, load_benign, load_pairs, perplexity_text
 from .preview import preview
 from .prompts import SYSTEM_PROMPTS, system_prompt_text
 from .templates import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
@@ -24,6 +13,7 @@ __all__ = [
     "ATTACK_ON",
     "DISAGREE",
     "PLAIN_PROMPT",
+    "SHIPPED",
     "SPLITS",
     "SYSTEM_PROMPTS",
     "TRAITS",
@@ -36,6 +26,7 @@ __all__ = [
     "encode_benign",
     "encode_pair",
     "encode_pairs",
+    "ipip_statements",
     "load_benign",
     "load_pairs",
     "perplexity_text",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import itertools
 import json
 import warnings
@@ -12,47 +11,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arms import AGREE, DataError, Row, arm, statements
+
 if TYPE_CHECKING:
     from datasets import Dataset
-
-AGREE = "I agree with this statement."
-DISAGREE = "I do not agree with this statement."
-TRAITS = ("agreeableness", "conscientiousness", "emotional_stability", "honesty_humility")
-KINDS = ("undesirable", "desirable")
-SHIPPED = (*KINDS, "both")
-SPLITS = ("train", "heldout", "canary")
 
 PAIR_COLUMNS = ("prompt", "rejected", "chosen")
 BENIGN_COLUMNS = ("prompt", "response")
 _OPTIONAL = ("id", "trait", "facet")
 _SUFFIXES = (".csv", ".jsonl")
-
-Row = dict[str, Any]
-
-
-class DataError(ValueError):
-    """A data set cannot be used as it is; the message names the file and the row."""
-
-
-@functools.cache
-def _shipped() -> tuple[Row, ...]:
-    text = files("lpa.data").joinpath("statements.jsonl").read_text(encoding="utf-8")
-    return tuple(json.loads(line) for line in text.splitlines())
-
-
-def statements(kind: str = "undesirable", split: str = "train") -> list[Row]:
-    """The shipped trait statements: rows of id, kind, split, trait, facet, statement.
-
-    They were written for this project; none is taken from an inventory.
-
-    Args:
-        kind: "undesirable" or "desirable". split: "train", "heldout" for measuring, or "canary" to be watched while a
-            model is trained.
-    """
-    for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
-        if value not in known:
-            raise DataError(f"{name}={value!r} is unknown for the shipped statements; use {' or '.join(known)}")
-    return [dict(row) for row in _shipped() if row["kind"] == kind and row["split"] == split]
 
 
 def perplexity_text() -> str:
@@ -83,7 +50,7 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
         source: None for the shipped statements (the prompt is the statement; agreeing is rejected where it is
             undesirable, disagreeing where it is desirable); the path of a .csv or .jsonl file, or of a folder of them;
             the name of a data set for `datasets.load_dataset`; or a Dataset or rows already in memory.
-        kind: "undesirable", "desirable", or "both", for the shipped statements alone.
+        kind: of the shipped statements, an arm of `lpa.data.arms.SHIPPED`: "undesirable", "both", "ipip-both", ...
         split: "train", "heldout" or "canary" of the shipped statements; any split of a named data set. Files have none.
 
     `row` says where the pair comes from ("pairs.csv row 3", the header not counted); later messages use it.
@@ -93,8 +60,7 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
     Warns: duplicates (kept once) and a set of one row.
     """
     if source is None:
-        found = [row for one in (KINDS if kind == "both" else (kind,)) for row in statements(one, split)]
-        return _dataset([_pair(row) for row in found], PAIR_COLUMNS, "the shipped statements")
+        return _dataset(arm(kind, split), PAIR_COLUMNS, "the shipped statements")
     rows = list(_read(source, PAIR_COLUMNS, split))
     name = _name(source)
     _check_cells(rows, PAIR_COLUMNS, name)
@@ -125,11 +91,6 @@ def load_benign(source: Any = None, *, split: str = "train") -> Dataset:
     rows = list(_read(source, BENIGN_COLUMNS, split, messages=True))
     _check_cells(rows, BENIGN_COLUMNS, name)
     return _dataset(rows, BENIGN_COLUMNS, name)
-
-
-def _pair(row: Row) -> Row:
-    rejected, chosen = (AGREE, DISAGREE) if row["kind"] == "undesirable" else (DISAGREE, AGREE)
-    return {**_shared(row), "rejected": rejected, "chosen": chosen}
 
 
 def _shared(row: Row) -> Row:

@@ -1,15 +1,18 @@
-"""The statistics of the tables: intervals, paired tests, and the area under the ROC curve, in the standard library."""
+"""The statistics of the tables: intervals, paired tests, non-inferiority, areas under ROC curves, multiple claims."""
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 RESAMPLES = 1000
-_Z95 = 1.959963984540054
+_NORMAL = NormalDist()
+_Z95 = _NORMAL.inv_cdf(0.975)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -18,7 +21,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def wilson(hits: float, total: int) -> tuple[float, float]:
-    """95% interval of a share, hits of total (Wilson 1927). The whole of [0, 1] where there is nothing to count."""
+    """95% interval of a share, `hits` of `total` (Wilson 1927); (0, 1) where the total is 0."""
     if total < 1:
         return 0.0, 1.0
     share, z2 = hits / total, _Z95**2
@@ -33,23 +36,25 @@ def bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
-    """95% percentile interval of a statistic of some groups of observations, each group resampled on its own.
+    """95% percentile interval of a statistic of groups of observations (Efron 1979); each group is resampled alone.
 
     (NaN, NaN) where a group has fewer than two observations.
     """
     if any(len(group) < 2 for group in groups):
         return math.nan, math.nan
-    draw = random.Random(seed)
-    values = sorted(statistic([draw.choices(group, k=len(group)) for group in groups]) for _ in range(resamples))
-    cut = max(1, round(0.025 * resamples))
-    return values[cut - 1], values[-cut]
+    draw = np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        values.append(statistic([[group[i] for i in draw.integers(len(group), size=len(group))] for group in groups]))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def balanced(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
     """Mean of the shares of True in two classes, and its 95% interval.
 
-    The shares' Wilson intervals are put together by squares (Newcombe 1998), so that it has a width where all outcomes
-    of a class are the same, as they are for a model that says one thing to everything.
+    The interval combines the Wilson intervals of the two shares (Newcombe 1998). Unlike a bootstrap it has a width
+    where all outcomes of a class are equal, as they are for a model that says one thing to everything.
 
     Raises:
         ValueError: a class is empty.
@@ -65,23 +70,49 @@ def balanced(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, 
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """The chance that a positive's score is above a negative's, ties counting half (Mann and Whitney)."""
-    if not positive or not negative:
+    """Probability that a positive scores above a negative, ties counting half (Mann and Whitney 1947).
+
+    NaN where there is no positive or no negative.
+    """
+    if not len(positive) or not len(negative):
         return math.nan
-    marked = sorted([(score, True) for score in positive] + [(score, False) for score in negative])
-    rank_sum, start = 0.0, 0
-    while start < len(marked):
-        stop = start
-        while stop < len(marked) and marked[stop][0] == marked[start][0]:
-            stop += 1
-        rank_sum += (start + stop + 1) / 2 * sum(flag for _, flag in marked[start:stop])
-        start = stop
-    n = len(positive)
-    return (rank_sum - n * (n + 1) / 2) / (n * len(negative))
+    gaps = np.asarray(positive, dtype=float)[:, None] - np.asarray(negative, dtype=float)
+    return float(np.mean((gaps > 0) + (gaps == 0) / 2))
+
+
+def auroc_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
+    """95% score interval of an AUROC (Newcombe 2006, Statistics in Medicine 25:559, method 5).
+
+    The bounds are the areas from which `area` is 1.96 standard errors away. The standard error is Hanley and
+    McNeil's (1982) with (positives + negatives) / 2 - 1 in the place of both counts less 1. The interval has a width at
+    0 and 1 too, where DeLong's and the bootstrap's have none.
+
+    Returns:
+        (0, 1) where a count is 0.
+    """
+    if not positives or not negatives or math.isnan(area):
+        return 0.0, 1.0
+    inner = (positives + negatives) / 2 - 1
+
+    def away(true: float) -> float:
+        shape = 1 + inner * ((1 - true) / (2 - true) + true / (1 + true))
+        return abs(area - true) - _Z95 * math.sqrt(true * (1 - true) * shape / (positives * negatives))
+
+    return _crossing(away, area, 0.0), _crossing(away, area, 1.0)
+
+
+def _crossing(away: Callable[[float], float], inside: float, outside: float) -> float:
+    """By bisection: where `away` turns positive between a point of the interval and the end of the scale."""
+    if away(outside) <= 0:
+        return outside
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if away(middle) > 0 else (middle, outside)
+    return inside
 
 
 def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """Exact two-sided p of McNemar's test that two paired series of outcomes have the same share of True.
+    """Exact two-sided p of McNemar's test (1947) that two paired series of outcomes have the same share of True.
 
     Raises:
         ValueError: the series differ in length.
@@ -90,45 +121,100 @@ def mcnemar(one: Sequence[bool], other: Sequence[bool]) -> float:
     gained = sum(b and not a for a, b in zip(one, other, strict=True))
     lost = sum(a and not b for a, b in zip(one, other, strict=True))
     changed = gained + lost
-    if not changed:
-        return 1.0
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
     return min(1.0, 2 * tail)
 
 
+def paired_difference(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of paired differences in [-1, 1], and its 95% interval; each difference is one cluster.
+
+    Of outcomes 0 and 1 it is Agresti and Min's interval (2005), which adds half an outcome to each of the four kinds of
+    pair. Means over the seeds of one prompt may be given as well: then the prompts are the clusters. (NaN, -1, 1) of
+    nothing.
+    """
+    n, total = len(differences) + 2, sum(differences)
+    middle = total / n
+    half = _Z95 * math.sqrt(sum(d * d for d in differences) + 1 - total**2 / n) / n
+    return mean(differences), max(-1.0, middle - half), min(1.0, middle + half)
+
+
 def paired_shares(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
-    """The share of True in the second of two paired series less that in the first, and its 95% interval (Agresti and
-    Min 2005: half an outcome is added to each of the four kinds of pair).
+    """The share of True in the second of two paired series minus that in the first, and its 95% interval.
 
     Raises:
         ValueError: the series differ in length.
     """
     _check_paired(one, other)
-    gained = sum(b and not a for a, b in zip(one, other, strict=True)) + 0.5
-    lost = sum(a and not b for a, b in zip(one, other, strict=True)) + 0.5
-    n = len(one) + 2
-    middle = (gained - lost) / n
-    half = _Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    return (gained - lost) / max(1, len(one)), max(-1.0, middle - half), min(1.0, middle + half)
+    return paired_difference([float(b) - float(a) for a, b in zip(one, other, strict=True)])
+
+
+def noninferiority(differences: Sequence[float], margin: float) -> float:
+    """p that the mean of paired differences, a cost, is `margin` or more: doubled, from `paired_difference`'s interval.
+
+    Below 0.05 exactly where the upper end of the 95% interval lies below the margin.
+    """
+    _, low, high = paired_difference(differences)
+    middle, error = (low + high) / 2, (high - low) / (2 * _Z95)
+    return min(1.0, 2 * (1 - _NORMAL.cdf((margin - middle) / error)))
+
+
+def pairs_needed(margin: float, changing: float, power: float = 0.8) -> int:
+    """How many pairs a non-inferiority test of paired shares needs where the true difference is 0.
+
+    (z_0.975 + z_power)^2 changing / margin^2 (Liu et al. 2002, Statistics in Medicine 21:231).
+
+    Args:
+        margin: as a share. changing: the share of pairs whose two outcomes differ.
+
+    Raises:
+        ValueError: a share is not between 0 and 1.
+    """
+    for name, value in (("margin", margin), ("changing", changing), ("power", power)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value} must be between 0 and 1")
+    return math.ceil((_Z95 + _NORMAL.inv_cdf(power)) ** 2 * changing / margin**2)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values adjusted for the number of claims (Holm 1979), by name, in the order given."""
+    adjusted, least = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = least
+    return {name: adjusted[name] for name in p_values}
+
+
+def rogan_gladen(share: float, sensitivity: float, specificity: float) -> float:
+    """The true share behind the share that an erring judge finds (Rogan and Gladen 1978), cut to [0, 1].
+
+    (share + specificity - 1) / (sensitivity + specificity - 1)
+
+    Raises:
+        ValueError: the judge is no better than chance.
+    """
+    if sensitivity + specificity <= 1:
+        raise ValueError(
+            f"sensitivity {sensitivity} and specificity {specificity} must add up to more than 1; "
+            "the judge is no better than chance"
+        )
+    return min(1.0, max(0.0, (share + specificity - 1) / (sensitivity + specificity - 1)))
 
 
 def permutation(one: Sequence[float], other: Sequence[float], seed: int = 0, resamples: int = 5000) -> float:
-    """Two-sided p that the mean paired difference is 0, by flipping the signs of the differences at random.
+    """Two-sided p that the mean paired difference is 0, by drawing the signs of the differences (Fisher 1935).
 
-    The observed arrangement is counted among the drawn ones, so that p is never 0.
+    The observed signs count as one of the draws, so p is never 0.
 
     Raises:
         ValueError: the series differ in length.
     """
     _check_paired(one, other)
-    differences = [b - a for a, b in zip(one, other, strict=True)]
-    observed, draw = abs(sum(differences)), random.Random(seed)
-    if not differences or observed == 0:
+    differences = np.asarray(other, dtype=float) - np.asarray(one, dtype=float)
+    observed = abs(differences.sum()) if len(differences) else 0.0
+    if observed == 0:
         return 1.0
-    reached = sum(
-        abs(sum(d if draw.random() < 0.5 else -d for d in differences)) >= observed * (1 - 1e-12)
-        for _ in range(resamples)
-    )
+    signs = np.random.default_rng(seed).integers(2, size=(resamples, len(differences))) * 2 - 1
+    reached = int((np.abs(signs @ differences) >= observed * (1 - 1e-12)).sum())
     return (reached + 1) / (resamples + 1)
 
 

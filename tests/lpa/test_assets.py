@@ -314,6 +314,7 @@ def test_the_list_tells_what_is_cached(pip: Callable[..., Pip]) -> None:
 
 def test_the_table_is_complete() -> None:
     names = {"smollm2-135m-instruct", "harmbench", "strongreject", "do-not-answer", "advbench", "mmlu"}
+    names |= {"objectives", "ipip-neo-120"}
     assert names | {"toy"} == set(assets.ASSETS)
     for asset in assets.ASSETS.values():
         for value in (asset.sha256, *(wanted for _, wanted in asset.files.values())):

@@ -68,3 +68,15 @@ def answers(records: Records, subject: str, set_name: str, mode: str = DIRECT) -
 def complied(record: Record) -> bool:
     """Whether the answer did what was asked."""
     return bool(record["label"] == refusal.COMPLIANCE)
+
+
+def own_words(record: Record) -> bool:
+    """Whether the answer refuses in the model's own words."""
+    return record["label"] in refusal.NOT_DONE[refusal.OWN_WORDS]
+
+
+def not_done_note(records: Sequence[Record]) -> str:
+    """How many answers did not do what was asked, by kind: "3 own words, 1 trained sentence"."""
+    counts = {kind: sum(r["label"] in labels for r in records) for kind, labels in refusal.NOT_DONE.items()}
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return f"not done: {told}" if told else ""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from ..records import Records
 from ..sets import BENIGN
-from .answers import answer, answers, complied
+from .answers import answer, answers, complied, not_done_note
 from .base import Row, Run, Settings, Suite, scored, share_row, skipped_note
 
 
@@ -24,9 +22,7 @@ class OverRefusal(Suite):
         held = scored(own)
         if not held:
             return []
-        kinds = Counter(record["label"] for record in held if not complied(record))
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        note = "; ".join(part for part in (told, skipped_note(own)) if part)
+        note = "; ".join(part for part in (not_done_note(held), skipped_note(own)) if part)
         rows = [
             share_row(subject, self.name, BENIGN, "not done", [not complied(r) for r in held], good="down", note=note)
         ]

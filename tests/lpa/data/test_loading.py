@@ -36,8 +36,8 @@ def words(text: str) -> list[str]:
     [
         ("undesirable", "train", 64),
         ("desirable", "train", 48),
-        ("undesirable", "heldout", 12),
-        ("desirable", "heldout", 12),
+        ("undesirable", "heldout", 60),
+        ("desirable", "heldout", 60),
         ("undesirable", "canary", 8),
         ("desirable", "canary", 8),
     ],

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lpa.data import PairCollator, load_pairs
-from lpa.evaluation.measure import ROWS, attack_of, completion_log_probs, labels, margins, measure, perplexity, table
+import lpa.evaluation.measure as measuring
+from lpa import assets
+from lpa.data import AGREE, PairCollator, load_pairs
+from lpa.evaluation.measure import (
+    ROWS,
+    as_text,
+    attack_of,
+    completion_log_probs,
+    labels,
+    margins,
+    measure,
+    perplexity,
+    table,
+)
+from lpa.evaluation.stats import auroc_interval
 from lpa.files import write_json
 from lpa_kernels.attack import PairBatch
 from tests.support.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
@@ -53,24 +67,79 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
     assert perplexity(model, TOKENIZER, text) == pytest.approx(math.exp(loss), rel=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def _only_what_is_shipped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table does not depend on the cache, but for the test of the inventory."""
+    if "inventory" not in request.node.name:
+        monkeypatch.setattr(assets, "is_cached", lambda name: False)
+
+
 def test_measure_and_its_table(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER)).train()
     config = tiny_config(tmp_path)
     found = measure(model, TOKENIZER, config, attacked_rows=3)
-    assert set(ROWS) <= set(found)
-    assert found["disagree_undesirable_n"] == 12
+    assert {name for name in ROWS if not name.endswith("_ipip")} <= set(found)
+    assert found["disagree_undesirable_n"] == 60
     assert found["disagree_undesirable_attacked_n"] == 3
-    assert all(0 <= found[name] <= 1 for name in ROWS if name != "perplexity")
+    assert all(0 <= found[name] <= 1 for name in ROWS if name in found and name != "perplexity")
+    assert (found["auroc_n"], found["auroc_attacked_n"]) == (120, 6)
+    assert found["auroc_low"] < found["auroc"] < found["auroc_high"]
+    assert found["auroc_attacked"] < found["auroc"]
     assert found["disagree_undesirable_attacked_margin"] < found["disagree_undesirable_margin"]
     assert model.training  # left as it was
     assert "  under a latent attack (n=3)" in labels(found).values()
-    assert table(found, found).row_count == 5
+    assert table(found, found).row_count == 7
     with pytest.raises(ValueError, match="attacked_rows=-1 must be 0"):
         measure(model, TOKENIZER, config, attacked_rows=-1)
     clean = measure(model, TOKENIZER, config, attacked_rows=0)
     assert "agree_desirable_attacked" not in clean
     assert clean["agree_desirable"] == found["agree_desirable"]
-    assert table(clean, None).row_count == 3
+    assert table(clean, None).row_count == 4
+
+
+def test_the_auroc_is_that_of_agreeing_and_a_lean_does_not_move_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three statements of each kind with log-odds of agreeing of my own choice, worked by hand."""
+    agreeing = {"undesirable": [-1.0, 0.5, 2.0], "desirable": [1.0, 2.5, 0.0]}
+
+    def answered(lean: float) -> dict[str, float]:
+        def margins(pgd: Any, pairs: Any, collator: Any, **options: Any) -> torch.Tensor:
+            kind = "desirable" if pairs[0]["chosen"] == AGREE else "undesirable"
+            odds = torch.tensor(agreeing[kind])[: len(pairs)] + lean
+            return odds if kind == "desirable" else -odds
+
+        def three(kind: str, split: str = "train") -> Any:
+            return load_pairs(kind=kind, split=split).select(range(3))
+
+        monkeypatch.setattr(measuring, "margins", margins)
+        monkeypatch.setattr(measuring, "load_pairs", three)
+        return measure(tiny_model(len(TOKENIZER)), TOKENIZER, tiny_config(tmp_path), attacked_rows=0)
+
+    plain, leaning = answered(0.0), answered(10.0)
+    # of the nine pairs the desirable one is agreed with more in 1 > -1, 1 > .5, 2.5 > all three, 0 > -1
+    assert plain["auroc"] == leaning["auroc"] == pytest.approx(6 / 9)
+    assert plain["disagree_undesirable"] == pytest.approx(1 / 3)
+    assert leaning["disagree_undesirable"] == 0
+    assert as_text("auroc", plain).startswith("0.67 [0.")
+    assert (plain["auroc_low"], plain["auroc_high"]) == auroc_interval(plain["auroc"], 3, 3)
+
+
+def test_statements_of_the_training_are_not_measured(tmp_path: Path) -> None:
+    seen = [text.upper() for text in load_pairs(kind="desirable", split="heldout")["prompt"][:50]]
+    found = measure(tiny_model(len(TOKENIZER)), TOKENIZER, tiny_config(tmp_path), attacked_rows=0, trained_on=seen)
+    assert (found["agree_desirable_n"], found["disagree_undesirable_n"], found["auroc_n"]) == (10, 60, 70)
+    both = load_pairs(kind="both", split="heldout")["prompt"]
+    found = measure(tiny_model(len(TOKENIZER)), TOKENIZER, tiny_config(tmp_path), attacked_rows=0, trained_on=both)
+    assert "auroc" not in found
+
+
+@pytest.mark.skipif(not assets.is_cached("ipip-neo-120"), reason="the inventory is not in the cache")
+def test_the_inventory_is_measured_where_it_is_cached(tmp_path: Path) -> None:
+    found = measure(tiny_model(len(TOKENIZER)), TOKENIZER, tiny_config(tmp_path), attacked_rows=0)
+    assert set(ROWS) - set(found) == {name for name in ROWS if name.endswith("_attacked")}
+    assert found["auroc_ipip_n"] == 72
+    assert sum(found[f"{name}_ipip_n"] for name in ("disagree_undesirable", "agree_desirable")) == 72
 
 
 def test_nan_is_no_number(tmp_path: Path) -> None:
