@@ -187,7 +187,8 @@ def as_text(name: str, found: Mapping[str, float] | None) -> str:
     if name == "perplexity":
         return f"{found[name]:.2f}"
     if f"{name}_low" in found:
-        return f"{found[name]:.2f} [{found[f'{name}_low']:.2f}, {found[f'{name}_high']:.2f}]"
+        area, low, high = (100 * found[f"{name}{end}"] for end in ("", "_low", "_high"))
+        return f"{area:.0f}% [{low:.0f}, {high:.0f}]"
     return f"{100 * found[name]:.0f}% ({found[f'{name}_margin']:+.2f})"
 
 

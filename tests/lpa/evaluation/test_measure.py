@@ -121,7 +121,7 @@ def test_the_auroc_is_that_of_agreeing_and_a_lean_does_not_move_it(
     assert plain["auroc"] == leaning["auroc"] == pytest.approx(6 / 9)
     assert plain["disagree_undesirable"] == pytest.approx(1 / 3)
     assert leaning["disagree_undesirable"] == 0
-    assert as_text("auroc", plain).startswith("0.67 [0.")
+    assert as_text("auroc", plain).startswith("67% [")
     assert (plain["auroc_low"], plain["auroc_high"]) == auroc_interval(plain["auroc"], 3, 3)
 
 
