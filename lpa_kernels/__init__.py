@@ -10,7 +10,7 @@ from .attack import (
     PairBatch,
     shared_prefix,
 )
-from .compat import EmbeddingSpaceAttack, clear_hooks, fused_latent_pgd, patch_latent_at
+from .compat import EmbeddingSpaceAttack, clear_hooks, fused_latent_pgd, patch_latent_at, patch_trl
 from .ops import PGDOptimizer, linear_token_loss, perturb, pgd_update_, project_, token_loss, token_loss_
 from .ops import backends as _backends
 
@@ -37,6 +37,7 @@ __all__ = [
     "fused_latent_pgd",
     "linear_token_loss",
     "patch_latent_at",
+    "patch_trl",
     "perturb",
     "pgd_update_",
     "project_",

@@ -6,7 +6,7 @@ from .completions import Completions, shared_layout, shared_prefix
 from .graphs import forget_graphs
 from .layout import Layout, pack, unshared
 from .objective import Objective, kl_rows
-from .passes import PairRows, adapters_off, layout_logits, two_pass_rows
+from .passes import PairRows, adapters_off, layout_logits, layout_pass, two_pass_rows
 from .pgd import LatentPGD
 from .result import AttackResult
 from .settings import ENGINES, GRAPHS, NORMS, AttackSettings
@@ -32,6 +32,7 @@ __all__ = [
     "forget_graphs",
     "kl_rows",
     "layout_logits",
+    "layout_pass",
     "output_head",
     "pack",
     "resolve_sites",

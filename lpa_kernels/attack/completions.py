@@ -13,14 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model.facts import known, model_key, remembered, say_once
 from ..model.head import logits_of, output_head, plain_head, selected_rows
-from ..model.perturbation import kept_for_recompute
 from ..model.sharding import is_sharded
 from ..model.sites import language_model
 from ..ops import token_loss
 from .batch import PairBatch
 from .layout import PADDING, PREFIX, Layout, text_lengths
-from .masks import packed_masks
-from .passes import run_layout
+from .passes import layout_pass
 from .probe import can_pack
 from .verdicts import way_of
 
@@ -301,10 +299,10 @@ def _log_probs(model: nn.Module, inner: nn.Module, layout: Layout) -> Tensor:
     chunked = size >= CHUNK_FROM and model is inner and not is_sharded(inner)
     chunked = chunked and remembered(inner, "plain head", model_key(inner), partial(plain_head, inner))
     with (
-        kept_for_recompute(inner, partial(packed_masks, layout)),
+        layout_pass(inner, layout) as inputs,
         selected_rows(inner, layout.shape, layout.places, run_head=not chunked) as selected,
     ):
-        output = run_layout(model, layout)
+        output = model(**inputs, use_cache=False)
     if not chunked:
         return _scored(None, logits_of(output), layout.labels)
     assert selected.hidden is not None

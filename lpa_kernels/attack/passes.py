@@ -102,13 +102,13 @@ def two_pass_rows(
 def layout_logits(model: nn.Module, layout: Layout) -> Tensor:
     """[N, V]: the logits that predict a layout's labels, from one pass; the head runs on these rows alone."""
     with selected_rows(model, layout.shape, layout.places):
-        return logits_of(run_layout(model, layout))
+        return logits_of(_run(model, layout))
 
 
 def layout_hidden(model: nn.Module, layout: Layout) -> Tensor:
     """[N, H]: the hidden states that the head would make `layout_logits` of."""
     with selected_rows(model, layout.shape, layout.places, run_head=False) as rows:
-        run_layout(model, layout)
+        _run(model, layout)
     assert rows.hidden is not None
     return rows.hidden
 
@@ -118,14 +118,31 @@ def layout_rows(model: nn.Module, layout: Layout) -> PairRows:
     return PairRows(layout_logits(model, layout), layout.labels, layout.rejected, layout.example, layout.size)
 
 
-def run_layout(model: nn.Module, layout: Layout) -> Any:
-    """What the model returns for a layout's tokens. On plain ones the library chooses its fastest causal attention."""
-    extra: dict[str, Tensor] = {}
-    if layout.packed:
-        positions = layout.position_ids + layout.first_position if layout.first_position else layout.position_ids
-        extra = {"attention_mask": layout.attention_mask, "position_ids": positions}
+def layout_inputs(layout: Layout) -> dict[str, Tensor]:
+    """What a model is called with for a layout. On tokens alone the library takes its fastest causal attention."""
+    if not layout.packed:
+        return {"input_ids": layout.input_ids}
+    positions = layout.position_ids + layout.first_position if layout.first_position else layout.position_ids
+    return {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "position_ids": positions}
+
+
+def _run(model: nn.Module, layout: Layout) -> Any:
+    """What the model returns for a layout's tokens."""
     with packed_masks(layout) if layout.packed else nullcontext():
-        return model(input_ids=layout.input_ids, use_cache=False, **extra)
+        return model(**layout_inputs(layout), use_cache=False)
+
+
+@contextmanager
+def layout_pass(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
+    """For passes that others run: within it `model` may be called with what is yielded, and `use_cache=False`.
+
+    A backward pass may follow after it, through checkpointed activations too.
+    """
+    if not layout.packed:
+        yield layout_inputs(layout)
+        return
+    with kept_for_recompute(model, partial(packed_masks, layout)):
+        yield layout_inputs(layout)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..model.facts import model_key, remembered, text_config
 from ..model.modes import probing
@@ -96,8 +97,8 @@ def _read(model: nn.Module) -> str:
     """Why the model cannot be packed as far as it says so itself; "" if it does not."""
     get: Any = getattr(model, "get_base_model", None)
     base: Any = model if get is None else get()
-    if get is None and hasattr(model, "peft_config"):  # peft's mixed model has no such method
-        base = model.base_model.model  # type: ignore[union-attr]
+    if get is None and not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
+        base = model.base_model.model  # type: ignore[union-attr]  # peft's mixed model has no such method
     config = text_config(base)
     if config is None:
         return f"{type(base).__name__} has no configuration"

@@ -2,5 +2,6 @@
 
 from .continuous_advtrain import EmbeddingSpaceAttack
 from .latent_at import clear_hooks, fused_latent_pgd, patch_latent_at
+from .trl import patch_trl
 
-__all__ = ["EmbeddingSpaceAttack", "clear_hooks", "fused_latent_pgd", "patch_latent_at"]
+__all__ = ["EmbeddingSpaceAttack", "clear_hooks", "fused_latent_pgd", "patch_latent_at", "patch_trl"]

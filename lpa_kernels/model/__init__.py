@@ -1,8 +1,9 @@
 """What is known of a model and done to it for the time of an attack."""
 
-from .facts import forget, ours, say_once
+from .facts import forget, known, model_key, ours, remembered, say_once
 from .head import output_head
-from .modes import eval_mode, frozen_eval, merged_adapters
+from .hooks import hooked
+from .modes import eval_mode, frozen_eval, merged_adapters, probing
 from .perturbation import rows_by_length
 from .sites import Site, decoder_layers, hidden_of, in_block, language_model, resolve_sites, unwrapped, with_hidden
 
@@ -13,11 +14,16 @@ __all__ = [
     "forget",
     "frozen_eval",
     "hidden_of",
+    "hooked",
     "in_block",
+    "known",
     "language_model",
     "merged_adapters",
+    "model_key",
     "ours",
     "output_head",
+    "probing",
+    "remembered",
     "resolve_sites",
     "rows_by_length",
     "say_once",
