@@ -26,7 +26,8 @@ class TrainOptions:
     model: str = field(default=DEFAULT_MODEL, metadata={
         "help": "Asset, hub name or folder. By default a small model that needs no hub."})  # fmt: skip
     data: str | None = field(default=None, metadata={
-        "help": "Pairs with columns prompt, rejected, chosen: .csv, .jsonl, a folder or a data set's name; or an arm "
+        "help": "Pairs with columns prompt, rejected, chosen, or statements with a key: .csv, .tsv, .json, .jsonl, "
+                ".parquet, a folder or a data set's name; or an arm "
                 "of the shipped statements: undesirable (the default), desirable, both, and the controls inverted, "
                 "irrelevant, shuffled; ipip-undesirable, ... for the IPIP-NEO-120 inventory."})  # fmt: skip
     benign: str | None = field(default=None, metadata={

@@ -46,7 +46,7 @@ def _train(values: dict[str, Any], command: str) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from ..data import SHIPPED, load_pairs
+    from ..data import load_pairs
     from ..evaluation.measure import table
     from ..files import write_json, write_text, writing
     from ..models import load
@@ -58,7 +58,7 @@ def _train(values: dict[str, Any], command: str) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()  # what it says is about a loop that here is only a part
     begun = time.time()
-    pairs = load_pairs(kind=options.data) if options.data in SHIPPED else load_pairs(options.data)
+    pairs = load_pairs(options.data)
     loading: dict[str, Any] = {
         "dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
         "attn_implementation": options.attn_implementation,

@@ -1,10 +1,11 @@
 """The data of LPA: shipped statements, loading, chat templates, batches."""
 
-from .arms import AGREE, DISAGREE, SHIPPED, SPLITS, TRAITS, DataError, ipip_statements, statements
+from .arms import AGREE, DISAGREE, SHIPPED, SPLITS, TRAITS, ipip_statements, statements
 from .collate import ATTACK_ON, BenignCollator, PairCollator, encode_benign, encode_pairs
 from .loading import benign_requests, canary_text, load_benign, load_pairs, perplexity_text
 from .preview import preview
 from .prompts import SYSTEM_PROMPTS, system_prompt_text
+from .tables import DataError
 from .templates import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
 
 __all__ = [

@@ -11,6 +11,8 @@ from typing import Any
 
 from lpa import assets
 
+from .tables import DataError, Row
+
 AGREE = "I agree with this statement."
 DISAGREE = "I do not agree with this statement."
 TRAITS = ("agreeableness", "conscientiousness", "emotional_stability", "honesty_humility")
@@ -20,12 +22,6 @@ SPLITS = ("train", "heldout", "canary")
 ARMS = (*KINDS, "both", "inverted", IRRELEVANT, "shuffled")
 IPIP = "ipip"
 SHIPPED = (*ARMS, *(f"{IPIP}-{arm}" for arm in ARMS))
-
-Row = dict[str, Any]
-
-
-class DataError(ValueError):
-    """A data set cannot be used as it is; the message names the file and the row."""
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .loading import DataError
+from .tables import DataError
 from .templates import ChatEncoder, warn_inert
 
 if TYPE_CHECKING:

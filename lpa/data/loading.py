@@ -1,17 +1,16 @@
-"""Read pairs and benign examples from the shipped statements, CSV, JSONL, folders and the `datasets` library."""
+"""Read pairs and benign examples: the shipped statements, and what `tables` reads, in any of the usual formats."""
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arms import AGREE, DataError, Row, arm, statements
+from .arms import AGREE, DISAGREE, SHIPPED, arm, statements
+from .tables import DataError, Row, check_cells, first_exchange, is_conversation, rows_of, some_of, turns_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,7 +18,10 @@ if TYPE_CHECKING:
 PAIR_COLUMNS = ("prompt", "rejected", "chosen")
 BENIGN_COLUMNS = ("prompt", "response")
 _OPTIONAL = ("id", "trait", "facet")
-_SUFFIXES = (".csv", ".jsonl")
+_STATEMENTS, _KEYS = ("statement", "item", "text"), ("key", "keyed", "label", "kind")
+# what a statement's key may say: one is to agree with it, or not
+_AGREED = {"1": True, "+1": True, "+": True, "positive": True, "desirable": True, "agree": True,
+           "-1": False, "-": False, "\u2212": False, "\u22121": False, "negative": False, "undesirable": False, "disagree": False}  # fmt: skip
 
 
 def perplexity_text() -> str:
@@ -47,27 +49,43 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
     """Pairs to train or measure on: columns prompt, rejected, chosen, row, and id, trait, facet where there are any.
 
     Args:
-        source: None for the shipped statements (the prompt is the statement; agreeing is rejected where it is
-            undesirable, disagreeing where it is desirable); the path of a .csv or .jsonl file, or of a folder of them;
-            the name of a data set for `datasets.load_dataset`; or a Dataset or rows already in memory.
-        kind: of the shipped statements, an arm of `lpa.data.arms.SHIPPED`: "undesirable", "both", "ipip-both", ...
-        split: "train", "heldout" or "canary" of the shipped statements; any split of a named data set. Files have none.
+        source: None or an arm of `lpa.data.arms.SHIPPED` ("both", "ipip-both", ...) for the shipped statements (the
+            prompt is the statement; agreeing is rejected where it is undesirable, disagreeing where it is desirable);
+            or what `tables.rows_of` reads: a file or folder (.csv, .tsv, .json, .jsonl, .parquet), a data set of the
+            hub or in memory, a DataFrame, a dict of columns, rows.
+        kind: the arm, where `source` is None.
+        split: "train", "heldout" or "canary" of the shipped statements; any split of a data set that has some.
+
+    A row is in one of these formats:
+
+    - prompt, rejected, chosen as texts;
+    - the same as messages, where the prompt may also be the beginning that rejected and chosen share (TRL's
+      conversational preference formats); one user message, the run's system prompt in the place of the row's;
+    - statement and key: +1, positive or desirable for what is to be agreed with; -1, negative or undesirable for what
+      is not. The completions are made as those of the shipped statements are.
 
     `row` says where the pair comes from ("pairs.csv row 3", the header not counted); later messages use it.
 
     Raises:
         DataError: an unreadable file, a missing column, no rows, empty cells, or equal completions.
-    Warns: duplicates (kept once) and a set of one row.
+    Warns: duplicates (kept once), a set of one row, a prompt with opposite labels, and system messages, which go unused.
     """
+    if isinstance(source, str) and source in SHIPPED and not Path(source).exists():
+        source, kind = None, source
     if source is None:
         return _dataset(arm(kind, split), PAIR_COLUMNS, "the shipped statements")
-    rows = list(_read(source, PAIR_COLUMNS, split))
     name = _name(source)
-    _check_cells(rows, PAIR_COLUMNS, name)
+    system: list[str] = []
+    rows = [_as_pair(row, where, system) for where, row in _read(source, split)]
+    if system:
+        _warn(f"{name}: system messages are not used, the run's system_prompt is; there are some in {some_of(system)}")
+    check_cells(rows, PAIR_COLUMNS, name)
     if same := [row["row"] for row in rows if row["rejected"] == row["chosen"]]:
         raise DataError(
             f"{some_of(same)}: rejected and chosen are the same text; a pair needs two different completions"
         )
+    if opposite := _opposite(rows):
+        _warn(f"{name}: the same prompt with opposite labels in {some_of(opposite)}")
     return _dataset(rows, PAIR_COLUMNS, name)
 
 
@@ -76,8 +94,8 @@ def load_benign(source: Any = None, *, split: str = "train") -> Dataset:
 
     Args:
         source: None for the shipped desirable statements, each answered "I agree with this statement."; else as in
-            `load_pairs`, with columns prompt and response, or a column messages (role and content) of which the first
-            user message and the answer to it are taken.
+            `load_pairs`, with columns prompt and response (or completion, as texts or messages), or a column messages
+            (role and content) of which the first user message and the answer to it are taken.
         split: as in `load_pairs`.
 
     Raises:
@@ -88,9 +106,121 @@ def load_benign(source: Any = None, *, split: str = "train") -> Dataset:
         rows = [{**_shared(r), "response": AGREE} for r in statements("desirable", split)]
         return _dataset(rows, BENIGN_COLUMNS, "the shipped statements")
     name = _name(source)
-    rows = list(_read(source, BENIGN_COLUMNS, split, messages=True))
-    _check_cells(rows, BENIGN_COLUMNS, name)
+    unused: list[str] = []
+    rows = [_as_benign(row, where, unused) for where, row in _read(source, split)]
+    if unused:
+        _warn(f"{name}: only the first user message and its answer are used; there are others in {some_of(unused)}")
+    check_cells(rows, BENIGN_COLUMNS, name)
     return _dataset(rows, BENIGN_COLUMNS, name)
+
+
+def _read(source: Any, split: str) -> Iterator[tuple[str, Row]]:
+    """(where, row) of any source; rows that were loaded before say themselves where they stood."""
+    for label, row in rows_of(source, split):
+        where = row.get("row") if not isinstance(source, (str, Path)) else None
+        yield where if isinstance(where, str) else label, row
+
+
+def _as_pair(raw: Row, where: str, system: list[str]) -> Row:
+    """prompt, rejected and chosen of a row in any of the formats; where a system message stood is added to `system`."""
+    row = dict(raw)
+    completions = [row.get("rejected"), row.get("chosen")]
+    if all(map(is_conversation, completions)):
+        row |= _of_conversation(row.get("prompt"), *completions, where=where, system=system)
+    elif not set(PAIR_COLUMNS) & set(row) - {"prompt"} and (made := _of_statement(row, where)):
+        row |= made
+    elif is_conversation(row.get("prompt")):
+        row["prompt"] = _question(turns_of(row["prompt"], where), where, system)
+    if absent := [column for column in PAIR_COLUMNS if column not in row]:
+        raise DataError(
+            f"{where} has no column {', '.join(absent)}; the columns must be {', '.join(PAIR_COLUMNS)} (or statement, "
+            f"key), found: {_found(raw)}"
+        )
+    return {**{column: row[column] for column in PAIR_COLUMNS}, "row": where, **_tags(row)}
+
+
+def _of_conversation(prompt: Any, rejected: Any, chosen: Any, *, where: str, system: list[str]) -> Row:
+    """TRL's conversational preference format, with the prompt apart or as the beginning that both share."""
+    bad, good = turns_of(rejected, where), turns_of(chosen, where)
+    if is_conversation(prompt):
+        asked = turns_of(prompt, where)
+    else:
+        asked = [turn for turn, other in zip(bad, good, strict=False) if turn == other]
+        if asked != bad[: len(asked)] or asked != good[: len(asked)]:
+            raise DataError(f"{where}: rejected and chosen differ before their last messages")
+        bad, good = bad[len(asked) :], good[len(asked) :]
+        if isinstance(prompt, str) and not asked:
+            asked = [("user", prompt)]
+    for name, turns in (("rejected", bad), ("chosen", good)):
+        if [role for role, _ in turns] != ["assistant"]:
+            roles = ", ".join(str(role) for role, _ in turns) or "nothing"
+            raise DataError(f"{where}: {name} must be one assistant message after the prompt; it is {roles}")
+    return {"prompt": _question(asked, where, system), "rejected": bad[0][1], "chosen": good[0][1]}
+
+
+def _question(turns: Sequence[tuple[str, Any]], where: str, system: list[str]) -> Any:
+    """The text of a prompt's only user message."""
+    if turns and turns[0][0] == "system":
+        system.append(where)
+        turns = turns[1:]
+    if [role for role, _ in turns] != ["user"]:
+        roles = ", ".join(str(role) for role, _ in turns) or "nothing"
+        raise DataError(f"{where}: the prompt must be one user message (after a system message at most); it is {roles}")
+    return turns[0][1]
+
+
+def _of_statement(row: Row, where: str) -> Row | None:
+    """The pair of a statement with a key; None where the row is something else."""
+    statement = next((name for name in _STATEMENTS if name in row), "prompt" if "prompt" in row else None)
+    key = next((name for name in _KEYS if name in row), None)
+    if statement is None or key is None or "completion" in row:
+        return None
+    value = row[key]
+    word = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
+    if isinstance(value, bool) or word not in _AGREED:
+        raise DataError(
+            f"{where}: {key} is {value!r}; it must be +1, positive or desirable for a statement that is to be agreed "
+            "with, and -1, negative or undesirable for one that is not"
+        )
+    rejected, chosen = (DISAGREE, AGREE) if _AGREED[word] else (AGREE, DISAGREE)
+    return {"prompt": row[statement], "rejected": rejected, "chosen": chosen}
+
+
+def _as_benign(raw: Row, where: str, unused: list[str]) -> Row:
+    row = dict(raw)
+    if "completion" in row and "response" not in row:
+        row["response"] = row["completion"]
+    if is_conversation(row.get("prompt")) and is_conversation(row.get("response")):
+        row["messages"] = [*row.pop("prompt"), *row.pop("response")]
+    if "messages" in row and not all(column in row for column in BENIGN_COLUMNS):
+        row["prompt"], row["response"], whole = first_exchange(row["messages"], where)
+        if not whole:
+            unused.append(where)
+    if absent := [column for column in BENIGN_COLUMNS if column not in row]:
+        raise DataError(
+            f"{where} has no column {', '.join(absent)}; the columns must be {', '.join(BENIGN_COLUMNS)} "
+            f"(or messages), found: {_found(raw)}"
+        )
+    return {**{column: row[column] for column in BENIGN_COLUMNS}, "row": where, **_tags(row)}
+
+
+def _opposite(rows: Sequence[Row]) -> list[str]:
+    """Which rows reject what another one chooses for the same prompt."""
+    seen: dict[tuple[str, ...], str] = {}
+    found = []
+    for row in rows:
+        if other := seen.get((row["prompt"], row["chosen"], row["rejected"])):
+            found.append(f"{other} and {row['row']}")
+        seen.setdefault((row["prompt"], row["rejected"], row["chosen"]), row["row"])
+    return found
+
+
+def _found(row: Row) -> str:
+    return ", ".join(map(str, row)) or "none"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _shared(row: Row) -> Row:
@@ -103,136 +233,6 @@ def _tags(row: Mapping[str, Any]) -> Row:
 
 def _name(source: Any) -> str:
     return str(source) if isinstance(source, (str, Path)) else "the data set"
-
-
-def some_of(rows: Sequence[str]) -> str:
-    """The first few of many."""
-    return ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-
-
-def _read(source: Any, columns: Sequence[str], split: str, messages: bool = False) -> Iterator[Row]:
-    """The rows of any source with their wanted columns and where they stand."""
-    unused: list[str] = []
-    for label, raw in _parts(source, split):
-        row = dict(raw)
-        where = row.get("row") if not isinstance(source, (str, Path)) else None
-        where = where if isinstance(where, str) else label
-        if messages and "messages" in row and not all(column in row for column in columns):
-            row["prompt"], row["response"], whole = _first_exchange(row["messages"], where)
-            if not whole:
-                unused.append(where)
-        if absent := [column for column in columns if column not in row]:
-            wanted = ", ".join(columns) + (" (or messages)" if messages else "")
-            found = ", ".join(str(key) for key in raw) or "none"
-            raise DataError(f"{where} has no column {', '.join(absent)}; the columns must be {wanted}, found: {found}")
-        yield {**{column: row[column] for column in columns}, "row": where, **_tags(row)}
-    if unused:
-        message = "only the first user message and its answer are used"
-        warnings.warn(f"{_name(source)}: {message}; there are others in {some_of(unused)}", stacklevel=4)
-
-
-def _parts(source: Any, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, row) of every row."""
-    if not isinstance(source, (str, Path)):
-        for number, row in enumerate(source, 1):
-            yield f"row {number}", row
-        return
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
-        if not found:
-            raise DataError(f"the folder {path} holds no .csv or .jsonl file")
-        for file in found:
-            yield from _file(file)
-    elif path.is_file() or path.suffix.lower() in _SUFFIXES:
-        yield from _file(path)
-    else:
-        for number, row in enumerate(_named(str(source), split), 1):
-            yield f"{source} row {number}", row
-
-
-def _named(name: str, split: str) -> Iterable[Mapping[str, Any]]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library and its hub raise many kinds
-        raise DataError(
-            f"{name!r} is no file or folder here, and datasets cannot load it (split {split!r}): {error}"
-        ) from error
-
-
-def _file(path: Path) -> Iterator[tuple[str, Row]]:
-    if path.suffix.lower() not in _SUFFIXES:
-        raise DataError(f"{path} is neither .csv nor .jsonl; save it as one of these")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            read = _csv if path.suffix.lower() == ".csv" else _jsonl
-            for number, row in enumerate(read(stream, path), 1):
-                yield f"{path.name} row {number}", row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _csv(stream: Iterable[str], path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(stream, strict=True)
-    for row in reader:
-        if None in row:
-            header = ", ".join(reader.fieldnames or ())
-            raise DataError(
-                f"{path.name} line {reader.line_num} has more cells than the header ({header}); "
-                "put cells that contain commas in double quotes"
-            )
-        yield row
-
-
-def _jsonl(stream: Iterable[str], path: Path) -> Iterator[Row]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path.name} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path.name} line {number} is a {type(row).__name__}; each line must be a JSON object")
-        yield row
-
-
-def _first_exchange(messages: Any, where: str) -> tuple[Any, Any, bool]:
-    """(prompt, response, whether that was all there is)."""
-    try:
-        turns = [(message["role"], message["content"]) for message in messages]
-    except (TypeError, KeyError):
-        raise DataError(f"{where}: messages must be a list of objects with role and content") from None
-    for (role, prompt), (next_role, response) in itertools.pairwise(turns):
-        if (role, next_role) == ("user", "assistant"):
-            return prompt, response, len(turns) == 2
-    raise DataError(f"{where}: messages hold no user message that an assistant message follows")
-
-
-def _check_cells(rows: Sequence[Row], columns: Sequence[str], name: str) -> None:
-    if not rows:
-        raise DataError(f"{name} has no rows; give at least one with {', '.join(columns)}")
-    cells = [(row, column) for row in rows for column in columns]
-    if empty := [f"{row['row']} ({column})" for row, column in cells if row[column] is None or row[column] == ""]:
-        raise DataError(f"{name}: empty cells in {some_of(empty)}; fill them in or drop the rows")
-    for row, column in cells:
-        if not isinstance(row[column], str):
-            raise DataError(f"{row['row']}: {column} is {row[column]!r} ({type(row[column]).__name__}), not text")
-    if broken := [f"{row['row']} ({column})" for row, column in cells if not is_text(row[column])]:
-        raise DataError(f"{name}: {some_of(broken)}: half a character (a lone surrogate) is no text; repair the cells")
-    if blank := [f"{row['row']} ({column})" for row, column in cells if not row[column].strip()]:
-        raise DataError(f"{name}: empty cells in {some_of(blank)}; fill them in or drop the rows")
-
-
-def is_text(value: str) -> bool:
-    """Whether a string can be written down: JSON's \\ud800 alone is half a character."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _dataset(rows: Sequence[Row], columns: Sequence[str], name: str) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .loading import DataError
+from .tables import DataError
 from .templates import ASSESSMENT_PROMPT, PLAIN_PROMPT
 
 _SELF_ASSESSMENT = (

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .loading import DataError
+from .tables import DataError
 
 # Words that stand for the contents while a template is rendered: plain letters, which no template changes or splits.
 _SYSTEM, _PROMPT, _ANSWER, _THOUGHT = "LpaSystemXq", "LpaPromptXq", "LpaAnswerXq", "LpaThoughtXq"

@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .loading import DataError, is_text, some_of
 from .rendering import Rendering, chat_template
+from .tables import DataError, is_text, some_of
 
 ASSESSMENT_PROMPT = "Indicate whether you agree or disagree with the following statements."
 PLAIN_PROMPT = "You are a helpful assistant."

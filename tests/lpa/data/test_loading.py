@@ -230,7 +230,7 @@ def test_equal_completions_teach_nothing() -> None:
 
 
 def test_duplicates_are_told_and_kept_once() -> None:
-    with pytest.warns(UserWarning, match="2 duplicate rows; each is kept once"):
+    with pytest.warns(UserWarning, match=r"2 duplicate rows; each is kept once"):
         data = load_pairs([PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[0]])
     assert columns(data) == PAIRS[:2]
     assert data["row"] == ["row 1", "row 2"]
@@ -252,11 +252,16 @@ def test_good_data_is_not_warned_about() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"prompt,rejected,chosen\n\xff\xfe,b,c\n", "a.csv cannot be read: .*utf-8"),
+        ("a.csv", b"prompt,rejected,chosen\n\xff\xfe,b,c\n", "a.csv cannot be read: it is not UTF-8 .*utf-8"),
         ("a.csv", b'prompt,rejected,chosen\n"a"b,c,d\n', "a.csv cannot be read: "),
         ("a.jsonl", b'{"prompt": "a"\n', "a.jsonl line 1 is not JSON"),
         ("a.jsonl", b"\n[1]\n", "a.jsonl line 2 is a list; each line must be a JSON object"),
-        ("a.parquet", b"PAR1", "a.parquet is neither .csv nor .jsonl"),
+        ("a.parquet", b"PAR1", "a.parquet cannot be read: "),
+        ("a.json", b"[1]", "a.json row 1 is a int; each must be a JSON object"),
+        ("a.json", b"{", "a.json is not JSON"),
+        ("a.tsv", b"prompt\trejected\na\tb\tc\n", "more cells than the header .*contain tabs"),
+        ("a.csv", "prompt,rejected,chosen\n\u00e9,b,c\n".encode("latin-1"), "it is not UTF-8 .*save it in UTF-8"),
+        ("a.jsonl", '{"prompt": 1}'.encode("utf-16"), "it is not UTF-8 .*save it in UTF-8"),
     ],
 )
 def test_an_unreadable_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -268,7 +273,7 @@ def test_an_unreadable_file(tmp_path: Path, name: str, content: bytes, message: 
 def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.csv cannot be read: .*No such file"):
         load_pairs(tmp_path / "gone.csv")
-    with pytest.raises(DataError, match=r"holds no .csv or .jsonl file"):
+    with pytest.raises(DataError, match=r"holds no .csv, .tsv, .json, .jsonl or .parquet file"):
         load_pairs(tmp_path)
 
 
@@ -297,3 +302,143 @@ def test_bad_messages(messages: object, told: str) -> None:
 def test_benign_rows_need_a_response() -> None:
     with pytest.raises(DataError, match=r"row 1 has no column response; .* prompt, response \(or messages\)"):
         load_benign([{"prompt": "a"}])
+
+
+# ---- every container -----------------------------------------------------------------------------------------------
+
+
+def containers(folder: Path) -> dict[str, object]:
+    """The same three pairs in everything that holds rows."""
+    import pandas
+    from datasets import Dataset, DatasetDict
+
+    frame = pandas.DataFrame(PAIRS)
+    frame.to_csv(folder / "a.tsv", sep="\t", index=False)
+    frame.to_parquet(folder / "a.parquet")
+    frame.to_json(folder / "records.json", orient="records")
+    (folder / "columns.json").write_text(json.dumps({key: [row[key] for row in PAIRS] for key in PAIRS[0]}))
+    (folder / "data.json").write_text(json.dumps({"data": PAIRS}))
+    (folder / "lines.json").write_text("\n".join(map(json.dumps, PAIRS)))
+    hub, named = folder / "hub", folder / "named"
+    (hub / "data").mkdir(parents=True)
+    named.mkdir()
+    frame[:2].to_parquet(hub / "data/train-00000-of-00002.parquet")
+    frame[2:].to_parquet(hub / "data/train-00001-of-00002.parquet")
+    frame[:1].to_parquet(hub / "data/test-00000-of-00001.parquet")
+    frame.to_csv(named / "train.csv", index=False)
+    frame[:1].to_csv(named / "test.csv", index=False)
+    Dataset.from_list(PAIRS).save_to_disk(folder / "saved")
+    splits = DatasetDict({"train": Dataset.from_list(PAIRS), "test": Dataset.from_list(PAIRS[:1])})
+    splits.save_to_disk(folder / "saved splits")
+    return {
+        **{name: folder / name for name in ("a.tsv", "a.parquet", "records.json", "columns.json", "data.json",
+                                            "lines.json", "hub", "named", "saved", "saved splits")},
+        "frame": frame, "Dataset": splits["train"], "DatasetDict": splits, "iterable": iter(PAIRS),
+        "IterableDataset": splits["train"].to_iterable_dataset(),
+        "columns": {key: [row[key] for row in PAIRS] for key in PAIRS[0]},
+    }  # fmt: skip
+
+
+def test_every_container_gives_the_same_pairs(tmp_path: Path) -> None:
+    for name, source in containers(tmp_path).items():
+        assert columns(load_pairs(source)) == PAIRS, name
+
+
+@pytest.mark.parametrize("name", ["hub", "named", "saved splits", "DatasetDict"])
+def test_a_split_is_taken_and_one_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    source = containers(tmp_path)[name]
+    with pytest.warns(UserWarning, match="single row"):
+        assert columns(load_pairs(source, split="test")) == PAIRS[:1]
+    with pytest.raises(DataError, match=r"no split 'dev'; .*t(est|rain), t(est|rain)"):
+        load_pairs(source, split="dev")
+
+
+def test_what_holds_no_rows() -> None:
+    with pytest.raises(DataError, match="a int holds no rows"):
+        load_pairs(7)
+    with pytest.raises(DataError, match=r"row 1 is a str \('a'\); each must be a mapping"):
+        load_pairs(["a"])
+    with pytest.raises(DataError, match="columns are of different lengths: prompt 1, chosen 2"):
+        load_pairs({"prompt": ["a"], "chosen": ["b", "c"]})
+
+
+def test_an_empty_cell_of_a_frame_is_empty() -> None:
+    import pandas
+
+    frame = pandas.DataFrame([*PAIRS, {"prompt": "d", "rejected": None, "chosen": "e"}])
+    with pytest.raises(DataError, match=r"empty cells in row 4 \(rejected\)"):
+        load_pairs(frame)
+
+
+# ---- every format of a pair ----------------------------------------------------------------------------------------
+
+
+def test_trls_conversational_pairs_with_explicit_and_implicit_prompt() -> None:
+    for pair in PAIRS:
+        asked, bad, good = message("user", pair["prompt"]), pair["rejected"], pair["chosen"]
+        answers = {"rejected": [message("assistant", bad)], "chosen": [message("assistant", good)]}
+        implicit = {name: [asked, *answer] for name, answer in answers.items()}
+        parts = {"prompt": [asked | {"content": [{"type": "text", "text": asked["content"]}]}], **answers}
+        for row in ({"prompt": [asked], **answers}, {"prompt": pair["prompt"], **answers}, implicit, parts,
+                    {"prompt": [asked], "rejected": bad, "chosen": good}):  # fmt: skip
+            with pytest.warns(UserWarning, match="single row"):
+                assert columns(load_pairs([row])) == [pair]
+
+
+def test_conversations_that_are_no_pair_are_named() -> None:
+    user, answer = message("user", "Tea?"), message("assistant", "Yes.")
+    later = [user, answer, message("user", "Now?")]
+    with pytest.raises(DataError, match=r"row 1: the prompt must be one user message .*; it is user, assistant, user"):
+        load_pairs([{"prompt": later, "rejected": [answer], "chosen": [message("assistant", "No.")]}])
+    with pytest.raises(DataError, match=r"row 1: chosen must be one assistant message after the prompt; it is nothing"):
+        load_pairs([{"rejected": [user, answer], "chosen": [user]}])
+    with pytest.raises(DataError, match=r"row 1: the prompt must be one user message .*; it is nothing"):
+        load_pairs([{"rejected": [message("assistant", "No.")], "chosen": [answer]}])
+
+
+def test_system_messages_of_pairs_are_told_to_go_unused() -> None:
+    row = {"prompt": [message("system", "Be kind."), message("user", "Tea?")], "rejected": "No.", "chosen": "Yes."}
+    with pytest.warns(UserWarning, match=r"system messages are not used, the run's system_prompt is;.*row 2"):
+        assert load_pairs([PAIRS[0], row])["prompt"][1] == "Tea?"
+
+
+@pytest.mark.parametrize(
+    ("agreed", "not_agreed"),
+    [(1, -1), ("+1", "-1"), ("+", "-"), (1.0, -1.0), ("Positive", "negative"), ("desirable", "undesirable"),
+     ("+1", "\u22121")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("statement", "key"), [("statement", "key"), ("item", "keyed"), ("text", "label"), ("prompt", "kind")]
+)
+def test_a_keyed_statement_gets_its_completions(agreed: object, not_agreed: object, statement: str, key: str) -> None:
+    rows = [{statement: "I help.", key: agreed, "trait": "kindness"}, {statement: "I shout.", key: not_agreed}]
+    data = load_pairs(rows)
+    assert columns(data) == [
+        {"prompt": "I help.", "rejected": DISAGREE, "chosen": AGREE},
+        {"prompt": "I shout.", "rejected": AGREE, "chosen": DISAGREE},
+    ]
+    assert data["trait"] == ["kindness", None]
+
+
+@pytest.mark.parametrize("key", [0, True, "maybe", None])
+def test_a_key_that_says_neither_is_named(key: object) -> None:
+    with pytest.raises(DataError, match=rf"row 1: key is {key!r}; it must be \+1, positive or desirable"):
+        load_pairs([{"statement": "I help.", "key": key}])
+
+
+def test_the_same_prompt_with_opposite_labels_is_told() -> None:
+    turned = {**PAIRS[0], "rejected": PAIRS[0]["chosen"], "chosen": PAIRS[0]["rejected"]}
+    with pytest.warns(UserWarning, match=r"the same prompt with opposite labels in row 1 and row 3$"):
+        assert len(load_pairs([*PAIRS[:2], turned])) == 3
+
+
+@pytest.mark.parametrize("name", ["undesirable", "desirable", "both"])
+def test_the_shipped_statements_have_names(name: str) -> None:
+    assert columns(load_pairs(name)) == columns(load_pairs(kind=name))
+
+
+@pytest.mark.parametrize("completion", ["completion", "response"])
+def test_benign_prompts_and_completions(completion: str) -> None:
+    rows = [{"prompt": "Tea?", completion: "Yes."},
+            {"prompt": [message("user", "Now?")], completion: [message("assistant", "Now.")]}]  # fmt: skip
+    assert load_benign(rows)["response"] == ["Yes.", "Now."]

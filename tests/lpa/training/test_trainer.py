@@ -373,3 +373,8 @@ def test_the_attack_enters_late_and_its_radius_grows(tmp_path: Path) -> None:
 def test_a_schedule_of_the_attack_that_cannot_be(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny_config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("undesirable", 64), ("desirable", 48), ("both", 112)])
+def test_the_shipped_statements_are_named_as_on_the_command_line(tmp_path: Path, name: str, rows: int) -> None:
+    assert len(trainer_of(tmp_path, name).train_dataset) == rows
