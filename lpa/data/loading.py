@@ -19,9 +19,9 @@ PAIR_COLUMNS = ("prompt", "rejected", "chosen")
 BENIGN_COLUMNS = ("prompt", "response")
 _OPTIONAL = ("id", "trait", "facet")
 _STATEMENTS, _KEYS = ("statement", "item", "text"), ("key", "keyed", "label", "kind")
-# what a statement's key may say: one is to agree with it, or not
-_AGREED = {"1": True, "+1": True, "+": True, "positive": True, "desirable": True, "agree": True,
-           "-1": False, "-": False, "\u2212": False, "\u22121": False, "negative": False, "undesirable": False, "disagree": False}  # fmt: skip
+# what the key of a statement says: that it is to be agreed with, or not; the last two hold a minus sign, no hyphen
+_AGREED = {"1", "+1", "+", "positive", "desirable", "agree"}
+_NOT_AGREED = {"-1", "-", "negative", "undesirable", "disagree", "\u22121", "\u2212"}
 
 
 def perplexity_text() -> str:
@@ -68,7 +68,7 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
 
     Raises:
         DataError: an unreadable file, a missing column, no rows, empty cells, or equal completions.
-    Warns: duplicates (kept once), a set of one row, a prompt with opposite labels, and system messages, which go unused.
+    Warns: duplicates (kept once), a set of one row, a prompt with opposite labels, and unused system messages.
     """
     if isinstance(source, str) and source in SHIPPED and not Path(source).exists():
         source, kind = None, source
@@ -177,12 +177,12 @@ def _of_statement(row: Row, where: str) -> Row | None:
         return None
     value = row[key]
     word = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
-    if isinstance(value, bool) or word not in _AGREED:
+    if isinstance(value, bool) or word not in _AGREED | _NOT_AGREED:
         raise DataError(
             f"{where}: {key} is {value!r}; it must be +1, positive or desirable for a statement that is to be agreed "
             "with, and -1, negative or undesirable for one that is not"
         )
-    rejected, chosen = (DISAGREE, AGREE) if _AGREED[word] else (AGREE, DISAGREE)
+    rejected, chosen = (DISAGREE, AGREE) if word in _AGREED else (AGREE, DISAGREE)
     return {"prompt": row[statement], "rejected": rejected, "chosen": chosen}
 
 
