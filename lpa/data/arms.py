@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 from importlib.resources import files
-from typing import Any
 
 from lpa import assets
 
