@@ -64,12 +64,12 @@ class Budget:
     batch_size: int = 8
 
 
-_CPU = Settings(sets=("strongreject", "harmbench"), limit=100, attacks=("direct",), max_new_tokens=32,
+_CPU = Settings(sets=("strongreject", "harmbench"), limit=100, benign_limit=100, attacks=("direct",), max_new_tokens=32,
                 trait_prompt=PLAIN_PROMPT, epsilons=(), steps=(), utility_sets=())  # fmt: skip
 BUDGETS = {
     "smoke": Budget(
         ("--lpa-steps", "1", "--attack_steps", "2", "--defence-steps", "1", "--per-device-train-batch-size", "2"),
-        ("lpa", "lat"), ("lpa",), 1, replace(_CPU, limit=2, max_new_tokens=8),
+        ("lpa", "lat"), ("lpa",), 1, replace(_CPU, limit=2, benign_limit=2, max_new_tokens=8),
         ("attacks", "overrefusal", "utility", "collapse"),
     ),
     # two harmful sets, asked directly and for a yes or no, and short answers

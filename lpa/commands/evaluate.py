@@ -39,7 +39,9 @@ def run(arguments: Sequence[str]) -> int:
     chosen: dict[str, Any] = {
         field.name: held[field.name] for field in fields(Settings) if held.get(field.name) is not None
     }
-    for name in ("limit", "utility_limit"):
+    if "limit" in chosen:
+        chosen.setdefault("benign_limit", chosen["limit"])
+    for name in ("limit", "benign_limit", "utility_limit"):
         if chosen.get(name) == 0:
             chosen[name] = None
     if options.system_prompt == "":
@@ -85,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", dest="sets", action="extend", nargs="+", metavar="SET",
         help="harmful prompts: strongreject, harmbench, advbench, do-not-answer (the default), jailbreakbench, hex-phi,"
         " a .jsonl, .csv or .txt file, or a data set's hub name")  # fmt: skip
-    add("--limit", type=int, help="prompts of each set (default: 100; 0 for all)")
+    add("--limit", type=int, help="prompts of each set (default: 100 harmful, 300 benign; 0 for all)")
+    add("--benign-limit", type=int, help="benign requests, where --limit is for the harmful sets alone")
     add("--utility-limit", type=int, help="MMLU questions, LAMBADA passages, lm-eval samples (default: 200; 0: all)")
     add("--task", dest="tasks", action="extend", nargs="+", metavar="TASK", help="lm-eval tasks: gsm8k, hellaswag, ...")
     add("--attack", dest="attacks", action="extend", nargs="+", metavar="ATTACK",

@@ -109,12 +109,13 @@ def evaluate(
             folder that holds another evaluation.
         lpa.models.ModelError, lpa.assets.AssetError: no model.
     """
-    wanted = settings or Settings(**options)
+    # a limit on the harmful sets alone holds for the benign one too
+    wanted = settings or Settings(**({"benign_limit": options["limit"]} if "limit" in options else {}) | options)
     if settings is not None and options:
         raise EvaluationError(f"give settings or {', '.join(options)}, not both")
     chosen = _suites(suites)
     judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
-    benign = load_set(BENIGN, wanted.limit, harmful=False)
+    benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
     harmful = [load_set(name, wanted.limit) for name in wanted.sets if {"harm", "attacks"} & set(chosen)]
     wanted = replace(wanted, sets=tuple(map(set_name, wanted.sets)))
     for prompts in harmful:

@@ -24,7 +24,8 @@ class Settings:
 
     Attributes:
         sets: of harmful prompts; see `lpa.evaluation.sets.load_set`.
-        limit: prompts of each set, None for all.
+        limit: prompts of each harmful set, None for all. benign_limit: benign requests; a margin of 5 points
+            takes about 300.
         system_prompt: of the conversations; trait statements come under `trait_prompt`.
         max_new_tokens: longest answer.
         attacks: of `ATTACKS`. `attack_epsilon`, `attack_steps`: radius and steps of the latent and embedding ones.
@@ -41,6 +42,7 @@ class Settings:
 
     sets: tuple[str, ...] = HARM_SETS
     limit: int | None = 100
+    benign_limit: int | None = 300
     system_prompt: str | None = PLAIN_PROMPT
     max_new_tokens: int = 96
     attacks: tuple[str, ...] = ATTACKS
@@ -69,7 +71,7 @@ class Settings:
         for name in ("max_new_tokens", "attack_steps", "trait_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("limit", "utility_limit"):
+        for name in ("limit", "benign_limit", "utility_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or None for all")
         if any(not value > 0 for value in (*self.epsilons, self.trait_epsilon, self.attack_epsilon)):

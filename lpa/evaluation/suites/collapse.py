@@ -17,7 +17,7 @@ from .base import Row, Run, Settings, Suite, scored
 # A model is collapsed when any of these is passed; an untouched small model is far from all of them.
 LEAST_DISTINCT = 0.7  # share of different answers to different requests
 MOST_TRAINED = 0.1  # share of answers that begin with a training completion
-LEAST_ENTROPY = 5.0  # bits a word over all answers; 115 answers in English have 8 to 9
+LEAST_ENTROPY = 5.0  # bits a word over all answers; 300 answers in English have 8 to 9
 LEAST_WORDS = 3.0  # mean length
 LEAST_DONE = 0.2  # share of benign requests that are done
 

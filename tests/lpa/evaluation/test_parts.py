@@ -79,8 +79,9 @@ def test_collapse_is_a_matter_of_what_is_said() -> None:
 
 def test_there_are_enough_benign_prompts_and_a_third_sound_alarming() -> None:
     prompts = benign_prompts()
-    assert len(prompts) >= 100
-    assert sum(p.tag == "alarming" for p in prompts) >= 30
+    assert len(prompts) >= 300
+    assert len({p.form for p in prompts}) == 10
+    assert 1 / 3 <= sum(p.tag == "alarming" for p in prompts) / len(prompts) <= 0.4
     assert {p.tag for p in prompts} == {"plain", "alarming"}
     assert len({p.id for p in prompts}) == len({p.text for p in prompts}) == len(prompts)
     assert {p.form for p in prompts if p.tag == "alarming"} == {p.form for p in prompts if p.tag == "plain"}

@@ -211,6 +211,7 @@ def test_an_adapter_for_another_model_is_named(harmful: str, tmp_path: Path) -> 
         ({"attacks": ("bribe",)}, "bribe.*are unknown"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"benign_limit": 0}, "benign_limit=0 must be at least 1"),
         ({"epsilons": (0.0,)}, "must be above 0"),
     ],
 )
