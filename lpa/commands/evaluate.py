@@ -12,6 +12,8 @@ from typing import Any
 _EXAMPLES = """\
 A run of everything, which a stop does not lose (the same command goes on with it):
   lpa evaluate --model MODEL --adapter runs/lpa --output runs/evaluation
+The ladder of unbounded attacks, on the first 20 prompts of one set:
+  lpa evaluate --adapter runs/lpa --suite ladder --set strongreject --output runs/ladder
 Two suites on 50 prompts a set:
   lpa evaluate --adapter runs/lpa --suite harm overrefusal --set strongreject --limit 50
 """
@@ -81,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="a folder, a hub name, or an asset's name; by default the embedded model")
     add("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER", help="adapters to set beside it")
-    add("--suite", action="extend", nargs="+", help="suites to run; by default all (--list tells them)")
+    add("--suite", action="extend", nargs="+", help="suites to run; by default all but the ladder (see --list)")
     add("--list", action="store_true", help="list the suites")
     add("--output", metavar="FOLDER", help="for records and results; a stopped run there is gone on with")
     add("--set", dest="sets", action="extend", nargs="+", metavar="SET",
@@ -103,6 +105,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--curve-steps", dest="steps", type=int, action="extend", nargs="+", help="step counts of the robustness curve")
     for former, now in (("--epsilon", "--curve-epsilon"), ("--steps", "--curve-steps"), ("--sites", "--attack-sites")):
         add(former, action=_Renamed, now=now, nargs="*", help=argparse.SUPPRESS)
+    add("--ladder", action="extend", nargs="+", metavar="ATTACK",
+        help="of --suite ladder: suffix, ablation, erosion, best-of-n (the default), gcg")  # fmt: skip
+    add("--ladder-limit", type=int, help="prompts of each set that the ladder attacks (default: 20)")
+    add("--suffix-steps", type=int, help="Adam's steps on the free embeddings of the soft suffix (default: 100)")
+    add("--erosion-steps", type=int, action="extend", nargs="+",
+        help="updates of fine-tuning after which is asked (default: 5 10 20 40)")  # fmt: skip
+    add("--best-of", type=int, help="respellings of a request (default: 16)")
     add("--judge", help="a classifier that judges the answers too, by folder or hub name")
     add("--judge-prompt", metavar="FILE", help="the judge's question, with {prompt} and {answer}")
     add(

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lpa.data import DataError
@@ -88,6 +89,15 @@ class Bench:
             out = self.model.generate(input_ids=ids, attention_mask=mask.to(self.device), **self._greedy())
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
+    @torch.no_grad()
+    def answers_to(self, prompts: Sequence[Tensor]) -> list[str]:
+        """Greedy answers to one batch of prompts given as embeddings [tokens, width]."""
+        longest = max(map(len, prompts))
+        rows = [F.pad(row, (0, 0, longest - len(row), 0)) for row in prompts]
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        out = self.model.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, **self._greedy())
+        return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
     @property
     def _pad(self) -> int:
         token = self.tokenizer.pad_token_id
@@ -133,11 +143,15 @@ class Bench:
             scores.append([_logsumexp([_one(variant, own) for variant in answer]) for answer in answers])
         return scores
 
-    @torch.no_grad()
-    def log_probs(self, texts: Sequence[Tokens], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    def log_probs(
+        self, texts: Sequence[Tokens], places: Sequence[Sequence[int]], *, grad: bool = False
+    ) -> list[Tensor]:
         """Log-probabilities of the next token at some positions of each text: one float32 [positions, V] a text.
 
         One right-padded pass; the head sees the wanted positions alone.
+
+        Args:
+            grad: whether they can be differentiated.
         """
         longest = max(map(len, texts))
         ids = torch.tensor([text + [self._pad] * (longest - len(text)) for text in texts], device=self.device)
@@ -149,7 +163,8 @@ class Bench:
 
         handle = output_head(self.model).register_forward_pre_hook(select)
         try:
-            logits = self.model(input_ids=ids, use_cache=False).logits
+            with torch.set_grad_enabled(grad):
+                logits = self.model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
         return list(logits[0].float().log_softmax(-1).split([len(own) for own in places]))

@@ -31,7 +31,7 @@ from .verdict import verdict_rows
 logger = logging.getLogger(__name__)
 
 # Settings that only add records: a run may be gone on with others of these.
-_FREE = ("sets", "attacks", "epsilons", "steps", "utility_sets", "tasks", "judge", "judge_prompt")
+_FREE = ("sets", "attacks", "epsilons", "steps", "utility_sets", "tasks", "ladder", "judge", "judge_prompt")
 
 
 @dataclass
@@ -95,7 +95,7 @@ def evaluate(
     Args:
         model: what `lpa.models.load` takes, or a model (then with its `tokenizer`), which is left as it was.
         adapters: folders of PEFT adapters, by name or "NAME=PATH".
-        suites: of `SUITES`; by default all.
+        suites: of `SUITES`; by default all but "ladder".
         output: the folder for records and results. Where it holds a stopped run of the same settings, that is gone on
             with; None keeps everything in memory.
         settings: or, as further keyword arguments, the fields of `Settings`.
@@ -116,7 +116,7 @@ def evaluate(
     chosen = _suites(suites)
     judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
     benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
-    harmful = [load_set(name, wanted.limit) for name in wanted.sets if {"harm", "attacks"} & set(chosen)]
+    harmful = [load_set(name, wanted.limit) for name in wanted.sets if {"harm", "attacks", "ladder"} & set(chosen)]
     wanted = replace(wanted, sets=tuple(map(set_name, wanted.sets)))
     for prompts in harmful:
         if prompts.reason:
@@ -182,7 +182,8 @@ def table_rows(
 
 
 def _suites(names: Sequence[str] | None) -> list[str]:
-    chosen = list(dict.fromkeys(SUITES if names is None else names))
+    usual = [name for name, suite in SUITES.items() if not suite.optional]
+    chosen = list(dict.fromkeys(usual if names is None else names))
     if not chosen:
         raise EvaluationError(f"no suite to run; choose among {', '.join(SUITES)}")
     if unknown := [name for name in chosen if name not in SUITES]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lpa.data import DataError
 from lpa_kernels.attack import AttackResult
@@ -47,16 +48,18 @@ def answer(
         if kept:
             attack = perturb([wrap(p.text) for p in kept]) if perturb is not None else None
             for prompt, text in zip(kept, run.bench.answers(tokens, attack), strict=True):
-                _keep(run, prompts, mode, prompt, f"{prefill} {text}".strip())
+                keep(run, prompts, mode, prompt, f"{prefill} {text}".strip())
         done += len(chunk)
         run.tick(f"{mode} {prompts.name}", done, len(prompts.prompts))
 
 
-def _keep(run: Run, prompts: PromptSet, mode: str, prompt: Prompt, text: str) -> None:
+def keep(run: Run, prompts: PromptSet, mode: str, prompt: Prompt, text: str, **more: Any) -> None:
+    """Judge an answer and write its record. more: further values of the record."""
     label = refusal.label(text, prompt.text, prompt.expect, run.settings.completions)
     run.add(
         NAME, prompts.name, prompt.id, mode, prompts.harmful, sha256=prompt.sha256, tag=prompt.tag, label=label,
         words=len(text.split()), answer_sha256=digest(text), answer=text, prompt=prompt.text,
+        **more,
     )  # fmt: skip
 
 

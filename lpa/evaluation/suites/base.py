@@ -16,6 +16,7 @@ from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
 UTILITY_SETS = ("mmlu", "lambada")
+RUNGS = ("suffix", "ablation", "erosion", "best-of-n", "gcg")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Settings:
         sites: attacked; by default LPA's, scaled to the model's depth.
         completions: what an adapter was trained to say; answers that begin with one do nothing that was asked.
         judge: a classifier's hub name or folder, for answers to harmful prompts; `judge_prompt` its question.
+        ladder: attacks of the suite "ladder", of `RUNGS`, on the first `ladder_limit` prompts of each set.
+            `suffix_tokens`, `suffix_steps`, `suffix_rate`: free embeddings, Adam's steps, and its rate as a share of
+            the embeddings' root mean square. `erosion_steps`: updates of fine-tuning after which is asked. `best_of`:
+            respellings. `gcg_steps`: of nanogcg.
         utility_sets: beside perplexity: mmlu, lambada. tasks: lm-eval's, by name.
         utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
         chat_template_kwargs: variables for the chat template; chat_template_date: what it prints as today's date.
@@ -55,6 +60,14 @@ class Settings:
     trait_steps: int = 16
     sites: tuple[str, ...] | None = None
     completions: tuple[str, ...] = TRAINED
+    ladder: tuple[str, ...] = RUNGS[:4]
+    ladder_limit: int = 20
+    suffix_tokens: int = 20
+    suffix_steps: int = 100
+    suffix_rate: float = 0.1
+    erosion_steps: tuple[int, ...] = (5, 10, 20, 40)
+    best_of: int = 16
+    gcg_steps: int = 100
     judge: str | None = None
     judge_prompt: str | None = None
     utility_sets: tuple[str, ...] = UTILITY_SETS
@@ -65,15 +78,18 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("attacks", ATTACKS), ("utility_sets", UTILITY_SETS)):
+        for name, known in (("attacks", ATTACKS), ("ladder", RUNGS), ("utility_sets", UTILITY_SETS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name} {sorted(unknown)} are unknown; use some of {', '.join(known)}")
-        for name in ("max_new_tokens", "attack_steps", "trait_steps"):
+        counts = ("ladder_limit", "suffix_tokens", "suffix_steps", "best_of", "gcg_steps")
+        for name in ("max_new_tokens", "attack_steps", "trait_steps", *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("limit", "benign_limit", "utility_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or None for all")
+        if list(self.erosion_steps) != sorted(set(self.erosion_steps)) or min(self.erosion_steps, default=1) < 1:
+            raise ValueError(f"erosion_steps={self.erosion_steps} must grow from 1 or more")
         if any(not value > 0 for value in (*self.epsilons, self.trait_epsilon, self.attack_epsilon)):
             raise ValueError(f"epsilons={self.epsilons} must be above 0; the clean model is always measured")
 
@@ -144,6 +160,7 @@ class Suite(Protocol):
 
     name: str
     about: str
+    optional: bool = False  # measured only where it is named
 
     def measure(self, run: Run) -> None:
         """Write those records of the run's subject that are not there yet."""
