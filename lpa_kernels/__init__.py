@@ -8,6 +8,7 @@ from .attack import (
     LatentPGD,
     Objective,
     PairBatch,
+    mean_difference,
     shared_prefix,
 )
 from .compat import EmbeddingSpaceAttack, clear_hooks, fused_latent_pgd, patch_latent_at, patch_trl
@@ -36,6 +37,7 @@ __all__ = [
     "clear_hooks",
     "fused_latent_pgd",
     "linear_token_loss",
+    "mean_difference",
     "patch_latent_at",
     "patch_trl",
     "perturb",

@@ -3,17 +3,19 @@
 from ..model import Site, forget, output_head, resolve_sites
 from .batch import PairBatch
 from .completions import Completions, shared_layout, shared_prefix
+from .directions import mean_difference, read_directions
 from .graphs import forget_graphs
 from .layout import Layout, pack, unshared
 from .objective import Objective, kl_rows
 from .passes import PairRows, adapters_off, layout_logits, layout_pass, two_pass_rows
 from .pgd import LatentPGD
 from .result import AttackResult
-from .settings import ENGINES, GRAPHS, NORMS, AttackSettings
+from .settings import ADVERSARIES, ENGINES, GRAPHS, NORMS, AttackSettings
 
 LatentAttack = AttackResult  # its name until 0.2
 
 __all__ = [
+    "ADVERSARIES",
     "ENGINES",
     "GRAPHS",
     "NORMS",
@@ -33,8 +35,10 @@ __all__ = [
     "kl_rows",
     "layout_logits",
     "layout_pass",
+    "mean_difference",
     "output_head",
     "pack",
+    "read_directions",
     "resolve_sites",
     "shared_layout",
     "shared_prefix",

@@ -1,4 +1,4 @@
-"""LatentPGD: the attack as people call it."""
+"""LatentPGD: the attack as people call it, by gradient descent or by a fixed direction."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..model.sharding import is_sharded
 from ..model.sites import Site, resolve_sites, site_widths
 from . import graphs, loop, two_pass
 from .batch import PairBatch
+from .directions import Directions, acting, check_widths, checked, fill
 from .layout import pack, unshared
 from .loop import HookedForward
 from .passes import PairRows, layout_rows, two_pass_rows
@@ -37,6 +38,8 @@ class LatentPGD:
         model: any decoder language model of transformers, with or without PEFT adapters.
         sites: where to perturb: "embedding", "mlp:8", "attn:8", "block:8", 8 (= "mlp:8") or any module's name.
         settings: of the attack; by default those of LPA.
+        directions: of the adversaries "vector" and "ablate": by the site's name, or one for all, [H] of any length;
+            see `mean_difference` and `read_directions`.
         changes: fields of `AttackSettings` that differ from `settings`: LatentPGD(model, sites, epsilon=2.0, steps=8).
 
     Raises:
@@ -48,6 +51,8 @@ class LatentPGD:
         model: nn.Module,
         sites: str | int | Site | Sequence[str | int | Site],
         settings: AttackSettings | None = None,
+        *,
+        directions: Directions | None = None,
         **changes: Any,
     ) -> None:
         unknown = sorted(set(changes) - set(AttackSettings.__dataclass_fields__))
@@ -56,6 +61,8 @@ class LatentPGD:
         self.model = model
         self.settings = replace(settings or AttackSettings(), **changes)
         self.sites = resolve_sites(model, sites)
+        adversary = self.settings.adversary
+        self._directions = checked(directions, self.sites, adversary) if adversary in ("vector", "ablate") else []
         seed = self.settings.seed
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
@@ -99,17 +106,36 @@ class LatentPGD:
             check_merging(model)
         with known(model), inner_mode(model, settings.merge_adapters, settings.autocast):
             widths = self.widths()  # which refuses sites by name before passes are made
-            planned = plan(model, self.sites, settings, pairs.only(*settings.halves))
-            self._check_gradients(pairs)
+            if self._directions:
+                check_widths(self._directions, self.sites, widths)
+            inner = settings.adversary == "pgd"
+            planned = plan(model, self.sites, settings, pairs.only(*settings.halves), loop=inner)
+            if inner:
+                self._check_gradients(pairs)
             state = AttackState(settings, widths, pairs, counts or own, planned.alone)
             if settings.relative:
                 state.set_relative_radius(two_pass.hidden_norms(model, self.sites, pairs, planned.alone))
+            if not inner:
+                return self._without_steps(pairs, planned, state, generator or self._generator)
             if settings.random_start:
                 state.start_randomly(generator or self._generator)
             captured = self._run(planned, state, pairs)
         found = self._result(pairs, planned, state, captured)
         _check_finite(found)
         self._check_gradients_finite(state)
+        return found
+
+    def _without_steps(
+        self, pairs: PairBatch, planned: Plan, state: AttackState, generator: torch.Generator | None
+    ) -> AttackResult:
+        """What an adversary without inner steps gives."""
+        on = acting(self.settings, state, generator)
+        ablate = self.settings.adversary == "ablate"
+        if not ablate:
+            fill(self.settings, state, self._directions, on, generator)
+        found = self._result(pairs, planned, state, "there are no inner steps")
+        if ablate:
+            found.ablated, found.acting = [direction / direction.norm() for direction in self._directions], on
         return found
 
     def _run(self, planned: Plan, state: AttackState, pairs: PairBatch) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.perturbation import grid_rows, kept_for_recompute, perturbed, perturbing_hook
+from ..model.perturbation import ablated, ablating_hook, grid_rows, kept_for_recompute, perturbed, perturbing_hook
 from ..model.sites import Site
 from .batch import PairBatch
 from .layout import Layout, pack, unshared
@@ -23,11 +23,12 @@ class AttackResult:
 
     Attributes:
         sites: where the perturbations are added.
-        deltas_by_row: one [R, H] float32 tensor a site, one row an attacked position.
+        deltas_by_row: one [R, H] float32 tensor a site, a row an attacked position; zeros where a direction is ablated.
         grid: [B, La] int64, the row of each position of each example, -1 where it is not attacked.
         epsilon: the radius, a number (infinite without a ball) or one a row ([S, R]).
         history: by name, a [steps] tensor on the device: "toward", "away", "total" and what else the objective logs,
-            and "toward_accuracy", "away_accuracy": the share of completion tokens that are the most probable.
+            and "toward_accuracy", "away_accuracy": the share of completion tokens that are the most probable. Empty
+            for an adversary without inner steps.
         row_norms: [S, R] float32, each row's norm after the last step and before its projection.
         clipped: [S] int32, how many rows the projections shortened, over all steps.
         engine: which engine ran ("packed", "unshared", "alone", "reference"), and `reason` why not the packed one.
@@ -37,6 +38,8 @@ class AttackResult:
         backend: of the op that adds the perturbations.
         captured: "yes" where the steps were replays of a captured graph, else why not.
         enabled: False makes `applied` and hooks do nothing.
+        ablated: of adversary "ablate", one unit direction [H] a site, which is projected out.
+        acting: [S, R] bool, where it is.
     """
 
     sites: list[Site]
@@ -54,6 +57,8 @@ class AttackResult:
     backend: str = field(default="auto", repr=False)
     captured: str = "the engine is 'reference'"
     enabled: bool = True
+    ablated: list[Tensor] | None = field(default=None, repr=False)
+    acting: Tensor | None = field(default=None, repr=False)
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -120,6 +125,7 @@ class AttackResult:
             grid=batch.grid,
             epsilon=self.epsilon[:, first:last] if isinstance(self.epsilon, Tensor) else self.epsilon,
             row_norms=self.row_norms[:, first:last],
+            acting=None if self.acting is None else self.acting[:, first:last],
             layout=layout,
             batch=batch,
             _read={},
@@ -142,15 +148,15 @@ class AttackResult:
         """The perturbations alone, on tokens that map to `rows`; nothing where the attack is not `enabled`."""
         if not self.enabled:
             return nullcontext()
+        if self.ablated is not None and self.acting is not None:
+            return ablated(self.sites, self.ablated, self.acting, rows)
         return perturbed(self.sites, self.deltas_by_row, rows, backend=self.backend)
 
     def hook(self, site: str | None = None) -> Any:
         """A plain forward hook with one site's perturbation, for any module: `module.register_forward_hook(...)`."""
         index = 0 if site is None else self.names.index(site)
-        rows = grid_rows(self.grid)
-        return perturbing_hook(
-            self.names[index],
-            lambda: self.deltas_by_row[index],
-            lambda h: rows(h) if self.enabled else None,
-            backend=self.backend,
-        )
+        by_position = grid_rows(self.grid)
+        name, rows = self.names[index], lambda h: by_position(h) if self.enabled else None
+        if self.ablated is not None and self.acting is not None:
+            return ablating_hook(name, self.ablated[index], self.acting[index], rows)
+        return perturbing_hook(name, lambda: self.deltas_by_row[index], rows, backend=self.backend)

@@ -17,6 +17,7 @@ ENGINES = ("auto", "reference", "packed", "stack")
 NORMS = ("l2", "linf", "l2_sequence", "none")
 GRAPHS = ("auto", "on", "off")
 NONFINITE = ("raise", "zero")
+ADVERSARIES = ("pgd", "vector", "ablate", "random")
 
 
 def _half_each() -> dict[str, float]:
@@ -25,9 +26,16 @@ def _half_each() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """Settings of projected gradient descent on hidden states. The defaults are those of LPA (arXiv 2607.07918).
+    """Settings of an attack on hidden states. The defaults are those of LPA (arXiv 2607.07918).
 
     Attributes:
+        adversary: "pgd", projected gradient descent, which costs `steps` forward and backward passes. The others cost
+            none: "vector" adds a fixed direction (preventative steering, arXiv 2507.21509), "ablate" projects one out
+            (ReFAT, arXiv 2409.20089; DeepRefusal, arXiv 2509.15202), "random" adds noise at the radius, the control.
+            Their equations are in `lpa_kernels.attack.directions`; of the settings below they read epsilon, norm,
+            relative, seed and share.
+        share: of the attacked tokens at each site, drawn at random for each batch, that "vector", "ablate" and "random"
+            act on.
         epsilon: radius of the ball that each perturbation stays in. With `relative`, a share of the norm of the
             hidden state that is perturbed.
         step_size, steps: of the update.
@@ -83,6 +91,8 @@ class AttackSettings:
     merge_adapters: bool = False
     capture_graph: str | bool = "auto"
     autocast: torch.dtype | None = None
+    adversary: str = "pgd"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         self._set("rule", rule_named(self.rule))
@@ -95,6 +105,7 @@ class AttackSettings:
             ("rule", RULES),
             ("capture_graph", GRAPHS),
             ("nonfinite", NONFINITE),
+            ("adversary", ADVERSARIES),
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
@@ -110,6 +121,7 @@ class AttackSettings:
             raise ValueError(f"clip_grad={self.clip_grad} must be positive, or None")
         if self.random_start and not math.isfinite(self.epsilon):
             raise ValueError(f"random_start needs a ball to start in, and epsilon is {self.epsilon}")
+        self._check_adversary()
         if not self.state_dtype.is_floating_point:
             raise ValueError(f"state_dtype={self.state_dtype} is no float dtype")
         requested(self.backend)
@@ -123,6 +135,16 @@ class AttackSettings:
                 f"merge_adapters=True leaves no model without adapters for {objective.preference!r} to refer to; "
                 "use reference_free=True or merge_adapters=False"
             )
+
+    def _check_adversary(self) -> None:
+        if not 0 < self.share <= 1 or (self.share != 1 and self.adversary == "pgd"):
+            raise ValueError(f"share={self.share} must be above 0 and at most 1, and 1 for adversary='pgd'")
+        if self.adversary == "random" and (self.norm == "none" or not math.isfinite(self.epsilon)):
+            raise ValueError(f"adversary='random' needs a radius; norm is {self.norm!r} and epsilon {self.epsilon}")
+        if self.adversary == "vector" and self.norm != "none" and not math.isfinite(self.epsilon):
+            raise ValueError(f"adversary='vector' is scaled to epsilon={self.epsilon}; norm='none' adds it as it is")
+        if self.adversary == "vector" and self.norm == "l2_sequence":
+            raise ValueError("adversary='vector' is the same at every token; use norm='l2', 'linf' or 'none'")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -153,7 +175,7 @@ class AttackSettings:
     def never_binds(self, width: int) -> str:
         """What to say where no perturbation of this width can reach the radius; "" where one may."""
         fixed = self.rule in ("adamw", "adam", "sign", "normalised") and not (self.relative or self.random_start)
-        if not fixed or self.norm not in ("l2", "linf") or self.reach(width) >= self.epsilon:
+        if self.adversary != "pgd" or not fixed or self.norm not in ("l2", "linf") or self.reach(width) >= self.epsilon:
             return ""
         return (
             f"epsilon={self.epsilon:g} never binds: {self.steps} steps of {self.step_size:g} reach a norm of "

@@ -94,7 +94,8 @@ class AttackState:
         ]
 
     def _group(self, sites: list[int], width: int, device: torch.device) -> Group:
-        shape, moments = (len(sites), self.rows, width), STATEFUL.get(self.settings.rule, 0)
+        rule = self.settings.rule if self.settings.adversary == "pgd" else ""
+        shape, moments = (len(sites), self.rows, width), STATEFUL.get(rule, 0)
         new = lambda: torch.zeros(shape, dtype=self.settings.state_dtype, device=device)  # noqa: E731
         return Group(
             sites,
@@ -127,15 +128,20 @@ class AttackState:
         for group in self.groups:
             group.epsilon = (self.settings.epsilon * hidden_norms[group.sites]).to(group.delta.device).contiguous()
 
-    def start_randomly(self, generator: torch.Generator | None) -> None:
-        """Uniform in the ball: of each coordinate for "linf", of each sequence for "l2_sequence", else of each row."""
+    def start_randomly(self, generator: torch.Generator | None, boundary: bool = False) -> None:
+        """Uniform in the ball: of each coordinate for "linf", of each sequence for "l2_sequence", else of each row.
+
+        Args:
+            boundary: at its boundary instead; for "linf" at its corners.
+        """
         norm = self.settings.norm
         for group in self.groups:
             for k, delta in enumerate(group.delta):
                 drawn = partial(_drawn, generator=generator, device=delta.device)
                 radius = group.epsilon if group.epsilon.dim() == 0 else group.epsilon[k][:, None]
                 if norm == "linf":
-                    delta.copy_((drawn("rand", delta.shape) * 2 - 1) * radius)
+                    drawn_at = drawn("rand", delta.shape) * 2 - 1
+                    delta.copy_((drawn_at.sign() if boundary else drawn_at) * radius)
                     continue
                 noise = drawn("randn", delta.shape)
                 if norm == "l2_sequence":
@@ -146,7 +152,7 @@ class AttackState:
                 else:
                     share = drawn("rand", delta.shape[:1]) ** (1 / delta.shape[1])
                     length = noise.norm(dim=-1)
-                delta.copy_(noise * (share / length)[:, None] * radius)
+                delta.copy_(noise * ((1 if boundary else share) / length)[:, None] * radius)
 
     def _sequence_norms(self, values: Tensor) -> Tensor:
         """[R] float32: for each row of values [R, H], the joint Euclidean norm of all rows of its example."""

@@ -64,6 +64,27 @@ def perturbing_hook(
     return hook
 
 
+def ablating_hook(name: str, direction: Tensor, acting: Tensor, rows: Rows) -> Any:
+    """A forward hook that takes the part along a unit direction [H] out of hidden states, in float32, out of place.
+
+    Args:
+        acting: [R] bool, the rows that it is taken out of. rows: as in `perturbing_hook`.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = hidden_of(output, name)
+        index = rows(hidden)
+        if index is None:
+            return output
+        flat, index = hidden.reshape(-1, hidden.shape[-1]), index.to(hidden.device)
+        unit = direction.to(hidden.device, torch.float32)
+        on = acting.to(hidden.device)[index.clamp(min=0)] & (index >= 0)
+        part = torch.where(on, flat.float() @ unit, 0)[:, None] * unit
+        return with_hidden(output, (flat.float() - part).to(flat.dtype).view(hidden.shape))
+
+    return hook
+
+
 def _same(delta: Tensor) -> Tensor:
     return delta
 
@@ -84,6 +105,14 @@ def perturbed(
     with hooked(
         (site.module, perturbing_hook(site.name, partial(_same, delta), rows, keep, backend)) for site, delta in pairs
     ):
+        yield
+
+
+@contextmanager
+def ablated(sites: Sequence[Site], directions: Sequence[Tensor], acting: Tensor, rows: Rows) -> Iterator[None]:
+    """While active, every site's output is without the part along its unit direction [H]. acting: [S, R] bool."""
+    three = zip(sites, directions, acting, strict=True)
+    with hooked((site.module, ablating_hook(site.name, unit, on, rows)) for site, unit, on in three):
         yield
 
 
