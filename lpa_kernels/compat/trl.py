@@ -51,8 +51,9 @@ def patch_trl(package_or_module: str | ModuleType | None = None) -> Patch:
         ValueError: a version whose functions differ from those of trl 1.16; the message says in what.
         RuntimeError: it is patched already.
 
-    >>> with patch_trl():  # doctest: +SKIP
-    ...     trainer = DPOTrainer(model, args=args, train_dataset=dataset)
+    Example:
+        with patch_trl():
+            trainer = DPOTrainer(model, args=args, train_dataset=dataset)
     """
     module = foreign_module("trl" if package_or_module is None else package_or_module)
     found = find_in(module, (NAME,))[NAME]
