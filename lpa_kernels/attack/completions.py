@@ -274,8 +274,8 @@ def shared_prefix(model: nn.Module, batch: Completions | PairBatch | Mapping[str
     >>> ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7], [1, 2, 3, 8, 0]])  # one prompt, three completions
     >>> mask = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]).bool()
     >>> log_probs = shared_prefix(model, Completions(ids, mask))
-    >>> log_probs.shape, log_probs[2].tolist()
-    (torch.Size([3, 4]), [0.0, 0.0, -2.7..., 0.0])
+    >>> log_probs.shape, (log_probs != 0).sum(1).tolist()
+    (torch.Size([3, 4]), [2, 2, 1])
     """
     inner = language_model(model)
     texts = Completions.of(batch).to(inner.get_input_embeddings().weight.device)  # type: ignore[operator]
