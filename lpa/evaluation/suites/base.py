@@ -11,7 +11,7 @@ from lpa.data import ASSESSMENT_PROMPT, PLAIN_PROMPT
 from ..bench import Bench
 from ..records import Record, Records
 from ..refusal import TRAINED
-from ..sets import BENIGN, HARM_SETS, PromptSet, digest
+from ..sets import BENIGN, HARM_SETS, Choice, PromptSet, digest
 from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
@@ -24,9 +24,11 @@ class Settings:
     """What is asked of every subject. Results of different settings are not mixed in one folder.
 
     Attributes:
-        sets: of harmful prompts; see `lpa.evaluation.sets.load_set`.
-        limit: prompts of each harmful set, None for all. benign_limit: benign requests; a margin of 5 points
-            takes about 300.
+        sets: of harmful prompts; see `lpa.evaluation.sets.load_set`. benign_sets: of benign ones, beside the shipped.
+        set_column, set_filter, set_split, set_config: what is taken of sets that are files or on the hub, see `Choice`;
+            a filter is "column=value".
+        limit: prompts of each harmful set, None for all. benign_limit: requests of each benign set; a margin of 5
+            points takes about 300.
         system_prompt: of the conversations; trait statements come under `trait_prompt`.
         max_new_tokens: longest answer.
         attacks: of `ATTACKS`. `attack_epsilon`, `attack_steps`: radius and steps of the latent and embedding ones.
@@ -46,6 +48,11 @@ class Settings:
     """
 
     sets: tuple[str, ...] = HARM_SETS
+    benign_sets: tuple[str, ...] = ()
+    set_column: str | None = None
+    set_filter: tuple[str, ...] = ()
+    set_split: str | None = None
+    set_config: str | None = None
     limit: int | None = 100
     benign_limit: int | None = 300
     system_prompt: str | None = PLAIN_PROMPT
@@ -82,6 +89,8 @@ class Settings:
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name} {sorted(unknown)} are unknown; use some of {', '.join(known)}")
         counts = ("ladder_limit", "suffix_tokens", "suffix_steps", "best_of", "gcg_steps")
+        if odd := [text for text in self.set_filter if not text.partition("=")[0] or "=" not in text]:
+            raise ValueError(f"set_filter={odd[0]!r} must be column=value")
         for name in ("max_new_tokens", "attack_steps", "trait_steps", *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -92,6 +101,12 @@ class Settings:
             raise ValueError(f"erosion_steps={self.erosion_steps} must grow from 1 or more")
         if any(not value > 0 for value in (*self.epsilons, self.trait_epsilon, self.attack_epsilon)):
             raise ValueError(f"epsilons={self.epsilons} must be above 0; the clean model is always measured")
+
+    @property
+    def choice(self) -> Choice:
+        """What is taken of sets that are files or on the hub."""
+        where = {text.partition("=")[0]: text.partition("=")[2] for text in self.set_filter}
+        return Choice(self.set_column, where, self.set_split, self.set_config)
 
     def as_dict(self) -> dict[str, Any]:
         """For a record of the run: plain JSON values."""
@@ -104,7 +119,7 @@ class Run:
 
     Attributes:
         subject: its name. model: ready to be called as that subject.
-        benign: the benign prompts; harmful: the harmful sets, with the unavailable ones.
+        benign: the shipped benign prompts; more_benign: other benign sets. harmful: the harmful ones.
         tick: called with (what, done, total) for progress.
     """
 
@@ -114,6 +129,7 @@ class Run:
     records: Records
     benign: PromptSet
     harmful: Sequence[PromptSet]
+    more_benign: Sequence[PromptSet] = ()
     tick: Callable[[str, int, int], None] = lambda what, done, total: None
 
     @property

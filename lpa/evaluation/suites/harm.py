@@ -28,7 +28,7 @@ class Harm(Suite):
     about = "would it answer? yes or no, on harmful and on benign prompts"
 
     def measure(self, run: Run) -> None:
-        for prompts in (run.benign, *run.harmful):
+        for prompts in (run.benign, *run.more_benign, *run.harmful):
             todo = [p for p in prompts.prompts if not run.has(self.name, prompts.name, p.id)]
             done = len(prompts.prompts) - len(todo)
             for chunk in batches(todo, run.bench.batch_size):
@@ -65,6 +65,11 @@ class Harm(Suite):
                                   note=skipped_note(all_benign)))  # fmt: skip
             alarming = [not says_yes(r) for r in benign if r["tag"] == "alarming"]
             rows.append(share_row(subject, self.name, f"{BENIGN} (alarming)", "benign error", alarming, good="down"))
+            for name in settings.benign_sets:
+                own = records.select(subject=subject, suite=self.name, set=name)
+                flags, note = [not says_yes(r) for r in scored(own)], skipped_note(own)
+                if own:
+                    rows.append(share_row(subject, self.name, name, "benign error", flags, good="down", note=note))
             everything = scored(records.select(subject=subject, suite=self.name))
             rows.append(_says_no(subject, everything))
         return rows

@@ -15,18 +15,19 @@ class OverRefusal(Suite):
     about = "benign requests that are not done, some of them alarming in wording"
 
     def measure(self, run: Run) -> None:
-        answer(run, run.benign)
+        for prompts in (run.benign, *run.more_benign):
+            answer(run, prompts)
 
     def rows(self, records: Records, subject: str, settings: Settings) -> list[Row]:
-        own = answers(records, subject, BENIGN)
-        held = scored(own)
-        if not held:
-            return []
-        note = "; ".join(part for part in (not_done_note(held), skipped_note(own)) if part)
-        rows = [
-            share_row(subject, self.name, BENIGN, "not done", [not complied(r) for r in held], good="down", note=note)
-        ]
-        for tag in ("plain", "alarming"):
-            flags = [not complied(r) for r in held if r["tag"] == tag]
-            rows.append(share_row(subject, self.name, f"{BENIGN} ({tag})", "not done", flags, good="down"))
+        rows = []
+        for name in (BENIGN, *settings.benign_sets):
+            own = answers(records, subject, name)
+            if not (held := scored(own)):
+                continue
+            note = "; ".join(part for part in (not_done_note(held), skipped_note(own)) if part)
+            flags = [not complied(r) for r in held]
+            rows.append(share_row(subject, self.name, name, "not done", flags, good="down", note=note))
+            for tag in ("plain", "alarming") if name == BENIGN else ():
+                flags = [not complied(r) for r in held if r["tag"] == tag]
+                rows.append(share_row(subject, self.name, f"{BENIGN} ({tag})", "not done", flags, good="down"))
         return rows

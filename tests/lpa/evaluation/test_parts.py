@@ -108,7 +108,7 @@ def test_a_sample_depends_on_the_texts_alone(tmp_path: Path) -> None:
         ("empty.jsonl", "", "holds no prompts"),
         ("odd.jsonl", '{"colour": "red"}\n', "has colour; one of the columns prompt"),
         ("headless.csv", 'A prompt that stands where a header should be\n"another one"\n', "no names of columns"),
-        ("list.jsonl", "[1]\n", "must be an object"),
+        ("list.jsonl", "[1]\n", "each line must be a JSON object"),
         ("bad.jsonl", "{", "Expecting"),
     ],
 )

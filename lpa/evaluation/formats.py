@@ -1,0 +1,129 @@
+"""The formats of prompt sets, recognised by their whole header: where a prompt stands, and what sorts its rows."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lpa.data.tables import DataError, is_conversation, turns_of
+
+Row = Mapping[str, Any]
+
+# columns of which one alone holds the prompts, where the format is none of those below
+COLUMNS = ("prompt", "question", "instruction", "goal", "Goal", "Behavior", "behavior", "query", "text")
+_TAGS = ("category", "tag")
+_LABELS = {"safe": False, "benign": False, "unsafe": True, "harmful": True}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        columns: a header that has all of these is of this format.
+        prompt: the prompt of a row, not checked. tags: columns, the first of which that is there groups the prompts.
+        left_out: why a row is not used; "" for those that are.
+        is_harmful: whether a row says of itself that it is harmful; None where it says nothing.
+    """
+
+    name: str
+    columns: frozenset[str]
+    prompt: Callable[[Row], Any]
+    tags: Sequence[str] = _TAGS
+    left_out: Callable[[Row], str] = lambda row: ""
+    is_harmful: Callable[[Row], bool | None] = lambda row: _LABELS.get(str(row.get("label")).strip().lower())
+
+    def tag(self, row: Row) -> str:
+        """What groups the prompt with others."""
+        return next((str(row[name]) for name in self.tags if row.get(name)), "")
+
+
+def recognise(header: Sequence[str], column: str | None, where: str) -> Format:
+    """The format of a set with this header.
+
+    Args:
+        column: the one that holds the prompts, where it is given.
+
+    Raises:
+        DataError: there is no such column; or none, or several, that could hold prompts.
+    """
+    if column is not None:
+        if column not in header:
+            raise DataError(f"{where} has no column {column!r}; it has {_named(header)}")
+        return _by_column(column)
+    for known in FORMATS:
+        if known.columns <= set(header):
+            return known
+    found = [name for name in COLUMNS if name in header]
+    if len(found) == 1:
+        return _by_column(found[0])
+    if found:
+        raise DataError(f"{where} has {_named(header)}: {' and '.join(found)} could hold the prompts; say --set-column")
+    raise DataError(f"{where} has {_named(header)}; one of the columns {', '.join(COLUMNS)} is needed, or --set-column")
+
+
+def _named(header: Sequence[str]) -> str:
+    # a file without a header has a prompt where a name should be, which is not for results
+    return ", ".join(map(str, header)) if all(len(str(name)) < 30 for name in header) else "no names of columns"
+
+
+def _by_column(name: str) -> Format:
+    return Format(f"column {name}", frozenset({name}), lambda row: _asked(row[name]))
+
+
+def _asked(cell: Any) -> Any:
+    """The only user message of a conversation; any other cell as it is."""
+    if not is_conversation(cell):
+        return cell
+    asked = [text for role, text in turns_of(cell, "the prompt") if role == "user"]
+    if len(asked) != 1:
+        raise DataError(f"a conversation of {len(asked)} user messages, and a prompt is one")
+    return asked[0]
+
+
+def _in_context(request: str, context: str) -> Callable[[Row], Any]:
+    """A request below the text that it is about, where there is one."""
+    return lambda row: f"{row[context]}\n\n---\n\n{row[request]}" if row.get(context) and row[request] else row[request]
+
+
+def _with_input(row: Row) -> Any:
+    return f"{row['instruction']}\n\n{row['input']}" if row["input"] and row["instruction"] else row["instruction"]
+
+
+def _only_turn(row: Row) -> Any:
+    turns = row["turns"]
+    if isinstance(turns, str) and turns.startswith("["):  # a list in a cell of a CSV file
+        turns = ast.literal_eval(turns)
+    if isinstance(turns, (list, tuple)) and len(turns) != 1:
+        raise DataError(f"a conversation of {len(turns)} turns, and a prompt is one")
+    return turns if isinstance(turns, str) else turns and turns[0]
+
+
+def _xstest(row: Row) -> bool:
+    """By the label, which early releases lack: there the type says which prompts are the unsafe contrasts."""
+    label = _LABELS.get(str(row.get("label")).strip().lower())
+    return str(row["type"]).startswith("contrast") if label is None else label
+
+
+def _copyright(row: Row) -> str:
+    # reciting a text is judged by comparison with it, not here
+    return "copyright" if row.get("FunctionalCategory") == "copyright" else ""
+
+
+_HARMBENCH = (_in_context("Behavior", "ContextString"), ("FunctionalCategory", "SemanticCategory"), _copyright)
+FORMATS = (
+    Format("HarmBench", frozenset({"Behavior", "ContextString"}), *_HARMBENCH),
+    Format("HarmBench", frozenset({"Behavior", "FunctionalCategory"}), *_HARMBENCH),
+    Format("HarmBench", frozenset({"prompt", "context"}), _in_context("prompt", "context")),
+    Format("JailbreakBench", frozenset({"Goal", "Behavior"}), lambda row: row["Goal"], ("Category",)),
+    Format("StrongREJECT", frozenset({"forbidden_prompt"}), lambda row: row["forbidden_prompt"]),
+    Format("AdvBench", frozenset({"goal", "target"}), lambda row: row["goal"]),
+    Format("XSTest", frozenset({"prompt", "type", "focus"}), lambda row: row["prompt"], ("type",), is_harmful=_xstest),
+    Format("SORRY-Bench", frozenset({"turns", "category"}), _only_turn),
+    Format("Do-Not-Answer", frozenset({"question", "types_of_harm"}), lambda row: row["question"], ("types_of_harm",)),
+    Format("Alpaca", frozenset({"instruction", "input"}), _with_input),
+    Format("messages", frozenset({"messages"}), lambda row: _asked(row["messages"])),
+    Format("OR-Bench", frozenset({"prompt", "category"}), lambda row: _asked(row["prompt"])),
+)

@@ -1,0 +1,197 @@
+"""Prompt sets in the formats in which people have them; harmless texts stand in the place of harmful ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lpa.evaluation import evaluate
+from lpa.evaluation.sets import Choice, PromptSet, load_set
+from lpa.evaluation.suites import Settings
+from tests.support.speakers import STAND_INS, random_model, tokenizer
+
+ONE, TWO, THREE = STAND_INS[:3]
+FORMATS: dict[str, tuple[str, list[dict[str, Any]], list[tuple[str, str]]]] = {
+    # name -> (format, rows, (tag, prompt) of what is used as a harmful set)
+    "HarmBench": (
+        "HarmBench",
+        [{"Behavior": ONE, "FunctionalCategory": "standard", "SemanticCategory": "x", "Tags": "", "ContextString": "",
+          "BehaviorID": "a"},
+         {"Behavior": TWO, "FunctionalCategory": "contextual", "SemanticCategory": "x", "Tags": "", "BehaviorID": "b",
+          "ContextString": "A park."},
+         {"Behavior": THREE, "FunctionalCategory": "copyright", "SemanticCategory": "x", "Tags": "", "BehaviorID": "c",
+          "ContextString": ""}],
+        [("standard", ONE), ("contextual", f"A park.\n\n---\n\n{TWO}")],
+    ),
+    "HarmBench on the hub": ("HarmBench", [{"prompt": ONE, "context": "A park.", "category": "x"}],
+                             [("x", f"A park.\n\n---\n\n{ONE}")]),
+    "JailbreakBench": (
+        "JailbreakBench",
+        [{"Index": 0, "Goal": ONE, "Target": "Sure", "Behavior": "a label", "Category": "x", "Source": "y"}],
+        [("x", ONE)],
+    ),
+    "StrongREJECT": ("StrongREJECT", [{"category": "x", "source": "y", "forbidden_prompt": ONE}], [("x", ONE)]),
+    "AdvBench": ("AdvBench", [{"goal": ONE, "target": "Sure"}], [("", ONE)]),
+    "XSTest": (
+        "XSTest",
+        [{"id": 1, "prompt": ONE, "type": "homonyms", "label": "safe", "focus": "x", "note": ""},
+         {"id": 2, "prompt": TWO, "type": "contrast_homonyms", "label": "unsafe", "focus": "x", "note": ""}],
+        [("contrast_homonyms", TWO)],
+    ),
+    "XSTest without labels": (
+        "XSTest",
+        [{"id": 1, "type": "homonyms", "prompt": ONE, "focus": "x", "note": ""},
+         {"id": 2, "type": "contrast_homonyms", "prompt": TWO, "focus": "x", "note": ""}],
+        [("contrast_homonyms", TWO)],
+    ),
+    "OR-Bench": ("OR-Bench", [{"prompt": ONE, "category": "x"}], [("x", ONE)]),
+    "SORRY-Bench": ("SORRY-Bench", [{"question_id": 1, "category": "2", "turns": [ONE], "prompt_style": "base"}],
+                    [("2", ONE)]),
+    "Do-Not-Answer": (
+        "Do-Not-Answer",
+        [{"id": 1, "risk_area": "a", "types_of_harm": "x", "specific_harms": "b", "question": ONE, "GPT4_score": "no"}],
+        [("x", ONE)],
+    ),
+    "Alpaca": (
+        "Alpaca",
+        [{"instruction": ONE, "input": "A cat.", "output": "no"}, {"instruction": TWO, "input": "", "output": "no"}],
+        [("", f"{ONE}\n\nA cat."), ("", TWO)],
+    ),
+    "messages": (
+        "messages",
+        [{"messages": [{"role": "system", "content": "Hm."}, {"role": "user", "content": ONE},
+                       {"role": "assistant", "content": "no"}]},
+         {"messages": [{"role": "user", "content": [{"type": "text", "text": TWO}]}]}],
+        [("", ONE), ("", TWO)],
+    ),
+    "a prompt of messages": ("column prompt", [{"prompt": [{"role": "user", "content": ONE}]}], [("", ONE)]),
+    "a column": ("column question", [{"question": ONE, "answer": "no"}], [("", ONE)]),
+}  # fmt: skip
+
+
+def written(folder: Path, rows: list[dict[str, Any]], ending: str = ".jsonl", name: str = "own") -> str:
+    path = folder / f"{name}{ending}"
+    if ending == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+def prompts(found: PromptSet) -> list[tuple[str, str]]:
+    assert not found.reason
+    return [(prompt.tag, prompt.text) for prompt in found.prompts]
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        (name, ending)
+        for name in FORMATS
+        for ending in (".jsonl", ".csv")
+        if ending == ".jsonl" or "messages" not in name
+    ],
+)
+def test_a_format_is_recognised_by_its_header(name: str, ending: str, tmp_path: Path) -> None:
+    known, rows, expected = FORMATS[name]
+    found = load_set(written(tmp_path, rows, ending))
+    assert found.format == known
+    assert prompts(found) == expected
+    assert sum(found.left_out.values()) == len(rows) - len(expected)
+
+
+@pytest.mark.parametrize("name", ["XSTest", "XSTest without labels"])
+def test_labels_sort_the_rows_of_a_set(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path, FORMATS[name][1])
+    harmful, benign = load_set(path), load_set(path, harmful=False)
+    assert prompts(harmful) == [("contrast_homonyms", TWO)]
+    assert prompts(benign) == [("homonyms", ONE)]
+    assert harmful.described()["left_out"] == {"safe": 1}
+    assert benign.described()["left_out"] == {"unsafe": 1}
+    assert (harmful.harmful, benign.harmful) == (True, False)
+    assert harmful.name != benign.name, "their records lie in one file"
+    only = load_set(written(tmp_path, FORMATS[name][1][:1], name="safe"))
+    assert only.reason == "safe.jsonl holds no prompts (1 safe left out)"
+
+
+def test_what_is_called_benign_is_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split, **how: [{"prompt": ONE, "category": "x"}])
+    for name, choice in (("someone/or-bench", Choice(config="or-bench-hard-1k")),
+                         ("JailbreakBench/JBB-Behaviors", Choice(config="behaviors", split="benign"))):  # fmt: skip
+        assert "are benign and no harm; use --benign-set" in load_set(name, choice=choice).reason
+        assert load_set(name, harmful=False, choice=choice).total == 1
+    path = written(tmp_path, FORMATS["OR-Bench"][1], name="or-bench-80k")
+    assert "the prompts of or-bench-80k are benign" in load_set(path).reason
+    assert load_set(path, harmful=False).total == 1
+    assert load_set("someone/or-bench", choice=Choice(config="or-bench-toxic")).total == 1
+    assert "they are no benign set" in load_set("harmbench", harmful=False).reason
+
+
+def test_the_hub_is_asked_for_configuration_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, **how: asked.append((path, how)) or [{"prompt": ONE, "x": "y"}]
+    )
+    load_set("someone/set@1234", choice=Choice(config="small", split="test"))
+    load_set("jailbreakbench", choice=Choice(column="other"))
+    assert asked == [
+        ("someone/set", {"split": "test", "name": "small", "revision": "1234"}),
+        ("JailbreakBench/JBB-Behaviors", {"split": "harmful", "name": "behaviors"}),
+    ]
+
+
+def test_a_column_and_a_filter(tmp_path: Path) -> None:
+    rows = [{"prompt": "no", "text": ONE, "lang": "en"}, {"prompt": "no", "text": TWO, "lang": "de"}]
+    path = written(tmp_path, rows)
+    assert "prompt and text could hold the prompts; say --set-column" in load_set(path).reason
+    found = load_set(path, choice=Choice(column="text", where={"lang": "de"}))
+    assert prompts(found) == [("", TWO)]
+    assert found.left_out == {"filtered": 1}
+    assert found.prompts[0].id == "own-0002"
+    assert "has no column 'topic'; it has prompt, text, lang" in load_set(path, choice=Choice(column="topic")).reason
+    missing = load_set(path, choice=Choice(column="text", where={"topic": "x"})).reason
+    assert "--set-filter topic=...: own.jsonl has no such column" in missing
+    with pytest.raises(ValueError, match=r"set_filter='lang' must be column=value"):
+        Settings(set_filter=("lang",))
+    assert Settings(set_filter=("lang=a=b",)).choice.where == {"lang": "a=b"}
+
+
+def test_empty_prompts_are_counted_and_other_cells_refused(tmp_path: Path) -> None:
+    found = load_set(written(tmp_path, [{"prompt": ONE}, {"prompt": None}, {"prompt": " "}, {"other": 1}]))
+    assert prompts(found) == [("", ONE)]
+    assert found.described()["left_out"] == {"empty": 3}
+    for cell, told in ((7, "7 (int), not text"), ([ONE], "(list), not text"), ("\ud800", "half a character"),
+                       ([{"role": "user", "content": ONE}] * 2, "a conversation of 2 user messages")):  # fmt: skip
+        reason = load_set(written(tmp_path, [{"prompt": ONE}, {"prompt": cell}])).reason
+        assert "own.jsonl row 2: " in reason
+        assert told in reason
+
+
+def test_a_set_is_shown_with_one_row(tmp_path: Path) -> None:
+    found = load_set(written(tmp_path, FORMATS["HarmBench"][1]))
+    assert found.shown == (f"own: 2 of 2 prompts of own.jsonl (HarmBench), left out: 1 copyright; the first is {ONE!r}")
+
+
+def test_benign_sets_are_measured_and_never_counted_as_harm(tmp_path: Path) -> None:
+    path, told = written(tmp_path, FORMATS["XSTest"][1], name="xstest"), []
+    found = evaluate(
+        random_model(), tokenizer=tokenizer(), device="cpu", suites=["harm", "overrefusal", "attacks"],
+        attacks=("direct",), sets=(path,), benign_sets=(path,), limit=4, max_new_tokens=4, tell=told.append,
+    )  # fmt: skip
+    assert [line.partition(":")[0] for line in told] == ["xstest", "xstest (benign)"]
+    by = {(row.suite, row.metric): row for row in found.rows if row.set == "xstest (benign)"}
+    assert set(by) == {("harm", "benign error"), ("overrefusal", "not done")}
+    assert all(row.n == 1 for row in by.values())
+    assert {row.n for row in found.rows if row.set == "xstest" and row.metric in ("harm error", "done: direct")} == {1}
+    assert found.info["data"]["xstest (benign)"]["left_out"] == {"unsafe": 1}
