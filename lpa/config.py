@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,9 @@ from lpa_kernels.attack import AttackSettings, Objective
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON, system_prompt_text
 from .names import nearest
+from .public_code import is_public, translated
+
+logger = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 NORMALISERS = ("global", "micro")
@@ -369,6 +373,8 @@ def read_yaml(path: str | Path, known: Iterable[str], former: Mapping[str, str] 
 
     Raises:
         ValueError: no such file, not a mapping, or an unknown key (with the nearest known one).
+
+    A lat_config.json of the public LPA code is read as well (`lpa.public_code`).
     """
     import yaml
 
@@ -381,6 +387,10 @@ def read_yaml(path: str | Path, known: Iterable[str], former: Mapping[str, str] 
     names = set(known)
     renamed = former or {}
     settings = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if is_public(settings):
+        settings = translated(settings, str(path))
+        told = ", ".join(f"{name} {value}" for name, value in settings.items())
+        logger.warning("%s is of the public LPA code; it is read as %s", path, told)
     settings = {renamed.get(key, key): value for key, value in settings.items()}
     for key in settings:
         if key in RENAMED:

@@ -14,6 +14,7 @@ from .. import run_folder as folder
 from ..models import DEFAULT_MODEL
 from ..names import nearest
 from ..presets import PRESETS
+from ..public_code import our_name
 from . import Dtype
 
 _COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "preset", "resume")
@@ -169,6 +170,8 @@ def _known(parser: Any, given: Sequence[str]) -> dict[str, Any]:
         name = flag.lstrip("-").replace("-", "_")
         if name in RENAMED:
             parser.error(f"{flag} is called --{RENAMED[name]} now")
+        if ours := our_name(name):
+            parser.error(f"{flag} is an option of the public LPA code; here it is --{ours}")
         parser.error(f"unknown option {flag}{nearest(flag.lstrip('-'), _options(parser))}")
     return vars(values)
 
