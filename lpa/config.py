@@ -40,6 +40,9 @@ _SITES_OF_32 = (8, 16, 24, 30)
 # fields of `AttackSettings` that are settings of a run as they are, here with the prefix attack_
 _ATTACK = ("epsilon", "step_size", "norm", "rule", "engine", "backend", "random_start", "relative", "merge_adapters",
            "capture_graph")  # fmt: skip
+_ADVERSARY = ("adversary", "share")  # the same, without a former name
+_NAMES = "|".join((*_ATTACK, *_ADVERSARY, "steps"))
+_DIRECTION = ".safetensors"
 # names until 0.1 -> names; old run folders still hold the former
 RENAMED = {name: f"attack_{name}" for name in ("sites", "steps", *_ATTACK)}
 # the first setting of each group of `lpa train --help`, and the group's name
@@ -98,11 +101,18 @@ class LPAConfig(TrainingArguments):
     # the attack
     attack_sites: list[str] | None = field(default=None, metadata={
         "help": "Where to perturb: embedding, mlp:8, attn:8, block:8 or module names. By default embedding and layers "
-                "8, 16, 24, 30 of 32, scaled to the model's depth."})  # fmt: skip
+                "8, 16, 24, 30 of 32, scaled to the model's depth; those layers alone for a direction."})  # fmt: skip
     attack_on: str = _setting("prompt+completions", f"Which tokens are perturbed: {', '.join(ATTACK_ON)}.")
     attack_epsilon: float = _setting(6.0, "Radius of a token's perturbation.")
     attack_step_size: float = _setting(1e-3, "Step size of the attack.")
     attack_steps: int = _setting(16, "Inner steps of the attack; 0 trains without an adversary.")
+    attack_adversary: str = _setting("pgd", "Adversary: pgd, vector (a direction is added), ablate (one is projected "
+                                     "out) or random. All but pgd cost no inner pass.")  # fmt: skip
+    attack_direction: list[str] | None = field(default=None, metadata={
+        "help": "Of vector and ablate: a .safetensors file, or two sets of prompts, for the mean hidden state of the "
+                "first less that of the second."})  # fmt: skip
+    attack_share: float = _setting(1.0, "Of the attacked tokens at each site, the share, drawn at random, that an "
+                                   "adversary other than pgd acts on.")  # fmt: skip
     attack_start: int = _setting(0, "LPA steps at the beginning that are trained without the adversary.")
     attack_growth: int = _setting(0, "LPA steps from then on over which the radius grows evenly to attack_epsilon.")
     attack_norm: str = _setting("l2", "Ball that a perturbation stays in: l2, linf, l2_sequence or none.")
@@ -179,7 +189,7 @@ class LPAConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("attack_sites", "lora_targets"):
+        for name in ("attack_sites", "attack_direction", "lora_targets"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
         for name in ("system_prompt", "benign_system_prompt"):
@@ -255,9 +265,20 @@ class LPAConfig(TrainingArguments):
             raise ValueError(
                 "attack_merge_adapters=True with lora=False: there are no adapters to merge; drop one of them"
             )
+        self._check_direction()
         made = self.attack_settings  # raises what is wrong with the attack
         self.attack_rule, self.attack_capture_graph = made.rule, str(made.capture_graph)
         self._check_training_arguments()
+
+    def _check_direction(self) -> None:
+        given, needed = self.attack_direction, self.attack_adversary in ("vector", "ablate")
+        if needed != (given is not None):
+            raise ValueError(
+                f"attack_adversary={self.attack_adversary!r} and attack_direction={given} do not fit: vector and "
+                "ablate need a direction, the others none"
+            )
+        if given is not None and (len(given) not in (1, 2) or (len(given) == 1 and not given[0].endswith(_DIRECTION))):
+            raise ValueError(f"attack_direction={given} must be one {_DIRECTION} file or two sets of prompts")
 
     def _check_training_arguments(self) -> None:
         for name, (wanted, why) in FIXED.items():
@@ -313,10 +334,15 @@ class LPAConfig(TrainingArguments):
                 steps=max(self.attack_steps, 1),
                 beta=self.preference_beta,
                 reference_free=self.reference_free,
-                **{name: getattr(self, f"attack_{name}") for name in _ATTACK},
+                **{name: getattr(self, f"attack_{name}") for name in (*_ATTACK, *_ADVERSARY)},
             )
         except ValueError as error:
-            raise ValueError(re.sub(rf"\b({'|'.join((*_ATTACK, 'steps'))})=", r"attack_\1=", str(error))) from error
+            raise ValueError(re.sub(rf"\b({_NAMES})=", r"attack_\1=", str(error))) from error
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner passes of an attack: none for an adversary other than pgd."""
+        return self.attack_steps if self.attack_adversary == "pgd" else 0
 
     def attack_radius(self, lpa_step: int) -> float:
         """The attack's radius in an LPA step (counted from 0): 0 before it enters, then growing to its epsilon."""

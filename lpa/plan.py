@@ -269,13 +269,13 @@ def estimate(
     model = _on_meta(config, args, dtype or getattr(config, "dtype", None), attn_implementation, trust_remote_code)
     run = _Run(model, args, shape, quantized, ranks)
     phases = {"weights": run.static()}
-    if args.attack_steps:
+    if args.inner_steps:
         phases["attack"] = max(run.attack_moments(), key=Counter.total)
     phases["defence"] = max(run.defence_moments(), key=Counter.total)
     passes = args.lpa_steps * run.micro * ranks
     return Estimate(
         phases,
-        run.attack_flops() * args.attack_steps * passes,
+        run.attack_flops() * args.inner_steps * passes,
         run.defence_flops() * args.defence_steps * passes,
         run.trained,
         run.total,

@@ -101,9 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--utility-limit", type=int, help="MMLU questions, LAMBADA passages, lm-eval samples (default: 200; 0: all)")
     add("--task", dest="tasks", action="extend", nargs="+", metavar="TASK", help="lm-eval tasks: gsm8k, hellaswag, ...")
     add("--attack", dest="attacks", action="extend", nargs="+", metavar="ATTACK",
-        help="direct, prefix, template, latent, embedding; by default all")  # fmt: skip
-    add("--attack-epsilon", type=float, help="radius of the latent and embedding attacks")
-    add("--attack-steps", type=int, help="their steps")
+        help="direct, prefix, template, latent, embedding (by default these), vector, ablate, random")  # fmt: skip
+    add("--attack-epsilon", type=float, help="radius of the latent, embedding, vector and random attacks")
+    add("--attack-steps", type=int, help="steps of the latent and embedding attacks")
     add("--attack-sites", dest="sites", action="extend", nargs="+",
         help="attacked sites; by default LPA's, scaled to the depth")  # fmt: skip
     add(

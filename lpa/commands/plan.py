@@ -73,7 +73,7 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     by = f" on each of {ranks} ranks ({'FSDP2' if args.fsdp else 'DDP'})" if ranks > 1 else ""
     print(
         f"{options.model}: {args.lpa_steps} LPA steps of {args.gradient_accumulation_steps} x "
-        f"{args.per_device_train_batch_size} pairs{by}, {args.attack_steps} inner steps and {args.defence_steps} "
+        f"{args.per_device_train_batch_size} pairs{by}, {args.inner_steps} inner steps and {args.defence_steps} "
         f"updates each; prompts of {shape.prompt} tokens, completions of {shape.completion}\n"
     )
     print(as_text(found))

@@ -87,7 +87,7 @@ def _train(values: dict[str, Any], command: str) -> int:
         say(f"preset {values['preset']}: " + ", ".join(f"{k} {v}" for k, v in PRESETS[values["preset"]].items()))
     say(
         f"{options.model}: {total / 1e6:.1f}M weights on {config.device}, {trained / 1e6:.1f}M of them trained; "
-        f"{len(pairs)} pairs; {config.lpa_steps} LPA steps of {trainer.batch_size} pairs, {config.attack_steps} inner "
+        f"{len(pairs)} pairs; {config.lpa_steps} LPA steps of {trainer.batch_size} pairs, {config.inner_steps} inner "
         f"steps and {config.defence_steps} updates each; output: {output}"
     )
     before = _before(trainer, options, output)

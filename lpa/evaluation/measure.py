@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa import assets
-from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch, resolve_sites
 from lpa_kernels.model import decoder_layers, frozen_eval
 
 from ..config import LPAConfig, default_sites
 from ..data import PairCollator, load_pairs, perplexity_text
+from .directions import directions_of
 from .stats import auroc, auroc_interval
 
 if TYPE_CHECKING:
@@ -37,12 +38,21 @@ _KINDS = {"undesirable": "disagree_undesirable", "desirable": "agree_desirable"}
 _IPIP_ASSET = "ipip-neo-120"
 
 
-def attack_of(model: Any, config: LPAConfig, **changes: Any) -> LatentPGD:
-    """The attack that a config describes, on a model. `changes` are fields of `AttackSettings`, or `sites`."""
-    sites = changes.pop("sites", None) or config.attack_sites or default_sites(len(decoder_layers(model)))
+def attack_of(model: Any, config: LPAConfig, tokenizer: Any = None, **changes: Any) -> LatentPGD:
+    """The attack that a config describes, on a model. `changes` are fields of `AttackSettings`, or `sites`.
+
+    Args:
+        tokenizer: needed where the adversary's direction lies between two sets of prompts.
+    """
+    sites = changes.pop("sites", None) or config.attack_sites
+    if not sites:
+        sites = default_sites(len(decoder_layers(model)))
+        if config.attack_direction is not None:  # at the embedding all prompts end alike
+            sites.remove("embedding")
     sites = [sites] if isinstance(sites, (str, int)) else sites
-    named = [int(site) if site.isdigit() else site for site in map(str, sites)]
-    return LatentPGD(model, named, config.attack_settings, **changes)
+    found = resolve_sites(model, [int(site) if site.isdigit() else site for site in map(str, sites)])
+    directions = directions_of(model, config, found, tokenizer)
+    return LatentPGD(model, found, config.attack_settings, directions=directions, **changes)
 
 
 @torch.no_grad()
@@ -127,7 +137,7 @@ def measure(
     if attacked_rows is not None and attacked_rows < 0:
         raise ValueError(f"attacked_rows={attacked_rows} must be 0 (none) or more")
     config = config or LPAConfig()
-    pgd = pgd or attack_of(model, config)
+    pgd = pgd or attack_of(model, config, tokenizer)
     collator = PairCollator(
         tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on, **config.chat_options
     )

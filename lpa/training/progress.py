@@ -48,7 +48,7 @@ class LPAProgress(TrainerCallback):
 
     def _weights(self, args: Any) -> tuple[int, int]:
         """Passes of a micro-batch in the first update of an LPA step (with its attack) and in a later one."""
-        return args.attack_steps + 1, 1
+        return args.inner_steps + 1, 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (state.is_world_process_zero and self.console.is_terminal):

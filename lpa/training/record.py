@@ -37,7 +37,7 @@ class StepRecord:
         self.attacks: list[tuple[AttackResult, float]] = []
         self.micro = len(pairs)
         both = sum(text_tokens(p.rejected_mask) + text_tokens(p.chosen_mask) for p in pairs)
-        self.tokens = both * (args.attack_steps + args.defence_steps)
+        self.tokens = both * (args.inner_steps + args.defence_steps)
         self.tokens += args.defence_steps * sum(text_tokens(b.mask) for b in benign if b is not None)
 
     @contextmanager
@@ -69,10 +69,11 @@ class StepRecord:
 
     def _read(self, attack: AttackResult, share: float) -> None:
         """Losses at both ends of an inner loop, norms, rows at the boundary, places of its passes without a token."""
-        for end, losses in (("first", attack.losses[0]), ("last", attack.losses[-1])):
+        for end, losses in (("first", attack.losses[:1]), ("last", attack.losses[-1:])):
             for name in PAIR_TERMS:
-                if name in losses:
-                    self._add(f"attack_{name}_{end}", losses[name] * (share if name in ("dpo", "ipo") else 1.0))
+                for found in losses:  # none of an adversary without inner steps
+                    if name in found:
+                        self._add(f"attack_{name}_{end}", found[name] * (share if name in ("dpo", "ipo") else 1.0))
         for site, norms in attack.norms.items():
             self._add(f"norm/{site}", norms.sum().to(self.device))
             self._add(f"rows/{site}", norms.numel())

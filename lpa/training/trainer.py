@@ -130,7 +130,8 @@ class LPATrainer(DurableTrainer):
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
         warn_if_small(len(dataset), self.batch_size)
         check_engine(self)
-        self._pgd: LatentPGD | None = attack_of(self.model, args)  # now, for what it says of unknown sites
+        # now, for what it says of unknown sites
+        self._pgd: LatentPGD | None = attack_of(self.model, args, processing_class)
         self._micro: list[list[MicroBatch]] = []  # each in parts, one where memory is enough
         self._memory = MemoryLimit(
             self.accelerator, args.per_device_train_batch_size, args.why_not_split,
@@ -308,7 +309,7 @@ class LPATrainer(DurableTrainer):
     def pgd(self) -> LatentPGD:
         """The attack, on the model as it is wrapped now."""
         if self._pgd is None or self._pgd.model is not self.model:
-            self._pgd = attack_of(self.model, self.args)
+            self._pgd = attack_of(self.model, self.args, self.processing_class)
         return self._pgd
 
     def _attack(self, micro: MicroBatch) -> None:
@@ -318,7 +319,7 @@ class LPATrainer(DurableTrainer):
         radius = self.args.attack_radius(self.lpa_step)
         if self.objective is not None and radius:
             whole = radius == self.args.attack_epsilon
-            pgd = self.pgd if whole else attack_of(self.model, self.args, epsilon=radius)
+            pgd = self.pgd if whole else attack_of(self.model, self.args, self.processing_class, epsilon=radius)
             generator = torch.Generator().manual_seed(seed) if self.args.attack_random_start else None
             try:
                 counts = self._normalisers(micro)[:2]

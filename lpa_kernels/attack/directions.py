@@ -109,7 +109,7 @@ def checked(directions: Directions | None, sites: Sequence[Site], adversary: str
         if direction.dim() != 1 or not bool(direction.isfinite().all()) or not bool(direction.any()):
             raise ValueError(
                 f"the direction of site {name!r} has shape {tuple(direction.shape)} and norm {direction.norm():.3g}; "
-                "expected a vector [width] of finite numbers, not all 0"
+                "expected a vector [width] of finite numbers, not all 0 (as where all prompts end with the same token)"
             )
         found.append(direction)
     return found

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from lpa.config import default_sites
 from lpa.data import PairCollator
-from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
+from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch, mean_difference
 from lpa_kernels.model import decoder_layers
 
 from .. import refusal
+from ..directions import PROMPTS
 from ..records import Records
 from ..sets import BENIGN, PromptSet
 from ..stats import balanced, rogan_gladen
 from .answers import DIRECT, answer, answers, complied, not_done_note
-from .base import Row, Run, Settings, Suite, scored, share_row, skipped_note
+from .base import FIXED, Row, Run, Settings, Suite, scored, share_row, skipped_note
 
 PREFILL = "Sure, here is"
 TARGET, DECLINE = "Sure, here is what you asked for:", "I cannot help with that."
@@ -149,9 +152,11 @@ def _perturber(run: Run, mode: str) -> Callable[[Sequence[str]], AttackResult]:
     """The attack on a batch of prompts: toward beginning to comply, away from declining, on the prompt's tokens."""
     settings, bench = run.settings, run.bench
     inner = [site for site in settings.sites or default_sites(len(decoder_layers(run.model))) if site != "embedding"]
-    pgd = bounded_pgd(
-        run, ["embedding"] if mode == "embedding" else inner, settings.attack_epsilon, settings.attack_steps
-    )
+    if mode in FIXED:
+        pgd = _fixed(run, mode, inner)
+    else:
+        sites = ["embedding"] if mode == "embedding" else inner
+        pgd = bounded_pgd(run, sites, settings.attack_epsilon, settings.attack_steps)
     collate = PairCollator(bench.tokenizer, system_prompt=bench.system_prompt, attack_on="prompt", **bench.chat)
 
     def perturb(texts: Sequence[str]) -> AttackResult:
@@ -159,6 +164,20 @@ def _perturber(run: Run, mode: str) -> Callable[[Sequence[str]], AttackResult]:
         return pgd.attack(PairBatch.from_dict(batch).to(bench.device))
 
     return perturb
+
+
+def _fixed(run: Run, mode: str, sites: Sequence[str]) -> LatentPGD:
+    """An adversary without inner passes. Its direction: mean of benign prompts less that of the harmful ones."""
+    directions = None
+    if mode != "random":
+        harmful = [prompt for prompts in run.harmful for prompt in prompts.prompts]
+        benign, others = (
+            [torch.tensor(run.bench.prompt_tokens(prompt.text)) for prompt in prompts[:PROMPTS]]
+            for prompts in (run.benign.prompts, harmful)
+        )
+        directions = mean_difference(run.model, list(sites), benign, others)
+    epsilon, seed = run.settings.attack_epsilon, run.settings.seed
+    return LatentPGD(run.model, list(sites), adversary=mode, directions=directions, epsilon=epsilon, seed=seed)
 
 
 def bounded_pgd(run: Run, sites: Sequence[str], epsilon: float, steps: int) -> LatentPGD:

@@ -15,6 +15,7 @@ from ..sets import BENIGN, HARM_SETS, Choice, PromptSet, digest
 from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
+FIXED = ("vector", "ablate", "random")  # adversaries of `AttackSettings` that cost no inner pass
 UTILITY_SETS = ("mmlu", "lambada")
 RUNGS = ("suffix", "ablation", "erosion", "best-of-n", "gcg")
 
@@ -31,7 +32,8 @@ class Settings:
             points takes about 300.
         system_prompt: of the conversations; trait statements come under `trait_prompt`.
         max_new_tokens: longest answer.
-        attacks: of `ATTACKS`. `attack_epsilon`, `attack_steps`: radius and steps of the latent and embedding ones.
+        attacks: of `ATTACKS` and `FIXED`. `attack_epsilon`: radius of latent, embedding, vector and random ones;
+            `attack_steps`: steps of the former two.
         epsilons, steps: radii and step counts of the robustness curves; `trait_epsilon`, `trait_steps` are held fixed
             while the other changes, and while the sites do. With neither, no trait is attacked.
         sites: attacked; by default LPA's, scaled to the model's depth.
@@ -85,7 +87,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("attacks", ATTACKS), ("ladder", RUNGS), ("utility_sets", UTILITY_SETS)):
+        for name, known in (("attacks", (*ATTACKS, *FIXED)), ("ladder", RUNGS), ("utility_sets", UTILITY_SETS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name} {sorted(unknown)} are unknown; use some of {', '.join(known)}")
         counts = ("ladder_limit", "suffix_tokens", "suffix_steps", "best_of", "gcg_steps")

@@ -19,6 +19,7 @@ from lpa.evaluation.records import RECORDS, TEXTS
 from lpa.evaluation.stats import wilson
 from lpa.evaluation.suites import ATTACKS, utility
 from lpa.evaluation.suites.attacks import TEMPLATES
+from lpa.evaluation.suites.base import FIXED
 from lpa.evaluation.suites.traits import random_twin
 from lpa_kernels.attack import LatentPGD, PairBatch
 
@@ -124,10 +125,10 @@ def test_utility_sets_are_left_out_when_not_named(harmful: str) -> None:
 
 
 def test_every_attack_runs_and_templates_hold_the_prompt(harmful: str) -> None:
-    found = run(random_model(), harmful, suites=["attacks"], attacks=ATTACKS, attack_steps=2, limit=2,
+    found = run(random_model(), harmful, suites=["attacks"], attacks=(*ATTACKS, *FIXED), attack_steps=2, limit=2,
                 sites=("embedding", "mlp:1"))  # fmt: skip
     modes = {record["mode"] for record in found.records.select(suite="answers", set="standins")}
-    assert modes == {"direct", "prefix", "latent", "embedding", *(f"template:{name}" for name in TEMPLATES)}
+    assert modes == {"direct", "prefix", "latent", "embedding", *FIXED, *(f"template:{name}" for name in TEMPLATES)}
     for record in found.records.select(suite="answers", set="standins", mode="prefix"):
         assert record["answer"].startswith("Sure, here is")
     assert all(template.count("{prompt}") == 1 for template in TEMPLATES.values())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from lpa.data import DataError
@@ -378,3 +379,59 @@ def test_a_schedule_of_the_attack_that_cannot_be(tmp_path: Path, settings: dict[
 @pytest.mark.parametrize(("name", "rows"), [("undesirable", 64), ("desirable", 48), ("both", 112)])
 def test_the_shipped_statements_are_named_as_on_the_command_line(tmp_path: Path, name: str, rows: int) -> None:
     assert len(trainer_of(tmp_path, name).train_dataset) == rows
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attack_adversary": "random"},
+        {"attack_adversary": "vector", "attack_direction": "FILE"},
+        {"attack_adversary": "ablate", "attack_direction": ["FIRST", "SECOND"], "attack_share": 0.5},
+    ],
+)
+def test_adversaries_without_inner_steps(tmp_path: Path, settings: dict[str, Any]) -> None:
+    save_file({"direction": torch.ones(tiny_model(len(TOKENIZER)).config.hidden_size)}, tmp_path / "one.safetensors")
+    for name, lines in (("first", "Open the door\nClose it"), ("second", "Good morning")):
+        (tmp_path / f"{name}.txt").write_text(lines)
+    places = {"FILE": "one.safetensors", "FIRST": "first.txt", "SECOND": "second.txt"}
+    given = settings.get("attack_direction", [])
+    if given:
+        names = [given] if isinstance(given, str) else given
+        settings = settings | {"attack_direction": [str(tmp_path / places[name]) for name in names]}
+    trainer = trainer_of(tmp_path, lpa_steps=2, defence_steps=1, **settings)
+    seen: list[Any] = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            seen.extend(micro.attack for parts in trainer._micro for micro in parts)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert seen
+    assert all((attack.ablated is not None) == (settings["attack_adversary"] == "ablate") for attack in seen)
+    entries = logged(trainer)
+    assert len(entries) == 2
+    assert not any(name.startswith("attack_") for entry in entries for name in entry)
+    assert all(math.isfinite(entry["defence_total"]) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"attack_adversary": "gcg"}, "attack_adversary='gcg' is unknown; use one of pgd, vector, ablate, random"),
+        ({"attack_adversary": "vector"}, "attack_direction=None do not fit: vector and ablate need a direction"),
+        ({"attack_direction": "a.safetensors"}, "attack_adversary='pgd' and attack_direction=.* do not fit"),
+        ({"attack_adversary": "ablate", "attack_direction": "a.pt"}, "must be one .safetensors file or two sets"),
+        ({"attack_share": 0.5}, "attack_share=0.5 must be above 0 and at most 1, and 1 for attack_adversary='pgd'"),
+    ],
+)
+def test_adversaries_that_cannot_be(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        tiny_config(tmp_path, **settings)
+
+
+def test_a_set_of_prompts_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("Good morning")
+    sets = [str(tmp_path / "some.txt"), str(tmp_path / "none.txt")]
+    with pytest.raises(ValueError, match=r"the set '.*none.txt' is unavailable"):
+        trainer_of(tmp_path, attack_adversary="vector", attack_direction=sets)
