@@ -1,4 +1,4 @@
-"""The plots of a report, as PNGs: attack success, robustness curves, frontier, training curves."""
+"""The plots of a report, as PNGs of one width: two stand side by side on a screen, and one fills a phone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lpa.evaluation.refusal import NOT_DONE
+from lpa.evaluation.stats import wilson
 from lpa.evaluation.suites import Row
 from lpa.training.selection import Limits, faults, safety, utility
 
@@ -25,67 +27,109 @@ except ImportError as error:
 # Okabe and Ito's palette, which people with any colour vision can tell apart, and a shape for each colour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = "osD^vPX*"
-PIXELS = 86  # on the page, an inch of a figure
+WIDTH = 5.2  # inches of every plot
+PIXELS = 100  # on the page, an inch of a plot
+_GREY = "#444444"
 _STYLE: dict[str, Any] = {
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-    "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "axes.axisbelow": True, "axes.titlesize": 12, "figure.constrained_layout.use": True,
 }  # fmt: skip
 
 
 def png(figure: Figure) -> str:
     """The figure as a data URL."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=2 * PIXELS, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def figure(width: float = 8, height: float = 4, columns: int = 1) -> tuple[Figure, list[Any]]:
-    """An empty figure in the report's style, and its axes."""
+def _figure(title: str, height: float = 3.8) -> tuple[Figure, Any]:
+    """An empty plot in the report's style, and its axes."""
     with matplotlib.rc_context(_STYLE):
-        made = Figure(figsize=(width, height))
-        return made, list(made.subplots(1, columns, squeeze=False)[0])
+        made = Figure(figsize=(WIDTH, height))
+        axes = made.subplots()
+    axes.set_title(title, loc="left")
+    return made, axes
 
 
-def _bars_error(rows: Sequence[Row | None]) -> list[list[float]]:
-    low = [(row.value or 0) - (row.low if row.low is not None else row.value or 0) if row else 0.0 for row in rows]
-    high = [(row.high if row.high is not None else row.value or 0) - (row.value or 0) if row else 0.0 for row in rows]
-    return [[max(0.0, v) for v in low], [max(0.0, v) for v in high]]
+def _legend(made: Figure, axes: Any) -> Figure:
+    """A legend below the plot, where there is more than one thing to tell apart."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        made.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=10,
+                    ncols=1 if max(map(len, labels)) > 22 else 2)  # fmt: skip
+    return made
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _percent(*axes: Any) -> None:
+    for axis in axes:
+        axis.set_major_formatter(PercentFormatter(1, 0))
+
+
+# ---- evaluations ---------------------------------------------------------------------------------------------------
 
 
 def shares(
     rows: Sequence[Row], subjects: Sequence[str], labels: dict[tuple[str, str, str], str], title: str
 ) -> Figure | None:
-    """Bars of shares with their intervals, a group a label, a colour a subject.
+    """Horizontal bars of shares with their intervals, a group a label, a colour a subject.
 
     Args:
-        labels: (suite, set, metric) -> what stands under the group.
+        labels: (suite, set, metric) -> the group's name; all of them must be better in the same direction.
     """
     held = {(row.subject, row.suite, row.set, row.metric): row for row in rows if row.value is not None}
     shown = {key: text for key, text in labels.items() if any((name, *key) in held for name in subjects)}
     if not shown:
         return None
-    made, (axes,) = figure(min(12.0, max(8.0, 1.4 * len(shown))), 4.2)
-    width = 0.8 / len(subjects)
+    made, axes = _figure(title, 1.3 + len(shown) * (0.18 + 0.2 * len(subjects)) + 0.12 * len(subjects))
+    thick = 0.8 / len(subjects)
     for number, name in enumerate(subjects):
-        own = [held.get((name, *key)) for key in shown]
-        places = [group + (number - (len(subjects) - 1) / 2) * width for group in range(len(shown))]
-        values = [row.value if row and row.value is not None else math.nan for row in own]
-        axes.bar(places, values, width * 0.92, color=COLOURS[number % len(COLOURS)], label=name,
-                 yerr=_bars_error(own), error_kw={"lw": 1, "capsize": 2.5, "ecolor": "#444444"})  # fmt: skip
-    axes.set_xticks(range(len(shown)), list(shown.values()))
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    axes.grid(axis="x", visible=False)
-    axes.set_title(title, loc="left")
-    made.legend(frameon=False, loc="outside upper right", ncols=min(4, len(subjects)))
-    return made
+        for place, key in enumerate(shown):
+            if (row := held.get((name, *key))) is not None:
+                value = row.value or 0.0
+                ends = [[max(0.0, value - (value if row.low is None else row.low))],
+                        [max(0.0, (value if row.high is None else row.high) - value)]]  # fmt: skip
+                axes.barh(place + (number - (len(subjects) - 1) / 2) * thick, value, thick * 0.92,
+                          color=COLOURS[number % len(COLOURS)], label=name if place == 0 else None, xerr=ends,
+                          error_kw={"lw": 1, "capsize": 2.5, "ecolor": _GREY})  # fmt: skip
+    axes.set_yticks(range(len(shown)), list(shown.values()))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    _percent(axes.xaxis)
+    axes.grid(axis="y", visible=False)
+    return _legend(made, axes)
 
 
-def robustness(run: EvaluationRun, x: str) -> Figure | None:
-    """Agreement with undesirable statements over the attack's radius or steps: left the share, right the log-odds.
+def fates(rows: Sequence[Row], subjects: Sequence[str], name: str) -> Figure | None:
+    """What becomes of a set's harmful requests, asked directly: done, or not done in one of three ways."""
+    kinds = {"done": "done: direct"} | {f"not done: {kind}": f"not done: {kind}" for kind in NOT_DONE}
+    held = {(r.subject, r.metric): r.value or 0.0 for r in rows if r.suite == "attacks" and r.set == name}
+    shown = [subject for subject in subjects if (subject, "done: direct") in held]
+    if not shown:
+        return None
+    made, axes = _figure(f"{name}: what becomes of requests", 1.9 + 0.32 * len(shown))
+    left = [0.0] * len(shown)
+    for colour, (label, metric) in zip((COLOURS[1], COLOURS[2], COLOURS[4], "#AAAAAA"), kinds.items(), strict=True):
+        values = [held.get((subject, metric), 0.0) for subject in shown]
+        axes.barh(range(len(shown)), values, 0.7, left=left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(shown)), shown)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    _percent(axes.xaxis)
+    axes.grid(axis="y", visible=False)
+    return _legend(made, axes)
+
+
+def robustness(run: EvaluationRun, x: str) -> list[Figure]:
+    """Agreement with undesirable statements over the attack's radius or steps: the share, and the log-odds.
 
     Args:
-        x: "epsilon" or "steps"; of the other the value is shown that the curve is measured at.
+        x: "epsilon" or "steps"; the other is held at the value that the curve is measured at.
     """
     held = run.info["settings"]
     other = "steps" if x == "epsilon" else "epsilon"
@@ -93,47 +137,37 @@ def robustness(run: EvaluationRun, x: str) -> Figure | None:
     points = [r for r in run.rows if r.extra.get("epsilon") is not None and r.extra[other] == fixed]
     wide = max((r.extra["sites"] for r in points), key=lambda s: s.count("+"), default="")
     points = [r for r in points if r.extra["sites"] == wide]
-    if len({r.extra[x] for r in points}) < 2:
-        return None
-    made, (left, right) = figure(11, 4.2, 2)
+    ticks = sorted({r.extra[x] for r in points})
+    if len(ticks) < 2:
+        return []
+    (first, left), (second, right) = _figure("agrees with undesirable statements"), _figure("mean log-odds of agreeing")
     for number, name in enumerate(run.subjects):
-        clean = next(
-            (r for r in run.rows if (r.subject, r.set, r.metric) == (name, "undesirable", "agrees, clean")), None
-        )
+        colour = COLOURS[number % len(COLOURS)]
         for random in (False, True):
-            own = sorted(
-                (r for r in points if r.subject == name and r.extra["random"] == random), key=lambda r: r.extra[x]
-            )
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "ms": 5,
-                     "ls": ":" if random else "-", "alpha": 0.65 if random else 1.0,
-                     "label": f"{name}, random of equal norm" if random else name}  # fmt: skip
-            places, values = [r.extra[x] for r in own], [r.value or 0.0 for r in own]
-            left.plot(places, values, **style)
-            if not random:
-                band = ([r.low or 0.0 for r in own], [r.high or 0.0 for r in own])
-                left.fill_between(places, *band, color=style["color"], alpha=0.12, lw=0)
+            own = [r for r in points if r.subject == name and r.extra["random"] == random]
+            own.sort(key=lambda r: r.extra[x])
+            style = _look(number) | {"ms": 5, "ls": ":" if random else "-", "alpha": 0.65 if random else 1.0,
+                                     "label": f"{name}, random of equal norm" if random else name}  # fmt: skip
+            places = [r.extra[x] for r in own]
+            left.plot(places, [r.value or 0.0 for r in own], **style)
             right.plot(places, [r.extra["margin"] for r in own], **style)
+            if not random:
+                left.fill_between(places, [r.low or 0.0 for r in own], [r.high or 0.0 for r in own], color=colour,
+                                  alpha=0.12, lw=0)  # fmt: skip
+        clean = next((r for r in run.rows if r.subject == name and r.suite == "traits" and r.set == "undesirable"
+                      and r.metric == "agrees, clean"), None)  # fmt: skip
         if clean is not None:
-            colour = COLOURS[number % len(COLOURS)]
-            left.axhline(clean.value or 0.0, color=colour, lw=1, ls=(0, (1, 4)))
-            right.axhline(clean.extra["margin"], color=colour, lw=1, ls=(0, (1, 4)))
+            for axes, value in ((left, clean.value or 0.0), (right, clean.extra["margin"])):
+                axes.axhline(value, color=colour, lw=1, ls=(0, (1, 4)))
     label = {"epsilon": "radius (epsilon)", "steps": "steps of the attack"}[x]
     for axes in (left, right):
         axes.set_xscale("log", base=10 if x == "epsilon" else 2)
-        axes.set_xlabel(f"{label}, at {other} {fixed:g}")
-        axes.set_xticks(sorted({r.extra[x] for r in points}), [f"{v:g}" for v in sorted({r.extra[x] for r in points})])
+        axes.set_xlabel(f"{label}, at {other} {fixed:g}; dots: clean")
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axes.minorticks_off()
-    left.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    _percent(left.yaxis)
     left.set_ylim(-0.02, 1.02)
-    left.set_title("agrees with undesirable statements", loc="left")
-    right.set_title("mean log-odds of agreeing (dashes: clean)", loc="left")
-    made.legend(
-        *left.get_legend_handles_labels(),
-        frameon=False,
-        loc="outside lower center",
-        ncols=min(3, 2 * len(run.subjects)),
-    )
-    return made
+    return [_legend(first, left), _legend(second, right)]
 
 
 def by_site(run: EvaluationRun) -> Figure | None:
@@ -147,18 +181,41 @@ def by_site(run: EvaluationRun) -> Figure | None:
     sites = list(dict.fromkeys(r.extra["sites"] for r in points))
     if len(sites) < 2:
         return None
-    made, (axes,) = figure(9, 3.8)
+    made, axes = _figure(f"one site attacked, epsilon {held['trait_epsilon']:g}", 1.3 + 0.4 * len(sites))
+    thick = 0.8 / len(run.subjects)
     for number, name in enumerate(run.subjects):
         own = {r.extra["sites"]: r.extra["margin"] for r in points if r.subject == name}
-        places = [i + (number - (len(run.subjects) - 1) / 2) * 0.8 / len(run.subjects) for i in range(len(sites))]
-        axes.bar(places, [own.get(s, math.nan) for s in sites], 0.74 / len(run.subjects), label=name,
-                 color=COLOURS[number % len(COLOURS)])  # fmt: skip
-    axes.set_xticks(range(len(sites)), ["all together" if "+" in s else s for s in sites])
-    axes.axhline(0, color="#444444", lw=1)
-    axes.set_ylabel("log-odds of agreeing")
-    axes.set_title(f"attacked at one site, epsilon {held['trait_epsilon']:g}, {held['trait_steps']} steps", loc="left")
-    made.legend(frameon=False, loc="outside upper right", ncols=min(4, len(run.subjects)))
-    return made
+        places = [i + (number - (len(run.subjects) - 1) / 2) * thick for i in range(len(sites))]
+        axes.barh(places, [own.get(s, math.nan) for s in sites], thick * 0.92, label=name,
+                  color=COLOURS[number % len(COLOURS)])  # fmt: skip
+    axes.set_yticks(range(len(sites)), ["all together" if "+" in s else s for s in sites])
+    axes.invert_yaxis()
+    axes.axvline(0, color=_GREY, lw=1)
+    axes.set_xlabel("log-odds of agreeing")
+    return _legend(made, axes)
+
+
+def erosion(run: EvaluationRun, kind: str) -> Figure | None:
+    """Harmful requests done over the updates of fine-tuning on harmful or on benign rows, all sets together."""
+    points = [r for r in run.rows if r.extra.get("erosion") == kind and r.value is not None]
+    if not points:
+        return None
+    made, axes = _figure(f"harm done after fine-tuning on {kind} rows")
+    for number, name in enumerate(run.subjects):
+        curve = {}
+        for updates in sorted({r.extra["updates"] for r in points}):
+            own = [r for r in points if r.subject == name and r.extra["updates"] == updates]
+            if total := sum(r.n for r in own):
+                hits = sum((r.value or 0) * r.n for r in own)
+                curve[updates] = (hits / total, *wilson(hits, total))
+        axes.plot(list(curve), [share for share, _, _ in curve.values()], label=name, **_look(number))
+        axes.fill_between(list(curve), [low for _, low, _ in curve.values()], [high for _, _, high in curve.values()],
+                          color=COLOURS[number % len(COLOURS)], alpha=0.12, lw=0)  # fmt: skip
+    axes.set_xlabel("updates")
+    axes.set_ylim(-0.02, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _percent(axes.yaxis)
+    return _legend(made, axes)
 
 
 def frontier(runs: Sequence[EvaluationRun]) -> Figure | None:
@@ -172,107 +229,99 @@ def frontier(runs: Sequence[EvaluationRun]) -> Figure | None:
             if done is not None and harmful:
                 total = sum(r.n for r in harmful)
                 share = sum((r.value or 0) * r.n for r in harmful) / total
-                points.append(
-                    (name if len(runs) == 1 else f"{run.name}: {name}", 1 - (done.value or 0), 1 - share, done.n, total)
-                )
+                label = name if len(runs) == 1 else f"{run.name}: {name}"
+                points.append((label, 1 - (done.value or 0), 1 - share, done.n, total))
     if not points:
         return None
-    from lpa.evaluation.stats import wilson
-
-    made, (axes,) = figure(7.5, 5)
+    made, axes = _figure("frontier, asked directly", 4.6)
     for number, (name, x, y, n_x, n_y) in enumerate(points):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         spans = [wilson(value * n, n) for value, n in ((x, n_x), (y, n_y))]
         errors = [[[max(0.0, v - low)], [max(0.0, high - v)]] for v, (low, high) in zip((x, y), spans, strict=True)]
-        axes.errorbar([x], [y], errors[1], errors[0], fmt=marker, color=colour, ms=8, lw=1, capsize=3, label=name)
+        look = _look(number)
+        axes.errorbar([x], [y], errors[1], errors[0], fmt=look["marker"], color=look["color"], ms=8, lw=1, capsize=3,
+                      label=name)  # fmt: skip
     axes.plot([0, 1], [1, 0], color="#888888", lw=1, ls="--")
-    axes.text(0.0, 0.03, "dashed: no better than a coin", color="#666666", fontsize=9)
+    axes.text(0.02, 0.02, "dashed: no better than a coin", color="#666666", fontsize=10)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="benign requests done", ylabel="harmful requests not done")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, 0))
-    axes.set_title("frontier, asked directly", loc="left")
-    made.legend(frameon=False, loc="outside right upper")
-    return made
+    _percent(axes.xaxis, axes.yaxis)
+    return _legend(made, axes)
 
 
-def training(run: TrainingRun) -> Figure | None:
-    """Losses, norms and seconds over the LPA steps."""
+# ---- training runs -------------------------------------------------------------------------------------------------
+
+
+def training(run: TrainingRun) -> list[Figure]:
+    """Losses, norms and the share of tokens at the radius over the LPA steps."""
     if len(run.steps) < 2:
+        return []
+    losses = {"attack_toward_first": "attack toward, first", "attack_toward_last": "attack toward, last",
+              "attack_away_last": "attack away, last", "defence_toward": "defence toward",
+              "defence_away": "defence away", "defence_sft": "sft", "defence_kl": "kl"}  # fmt: skip
+    norms = {key: key.removeprefix("norm/") for key in run.steps[-1] if key.startswith("norm/")}
+    found = [_curves(run.steps, "losses", losses), _curves(run.steps, "mean norm of the perturbation", norms),
+             _curves(run.steps, "tokens at the radius", {"boundary_fraction": "share"}, percent=True)]  # fmt: skip
+    return [made for made in found if made is not None]
+
+
+def _curves(
+    entries: Sequence[dict[str, float]], title: str, series: dict[str, str], percent: bool = False
+) -> Figure | None:
+    """Logged values over the LPA steps; None where none of them was logged."""
+    held = {key: label for key, label in series.items() if any(key in entry for entry in entries)}
+    if not held:
         return None
-    made, (left, middle, right) = figure(13, 4.2, 3)
-    steps = [entry["lpa_step"] for entry in run.steps]
-    names = {"attack_toward_first": "attack toward, first", "attack_toward_last": "attack toward, last",
-             "attack_away_last": "attack away, last", "defence_toward": "defence toward",
-             "defence_away": "defence away",
-             "defence_sft": "sft", "defence_kl": "kl"}  # fmt: skip
-    for axes, series in (
-        (left, names),
-        (middle, {k: k.removeprefix("norm/") for k in run.steps[-1] if k.startswith("norm/")}),
-    ):
-        for number, (key, label) in enumerate((k, v) for k, v in series.items() if k in run.steps[-1]):
-            values = [entry.get(key, math.nan) for entry in run.steps]
-            axes.plot(steps, values, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], ms=3,
-                      label=label)  # fmt: skip
-        if axes.lines:
-            axes.legend(fontsize=8.5)
-    right.plot(steps, [entry.get("boundary_fraction", math.nan) for entry in run.steps], color=COLOURS[1])
-    right.set_ylim(-0.02, 1.02)
-    right.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    for axes, title in ((left, "losses"), (middle, "mean norm of the perturbation"), (right, "tokens at the radius")):
-        axes.set_title(title, loc="left")
-        axes.set_xlabel("LPA step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return made
+    made, axes = _figure(title)
+    for number, (key, label) in enumerate(held.items()):
+        axes.plot([entry["lpa_step"] for entry in entries], [entry.get(key, math.nan) for entry in entries], ms=4,
+                  label=label, **_look(number))  # fmt: skip
+    axes.set_xlabel("LPA step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if percent:
+        axes.set_ylim(-0.03, 1.03)
+        _percent(axes.yaxis)
+    return _legend(made, axes)
 
 
-def canaries(run: TrainingRun, limits: Limits) -> Figure | None:
+def canaries(run: TrainingRun, limits: Limits) -> list[Figure]:
     """What the canaries found: shares over the LPA steps, the price in perplexity, safety over utility step by step."""
     if len(run.canaries) < 2:
-        return None
-    made, (left, middle, right) = figure(13, 4.4, 3)
+        return []
+    series = {"benign_done": "benign requests done", "harmful_done": "harmful requests done",
+              "disagrees_undesirable": "disagrees, undesirable", "agrees_desirable": "agrees, desirable"}  # fmt: skip
+    shown = _curves(run.canaries, "canaries: shares", series, percent=True)
+    price, axes = _figure("added perplexity")
     steps, base = [entry["lpa_step"] for entry in run.canaries], run.canaries[0]
-    series = {"benign requests done": "benign_done", "harmful requests done": "harmful_done",
-              "disagrees, undesirable": "disagrees_undesirable", "agrees, desirable": "agrees_desirable"}  # fmt: skip
-    for number, (label, key) in enumerate((text, k) for text, k in series.items() if k in base):
-        left.plot(steps, [entry[key] for entry in run.canaries], color=COLOURS[number], marker=MARKERS[number], ms=5,
-                  label=label)  # fmt: skip
-    dearer = [entry["perplexity"] / base["perplexity"] - 1 for entry in run.canaries]
-    middle.plot(steps, dearer, color=COLOURS[0], marker=MARKERS[0], ms=5)
-    middle.axhline(limits.perplexity, color="#444444", lw=1, ls="--")
-    middle.text(steps[0], limits.perplexity, " limit", va="bottom", fontsize=9, color="#444444")
-    for axes, title in ((left, "canaries: shares"), (middle, "added perplexity")):
-        if run.best is not None:
-            axes.axvline(run.best, color="#444444", lw=1, ls=":")
-            axes.annotate("best", (run.best, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
-                          fontsize=9, color="#444444")  # fmt: skip
-        axes.set(xlabel="LPA step")
-        axes.set_title(title, loc="left", pad=18)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    left.set_ylim(-0.03, 1.03)
-    _path(right, run, limits)
-    handles = left.get_legend_handles_labels()
-    made.legend(*handles, frameon=False, loc="outside lower left", ncols=len(handles[1]))
-    return made
+    axes.plot(steps, [entry["perplexity"] / base["perplexity"] - 1 for entry in run.canaries], ms=5, **_look(0))
+    axes.axhline(limits.perplexity, color=_GREY, lw=1, ls="--")
+    axes.text(steps[0], limits.perplexity, " limit", va="bottom", color=_GREY)
+    axes.set_xlabel("LPA step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _percent(axes.yaxis)
+    for made in (shown, price):
+        if made is not None and run.best is not None:
+            made.axes[0].axvline(run.best, color=_GREY, lw=1, ls=":")
+            made.axes[0].annotate("best", (run.best, 0.98), xycoords=("data", "axes fraction"), ha="left", va="top",
+                                  color=_GREY)  # fmt: skip
+    return [made for made in (shown, price, _path(run, limits)) if made is not None]
 
 
-def _path(axes: Any, run: TrainingRun, limits: Limits) -> None:
+def _path(run: TrainingRun, limits: Limits) -> Figure:
     """Safety over utility: a line through the steps in order, hollow where a step is beyond a limit."""
+    made, axes = _figure("by LPA step; star: best, hollow: beyond a limit", 4.4)
     x, y = [utility(entry) for entry in run.canaries], [safety(entry) for entry in run.canaries]
     axes.plot(x, y, color="#999999", lw=1, zorder=1)
-    told: dict[tuple[float, float], list[str]] = {}
+    steps_at: dict[tuple[float, float], list[str]] = {}
     for entry, place in zip(run.canaries, zip(x, y, strict=True), strict=True):
         best, beyond = entry["lpa_step"] == run.best, faults(entry, run.canaries[0], limits)
         colour = COLOURS[1] if best else COLOURS[0]
         axes.scatter(*place, s=150 if best else 45, marker="*" if best else "o", zorder=3 if best else 2, lw=1.3,
                      facecolor="white" if beyond else colour, edgecolor=colour)  # fmt: skip
-        told.setdefault(place, []).append(f"{entry['lpa_step']:.0f}")
-    for place, steps in told.items():
-        axes.annotate(", ".join(steps), place, xytext=(7, 6), textcoords="offset points", fontsize=10)
+        steps_at.setdefault(place, []).append(f"{entry['lpa_step']:.0f}")
+    for place, steps in steps_at.items():
+        axes.annotate(", ".join(steps), place, xytext=(7, 6), textcoords="offset points")
     harmful = "harmful_done" in run.canaries[0]
     axes.set(xlabel="benign requests done",
              ylabel="harmful requests not done" if harmful else "statements answered rightly, both ways")  # fmt: skip
-    axes.set_title("frontier by LPA step\n(star: best; hollow: beyond a limit)", loc="left", fontsize=11)
     axes.margins(0.15)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, 0))
+    _percent(axes.xaxis, axes.yaxis)
+    return made

@@ -100,7 +100,7 @@ def page(folder: Path, training: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_the_page_is_whole_and_self_contained(page: Page, folder: Path) -> None:
     assert page.open == []
     images = [source for source in page.sources if not source.startswith("#")]
-    assert len(images) == 8, "attacks, harm, frontier, two curves, sites, training, canaries"
+    assert len(images) == 16, "ten of the evaluation, three of the training, three of the canaries"
     for source in images:
         assert source.startswith("data:image/png;base64,")
         assert base64.b64decode(source.partition(",")[2]).startswith(b"\x89PNG")
@@ -157,7 +157,33 @@ def test_a_collapsed_model_stands_out(tmp_path: Path) -> None:
     )
     text = build([tmp_path / "e"], tmp_path / "r.html").read_text(encoding="utf-8")
     assert re.search(r'<li class="is-bad">.*✕ COLLAPSED</span><br>only 5% of answers are distinct', text)
-    assert '<td class="n bad">YES<sup>' in text
+    assert '<td class="n bad" data-label="base">YES <span class="ref">(a)</span>' in text
+    assert "<sup>" not in text, "a note's mark must not look like an exponent"
+    assert "balanced accuracy is 50%" in text
+    assert "counts as done" not in text, "no attack was measured"
+
+
+def test_a_page_has_no_empty_card_and_explains_nothing_that_was_not_measured(
+    folder: Path, training: Path, tmp_path: Path
+) -> None:
+    text = build([training], tmp_path / "t.html").read_text(encoding="utf-8")
+    assert "How to read it" not in text
+    assert '<ul class="cards">' not in text
+    text = build([folder], tmp_path / "e.html").read_text(encoding="utf-8")
+    assert "counts as done" in text
+    for card in re.findall(r"<li class=\"is-[a-z]*\">(.*?)</li>", text):
+        assert not card.endswith("<br>")
+
+
+def test_on_a_phone_every_number_is_named_by_its_column(folder: Path, tmp_path: Path) -> None:
+    text = build([folder], tmp_path / "r.html").read_text(encoding="utf-8")
+    numbers = re.findall(r"<td class=\"n[^>]*>", text)
+    assert numbers
+    assert all("data-label" in cell for cell in numbers if "<td" in cell)
+    assert text.count('class="stack"') == text.count("<table"), "every table can stack its cells"
+    assert "@media (max-width: 700px)" in text
+    widths = {int(width) for width in re.findall(r'<img [^>]*width="(\d+)"', text)}
+    assert widths == {520}, "one width, which a phone shows at two thirds"
 
 
 def test_a_subject_that_a_stopped_run_never_reached_hides_nothing_of_the_others(folder: Path, tmp_path: Path) -> None:
