@@ -30,6 +30,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from ..config import json_object
     from ..evaluation import SUITES, Settings, evaluate
+    from ..evaluation.subjects import checkpoints_of
     from ..models import DEFAULT_MODEL
 
     console = Console()
@@ -37,6 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         for suite in SUITES.values():
             console.print(f"{suite.name:12} {suite.about}")
         return 0
+    steps = checkpoints_of(options.checkpoints) if options.checkpoints else {}
     held = vars(options)
     chosen: dict[str, Any] = {
         field.name: held[field.name] for field in fields(Settings) if held.get(field.name) is not None
@@ -58,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     with _Progress(console) as tick:
         result = evaluate(
             options.model or DEFAULT_MODEL,
-            options.adapter,
+            [*options.adapter, *(f"{name}={path}" for name, path in steps.items())],
             suites=options.suite,
             output=options.output,
             settings=settings,
@@ -84,6 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="a folder, a hub name, or an asset's name; by default the embedded model")
     add("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER", help="adapters to set beside it")
+    add(
+        "--checkpoints",
+        metavar="RUN",
+        help="set the checkpoints of a training run beside it; the report draws them",
+    )
     add("--suite", action="extend", nargs="+", help="suites to run; by default all but the ladder (see --list)")
     add("--list", action="store_true", help="list the suites")
     add("--output", metavar="FOLDER", help="for records and results; a stopped run there is gone on with")

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpa.run_folder import checkpoint_folders
 from lpa_kernels.model import eval_mode, merged_adapters
 
 BASE = "base"
+STEP = "step "  # before the updates in a checkpoint's name
 
 
 class EvaluationError(ValueError):
@@ -42,6 +44,18 @@ def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) ->
         if name == BASE or names.count(name) > 1:
             raise EvaluationError(f"two subjects would be called {name!r}; name adapters as NAME=PATH")
     return dict(pairs)
+
+
+def checkpoints_of(run: str | Path) -> dict[str, str]:
+    """The adapters in a training run's checkpoints: "step N", N model updates, by folder, the first ones first.
+
+    Raises:
+        EvaluationError: the run has no checkpoint with an adapter.
+    """
+    folders = [path for path in checkpoint_folders(Path(run).expanduser()) if (path / "adapter_config.json").is_file()]
+    if not folders:
+        raise EvaluationError(f"{run} has no checkpoint with an adapter; train with --save_strategy steps")
+    return {f"{STEP}{path.name.rpartition('-')[2]}": str(path) for path in reversed(folders)}
 
 
 def _tail(path: str, depth: int) -> str:

@@ -83,7 +83,7 @@ def claims(
     tested = {
         DECLINES: [outcomes(name, own_words) for name in settings.sets],
         HOLDS: [groups for name in settings.sets if (groups := worst(name))],
-        KEEPS: [outcomes(BENIGN, complied)],
+        KEEPS: [outcomes(name, complied) for name in (BENIGN, *settings.benign_sets)],
     }
     made = [claim for name, by_set in tested.items() if (claim := _claim(name, by_set)) is not None]
     adjusted = holm({claim.name: claim.p for claim in made})

@@ -113,6 +113,8 @@ def _attack_plots(run: EvaluationRun) -> Iterator[tuple[plots.Figure | None, str
 
 
 def _other_plots(run: EvaluationRun) -> Iterator[tuple[plots.Figure | None, str]]:
+    for made in plots.over_steps(run):
+        yield made, "over the updates of a run"
     benign = {
         ("overrefusal", f"{BENIGN}{part}", "not done"): f"benign{part}" for part in ("", " (plain)", " (alarming)")
     }

@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lpa.evaluation.refusal import NOT_DONE
+from lpa.evaluation.refusal import NOT_DONE, OWN_WORDS
 from lpa.evaluation.stats import wilson
+from lpa.evaluation.subjects import BASE, STEP
 from lpa.evaluation.suites import Row
 from lpa.training.selection import Limits, faults, safety, utility
 
@@ -247,6 +248,37 @@ def frontier(runs: Sequence[EvaluationRun]) -> Figure | None:
     return _legend(made, axes)
 
 
+def over_steps(run: EvaluationRun) -> list[Figure]:
+    """Where the subjects are checkpoints of one run: safety, benign requests, utility and collapse over its updates."""
+    steps = {name: int(name.removeprefix(STEP)) for name in run.subjects if name.startswith(STEP)}
+    if len(steps) < 2:
+        return []
+    entries = []
+    for name, updates in {BASE: 0, **steps}.items():
+        own = [row for row in run.rows if row.subject == name and row.value is not None]
+        entry = {"updates": float(updates)}
+        for key, (suite, metric) in _OVER_STEPS.items():
+            held = [row for row in own if (row.suite, row.metric) == (suite, metric)]
+            if total := sum(row.n for row in held):
+                entry[key] = sum((row.value or 0.0) * row.n for row in held) / total
+        entries.append(entry)
+    shares = {key: key for key in _OVER_STEPS if key != "perplexity"}
+    price = {"perplexity": "perplexity"}
+    found = [_curves(entries, "over the updates", shares, True, "updates"),
+             _curves(entries, "perplexity over the updates", price, False, "updates")]  # fmt: skip
+    return [made for made in found if made is not None]
+
+
+_OVER_STEPS = {
+    "harm done": ("attacks", "done: direct"),
+    "refused in own words": ("attacks", f"not done: {OWN_WORDS}"),
+    "benign not done": ("overrefusal", "not done"),
+    "MMLU": ("utility", "accuracy"),
+    "distinct answers": ("collapse", "distinct answers"),
+    "perplexity": ("utility", "perplexity"),
+}
+
+
 # ---- training runs -------------------------------------------------------------------------------------------------
 
 
@@ -264,17 +296,21 @@ def training(run: TrainingRun) -> list[Figure]:
 
 
 def _curves(
-    entries: Sequence[dict[str, float]], title: str, series: dict[str, str], percent: bool = False
+    entries: Sequence[dict[str, float]],
+    title: str,
+    series: dict[str, str],
+    percent: bool = False,
+    over: str = "lpa_step",
 ) -> Figure | None:
-    """Logged values over the LPA steps; None where none of them was logged."""
+    """Values over the LPA steps, or over another value of the entries; None where none of them is there."""
     held = {key: label for key, label in series.items() if any(key in entry for entry in entries)}
     if not held:
         return None
     made, axes = _figure(title)
     for number, (key, label) in enumerate(held.items()):
-        axes.plot([entry["lpa_step"] for entry in entries], [entry.get(key, math.nan) for entry in entries], ms=4,
+        axes.plot([entry[over] for entry in entries], [entry.get(key, math.nan) for entry in entries], ms=4,
                   label=label, **_look(number))  # fmt: skip
-    axes.set_xlabel("LPA step")
+    axes.set_xlabel(over.replace("lpa_step", "LPA step"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if percent:
         axes.set_ylim(-0.03, 1.03)

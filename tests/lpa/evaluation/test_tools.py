@@ -16,6 +16,8 @@ from lpa.evaluation.chat import answers, chat
 from lpa.evaluation.export import ExportError, export_merged
 from lpa.evaluation.subjects import Subjects
 from lpa.models import load
+from lpa.report.plots import over_steps
+from lpa.report.runs import EvaluationRun, read_run
 
 from ...support.speakers import adapter, random_model, speaker, tokenizer
 
@@ -124,6 +126,28 @@ def test_the_command_evaluates_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
     }
     assert evaluate_command(["--list"]) == 0
     assert "overrefusal" in capsys.readouterr().out
+
+
+def test_the_checkpoints_of_a_run_are_measured_and_drawn_over_its_updates(tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    for number in (10, 4):
+        adapter(run / f"checkpoint-{number}", number)
+    random_model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    command = ["--model", str(tmp_path / "model"), "--checkpoints", str(run), "--suite", "overrefusal", "collapse",
+               "--limit", "4", "--max-new-tokens", "4", "--output", str(tmp_path / "out")]  # fmt: skip
+    assert evaluate_command(command) == 0
+    (found,) = read_run(tmp_path / "out")
+    assert isinstance(found, EvaluationRun)
+    assert found.subjects == ["base", "step 4", "step 10"]
+    (made,) = over_steps(found)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in made.axes[0].lines}
+    distinct = {row.subject: row.value for row in found.rows if row.metric == "distinct answers"}
+    expected = [distinct[name] for name in found.subjects]
+    assert lines["distinct answers"] == [list(point) for point in zip((0, 4, 10), expected, strict=True)]
+    capsys.readouterr()
+    with pytest.raises(EvaluationError, match="has no checkpoint with an adapter"):
+        evaluate_command(["--checkpoints", str(tmp_path / "model")])
 
 
 @pytest.mark.parametrize(("former", "now"), [("--epsilon", "--curve-epsilon"), ("--sites", "--attack-sites")])
