@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -49,10 +48,6 @@ T* data_of(const Tensor& tensor, const Tensor& beside, ScalarType dtype, int64_t
   STD_TORCH_CHECK(tensor.device() == beside.device(), name, " is on another device than the first argument");
   return static_cast<T*>(tensor.data_ptr());
 }
-
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
-
-inline int64_t grain_of(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
 inline Update update_of(const Tensor& delta, const std::optional<Tensor>& exp_avg,
                         const std::optional<Tensor>& exp_avg_sq, const std::vector<Tensor>& grads,

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "cpu/call.h"
 #include "cpu/kernels.h"
 
 namespace lpa::cpu {
@@ -17,24 +18,17 @@ namespace {
 
 Tensor perturb(Tensor hidden, Tensor delta, Tensor rows) {
   Perturb call{};
-  call.hidden = matrix_of(hidden, "hidden");
+  call.hidden = lines_of(hidden, hidden, "hidden");
   const int64_t tokens = hidden.size(0);
   call.width = hidden.size(1);
-  STD_TORCH_CHECK(hidden.stride(1) == 1 || call.width <= 1, "the last stride of hidden is not 1");
-  STD_TORCH_CHECK(delta.dim() == 2 && delta.size(1) == call.width, "delta is not [rows, ", call.width, "]");
-  STD_TORCH_CHECK(delta.scalar_type() == ScalarType::Float && delta.device() == hidden.device(),
-                  "delta is not float32, or not where hidden is");
-  STD_TORCH_CHECK(delta.stride(1) == 1 || call.width <= 1, "the last stride of delta is not 1");
-  call.delta = static_cast<const float*>(delta.data_ptr());
-  call.delta_stride = delta.stride(0);
-  call.rows = data_of<int64_t>(rows, hidden, ScalarType::Long, tokens, "rows");
-  const int64_t last = tokens ? *std::max_element(call.rows, call.rows + tokens) : -1;
-  STD_TORCH_CHECK(last < delta.size(0), "rows names row ", last, " of a delta of ", delta.size(0), " rows");
+  call.rows = rows_of(rows, delta, hidden);
+  const Matrix deltas = lines_of(delta, hidden, "delta");
+  STD_TORCH_CHECK(deltas.dtype == Dtype::float32, "delta is not float32");
+  call.delta = static_cast<const float*>(deltas.data);
+  call.delta_stride = deltas.row_stride;
   Tensor out = torch::stable::new_empty(hidden, {tokens, call.width});
   call.out = out.data_ptr();
-  torch::stable::parallel_for(0, tokens, grain_of(call.width), [&](int64_t begin, int64_t end) {
-    kernels().perturb_rows(call, begin, end);
-  });
+  over_rows(tokens, call.width, [&](int64_t begin, int64_t end) { kernels().perturb_rows(call, begin, end); });
   return out;
 }
 
@@ -44,13 +38,13 @@ void pgd_update_(Tensor delta, std::optional<Tensor> exp_avg, std::optional<Tens
                  double beta2, double eps, double weight_decay) {
   const Update call = update_of(delta, exp_avg, exp_avg_sq, grads, tokens, step, step_size, epsilon, norms, clipped,
                                 rule, norm, maximize, beta1, beta2, eps, weight_decay);
-  const int64_t last = call.rows ? *std::max_element(call.row_tokens, call.row_tokens + call.rows * call.shares) : -1;
+  const int64_t last = largest_of(call.row_tokens, call.rows * call.shares);
   std::vector<Matrix> matrices;
   for (const Tensor& grad : grads) {
     STD_TORCH_CHECK(last < grad.size(0), "tokens names token ", last, " of a gradient of ", grad.size(0), " tokens");
     matrices.push_back(matrix_of(grad, "a gradient"));
   }
-  torch::stable::parallel_for(0, call.sites * call.rows, grain_of(call.width), [&](int64_t begin, int64_t end) {
+  over_rows(call.sites * call.rows, call.width, [&](int64_t begin, int64_t end) {
     kernels().update_rows(call, matrices.data(), begin, end);
   });
   if (call.norm == Norm::none) return;
@@ -67,10 +61,9 @@ void pgd_update_(Tensor delta, std::optional<Tensor> exp_avg, std::optional<Tens
 std::tuple<Tensor, Tensor> token_loss_(Tensor logits, Tensor labels, Tensor away, std::optional<Tensor> weight,
                                        double threshold) {
   TokenLoss call{};
-  call.logits = matrix_of(logits, "logits");
+  call.logits = lines_of(logits, logits, "logits");
   const int64_t rows = logits.size(0);
   call.vocabulary = logits.size(1);
-  STD_TORCH_CHECK(logits.stride(1) == 1 || call.vocabulary <= 1, "the last stride of logits is not 1");
   call.labels = data_of<int64_t>(labels, logits, ScalarType::Long, rows, "labels");
   call.away = data_of<bool>(away, logits, ScalarType::Bool, rows, "away");
   if (weight) call.weight = data_of<float>(*weight, logits, ScalarType::Float, rows, "weight");
@@ -84,9 +77,7 @@ std::tuple<Tensor, Tensor> token_loss_(Tensor logits, Tensor labels, Tensor away
   call.threshold = threshold;
   call.losses = static_cast<float*>(losses.data_ptr());
   call.hits = static_cast<bool*>(hits.data_ptr());
-  torch::stable::parallel_for(0, rows, grain_of(call.vocabulary), [&](int64_t begin, int64_t end) {
-    kernels().token_loss_rows(call, begin, end);
-  });
+  over_rows(rows, call.vocabulary, [&](int64_t begin, int64_t end) { kernels().token_loss_rows(call, begin, end); });
   return {losses, hits};
 }
 

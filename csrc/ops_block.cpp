@@ -4,21 +4,23 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <tuple>
 
 #include "arguments.h"
+#include "cpu/call.h"
 #include "cpu/kernels.h"
 
 namespace lpa::cpu {
 namespace {
 
-// A matrix of the shape and dtype of `like`.
-Matrix like(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == like.size(1) &&
-                      tensor.scalar_type() == like.scalar_type(),
+// A matrix of the shape and dtype of `first`.
+Matrix like(const Tensor& first, const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == first.size(0) && tensor.size(1) == first.size(1) &&
+                      tensor.scalar_type() == first.scalar_type(),
                   name, " has another shape or dtype than the first argument");
-  return lines_of(tensor, like, name);
+  return lines_of(tensor, first, name);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> low,
@@ -30,14 +32,12 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(Tensor x, std::optional<Tensor> resi
   call.x = lines_of(x, x, "x");
   const int64_t tokens = x.size(0);
   call.width = x.size(1);
-  if (residual) call.residual = like(*residual, x, "residual");
+  if (residual) call.residual = like(x, *residual, "residual");
   const bool attacked = delta && delta->size(0) > 0;
   if (attacked) {
-    STD_TORCH_CHECK(rows && delta->dim() == 2 && delta->size(1) == call.width, "delta is not [rows, ", call.width, "]");
+    STD_TORCH_CHECK(rows, "delta is given without rows");
+    call.rows = rows_of(*rows, *delta, x);
     call.delta = data_of<float>(*delta, x, ScalarType::Float, delta->size(0) * call.width, "delta");
-    call.rows = data_of<int64_t>(*rows, x, ScalarType::Long, tokens, "rows");
-    const int64_t last = tokens ? *std::max_element(call.rows, call.rows + tokens) : -1;
-    STD_TORCH_CHECK(last < delta->size(0), "rows names row ", last, " of a delta of ", delta->size(0), " rows");
   }
   const bool added = residual || attacked;
   Tensor r = added ? torch::stable::new_empty(x, {tokens, call.width}) : torch::stable::new_empty(x, {0});
@@ -52,9 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(Tensor x, std::optional<Tensor> resi
   call.scale = static_cast<float>(scale);
   call.eps = eps;
   if (added || weight) {
-    torch::stable::parallel_for(0, tokens, grain_of(call.width), [&](int64_t begin, int64_t end) {
-      kernels().add_norm_rows(call, begin, end);
-    });
+    over_rows(tokens, call.width, [&](int64_t begin, int64_t end) { kernels().add_norm_rows(call, begin, end); });
   }
   return {r, normed, rstd};
 }
@@ -64,15 +62,14 @@ Tensor add_norm_backward(Tensor grad, Tensor r, Tensor rstd, Tensor weight, std:
   call.r = lines_of(r, r, "r");
   const int64_t tokens = r.size(0);
   call.width = r.size(1);
-  call.grad = like(grad, r, "grad");
-  if (residual) call.residual = like(*residual, r, "residual");
+  call.grad = like(r, grad, "grad");
+  if (residual) call.residual = like(r, *residual, "residual");
   call.rstd = data_of<float>(rstd, r, ScalarType::Float, tokens, "rstd");
   call.weight = data_of<float>(weight, r, ScalarType::Float, call.width, "weight");
   Tensor out = torch::stable::new_empty(r, {tokens, call.width});
   call.out = out.data_ptr();
-  torch::stable::parallel_for(0, tokens, grain_of(call.width), [&](int64_t begin, int64_t end) {
-    kernels().add_norm_backward_rows(call, begin, end);
-  });
+  over_rows(tokens, call.width,
+            [&](int64_t begin, int64_t end) { kernels().add_norm_backward_rows(call, begin, end); });
   return out;
 }
 
@@ -81,7 +78,7 @@ Gate gate_of(const Tensor& gate, const Tensor& up, const std::string& activation
                   "'; the native kernels have silu and gelu_tanh");
   Gate call{};
   call.gate = lines_of(gate, gate, "gate");
-  call.up = like(up, gate, "up");
+  call.up = like(gate, up, "up");
   call.width = gate.size(1);
   call.silu = activation == "silu";
   return call;
@@ -91,18 +88,14 @@ Tensor swiglu(Tensor gate, Tensor up, std::string activation) {
   Gate call = gate_of(gate, up, activation);
   Tensor out = torch::stable::new_empty(gate, {gate.size(0), call.width});
   call.out = out.data_ptr();
-  torch::stable::parallel_for(0, gate.size(0), grain_of(call.width), [&](int64_t begin, int64_t end) {
-    kernels().gate_rows(call, begin, end);
-  });
+  over_rows(gate.size(0), call.width, [&](int64_t begin, int64_t end) { kernels().gate_rows(call, begin, end); });
   return out;
 }
 
 void swiglu_backward_(Tensor gate, Tensor up, Tensor grad, std::string activation) {
   Gate call = gate_of(gate, up, activation);
-  call.grad = like(grad, gate, "grad");
-  torch::stable::parallel_for(0, gate.size(0), grain_of(call.width), [&](int64_t begin, int64_t end) {
-    kernels().gate_rows(call, begin, end);
-  });
+  call.grad = like(gate, grad, "grad");
+  over_rows(gate.size(0), call.width, [&](int64_t begin, int64_t end) { kernels().gate_rows(call, begin, end); });
 }
 
 Heads heads_of(const Tensor& tensor, const Tensor& like, const char* name) {
@@ -154,7 +147,8 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const 
                   "the heads of q, ", call.heads, " x ", call.width, ", do not fit those of k, ", k.size(1), " x ",
                   k.size(2));
   int64_t positions = int64_t{1} << 30;
-  if (cos && sin) {
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "one of cos and sin is given without the other");
+  if (cos) {
     STD_TORCH_CHECK(cos->dim() == 2 && 2 * cos->size(1) <= call.width, "cos is not [positions, ", call.width / 2, "]");
     positions = cos->size(0);
     call.half = cos->size(1);
@@ -171,21 +165,26 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const 
   call.longest_k = longest_of(call.k_starts, rows, k.size(0), "k_starts");
   call.scale = static_cast<float>(scale);
   call.softcap = static_cast<float>(softcap);
-  call.window = static_cast<int32_t>(window);
+  STD_TORCH_CHECK(window >= 0, "window is ", window, "; expected 0 for none, or how far a query sees");
+  call.window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
   return call;
 }
 
 void run(const Attention& call, int64_t rows) {
   torch::stable::parallel_for(0, rows * call.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[kernels().attention_floats(call)]);
-    kernels().attention_pairs(call, begin, end, scratch.get());
+    const size_t line = 64, floats = kernels().attention_floats(call);  // a vector in two cache lines costs twice
+    const std::unique_ptr<void, decltype(&std::free)> memory(
+        std::aligned_alloc(line, (floats * sizeof(float) + line - 1) / line * line), &std::free);
+    STD_TORCH_CHECK(memory, "no memory for ", floats, " floats");
+    kernels().attention_pairs(call, begin, end, static_cast<float*>(memory.get()));
   });
 }
 
+// The longest rows, which the schema names, are found here again: memory goes by them.
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cos,
                                      std::optional<Tensor> sin, Tensor q_places, Tensor k_places, Tensor q_starts,
-                                     Tensor k_starts, int64_t longest_q, int64_t longest_k, double scale,
-                                     double softcap, int64_t window) {
+                                     Tensor k_starts, int64_t, int64_t, double scale, double softcap,
+                                     int64_t window) {
   Attention call = attention_of(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, scale, softcap, window);
   Tensor out = torch::stable::new_empty(q, {call.queries, call.heads, call.width});
   Tensor lse = torch::stable::new_empty(q, {call.heads, call.queries}, ScalarType::Float);
@@ -197,8 +196,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
 
 void attention_backward_(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor d_q, Tensor d_k,
                          Tensor d_v, std::optional<Tensor> cos, std::optional<Tensor> sin, Tensor q_places,
-                         Tensor k_places, Tensor q_starts, Tensor k_starts, int64_t longest_q, int64_t longest_k,
-                         double scale, double softcap, int64_t window) {
+                         Tensor k_places, Tensor q_starts, Tensor k_starts, int64_t, int64_t, double scale,
+                         double softcap, int64_t window) {
   Attention call = attention_of(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, scale, softcap, window);
   call.backward = true;
   call.grad = heads_of(grad, q, "grad");

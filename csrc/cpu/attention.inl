@@ -55,56 +55,64 @@ void product_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, in
 void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
              const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   int64_t j = 0;
-  for (; j + 2 * W <= columns; j += 2 * W) product_rows<2>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
+  for (; j + 2 * W <= columns; j += 2 * W) {
+    product_rows<2>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
+  }
   if (j < columns) product_rows<1>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
 }
 
 // ---- heads ----
 
-// One head of `count` tokens in float32, rows of `stride` floats whose ends are 0; rotated where there are positions.
+// out = x, of `width` entries, times `factor`; rotated by cos and sin [half] before, the other way for turn = -1.
+template <class From, class To>
+LPA_INLINE void turned(const From* x, To* out, int64_t width, int64_t half, const float* cos, const float* sin,
+                       float turn, float factor) {
+  sweep(half, [&](int64_t i, int64_t k) LPA_LAMBDA {
+    const VFloat a = load(x + i, k) * factor, b = load(x + half + i, k) * factor;
+    const VFloat c = load(cos + i, k), s = load(sin + i, k) * turn;
+    store(out + i, a * c - b * s, k);
+    store(out + half + i, b * c + a * s, k);
+  });
+  x += 2 * half;
+  out += 2 * half;
+  sweep(width - 2 * half, [&](int64_t i, int64_t k) LPA_LAMBDA { store(out + i, load(x + i, k) * factor, k); });
+}
+
+// The rotation of one token, if its places are given.
+struct Rotation {
+  int64_t half;
+  const float *cos, *sin;
+};
+
+LPA_INLINE Rotation rotation_of(const Attention& call, const int32_t* places, int64_t token) {
+  if (!places || !call.cos) return {0, nullptr, nullptr};
+  const int64_t start = places[2 * token + 1] * call.half;
+  return {call.half, call.cos + start, call.sin + start};
+}
+
+// One head of `count` tokens in float32 times `factor`, rows of `stride` floats whose ends are 0; rotated where there
+// are places.
 template <class T>
 void read_heads(const Attention& call, const Heads& heads, int64_t head, int64_t first, int64_t count,
-                const int32_t* places, float* out, int64_t stride) {
-  for (int64_t token = 0; token < count; ++token) {
-    const T* x = static_cast<const T*>(heads.data) + (first + token) * heads.token_stride + head * heads.head_stride;
-    float* row = out + token * stride;
-    for (int64_t i = call.width; i < stride; ++i) row[i] = 0;
-    const int64_t half = places && call.cos ? call.half : 0;
-    if (half) {
-      const float* cos = call.cos + places[2 * (first + token) + 1] * half;
-      const float* sin = call.sin + places[2 * (first + token) + 1] * half;
-      sweep(half, [&](int64_t i, int64_t k) LPA_LAMBDA {
-        const VFloat a = load(x + i, k), b = load(x + half + i, k), c = load(cos + i, k), s = load(sin + i, k);
-        store(row + i, a * c - b * s, k);
-        store(row + half + i, b * c + a * s, k);
-      });
-    }
-    sweep(call.width - 2 * half, [&](int64_t i, int64_t k) LPA_LAMBDA {
-      store(row + 2 * half + i, load(x + 2 * half + i, k), k);
-    });
+                const int32_t* places, float factor, float* out, int64_t stride) {
+  const T* x = static_cast<const T*>(heads.data) + first * heads.token_stride + head * heads.head_stride;
+  for (int64_t i = 0; i < count; ++i) {
+    const Rotation by = rotation_of(call, places, first + i);
+    float* row = out + i * stride;
+    turned(x + i * heads.token_stride, row, call.width, by.half, by.cos, by.sin, 1.0f, factor);
+    for (int64_t end = call.width; end < stride; ++end) row[end] = 0;
   }
 }
 
-// The reverse, for gradients: rotated back where there are positions.
+// The reverse, for results: rotated back where there are places; factors [count] or null.
 template <class T>
 void write_heads(const Attention& call, const Heads& heads, int64_t head, int64_t first, int64_t count,
-                 const int32_t* places, const float* in, int64_t stride) {
-  for (int64_t token = 0; token < count; ++token) {
-    T* x = static_cast<T*>(heads.data) + (first + token) * heads.token_stride + head * heads.head_stride;
-    const float* row = in + token * stride;
-    const int64_t half = places && call.cos ? call.half : 0;
-    if (half) {
-      const float* cos = call.cos + places[2 * (first + token) + 1] * half;
-      const float* sin = call.sin + places[2 * (first + token) + 1] * half;
-      sweep(half, [&](int64_t i, int64_t k) LPA_LAMBDA {
-        const VFloat a = load(row + i, k), b = load(row + half + i, k), c = load(cos + i, k), s = load(sin + i, k);
-        store(x + i, a * c + b * s, k);
-        store(x + half + i, b * c - a * s, k);
-      });
-    }
-    sweep(call.width - 2 * half, [&](int64_t i, int64_t k) LPA_LAMBDA {
-      store(x + 2 * half + i, load(row + 2 * half + i, k), k);
-    });
+                 const int32_t* places, const float* factors, const float* in, int64_t stride) {
+  T* x = static_cast<T*>(heads.data) + first * heads.token_stride + head * heads.head_stride;
+  for (int64_t i = 0; i < count; ++i) {
+    const Rotation by = rotation_of(call, places, first + i);
+    const float factor = factors ? factors[i] : 1.0f;
+    turned(in + i * stride, x + i * heads.token_stride, call.width, by.half, by.cos, by.sin, -1.0f, factor);
   }
 }
 
@@ -124,16 +132,27 @@ struct Row {
   int32_t *branch, *position;  // of the keys; branch -1 past the last one
 };
 
-// Keys up to the last one that comes before the latest of these queries, rounded up.
-int64_t reach(const Attention& call, const Row& row, int64_t first, int64_t count) {
-  int32_t latest = -1;
-  for (int64_t m = first; m < first + count; ++m) {
-    const int32_t* place = call.q_places + 2 * (row.q_first + m);
-    if (place[0] >= 0 && place[1] > latest) latest = place[1];
+// Some queries of a row: `count` of them from `first`, of the row and of the stream.
+struct Tile {
+  int64_t first, token, count;
+  int64_t all;  // keys before this one are seen by every query
+  int64_t end;  // keys from this one on are seen by none; both are whole vectors
+};
+
+Tile tile_of(const Attention& call, const Row& row, int64_t first) {
+  Tile tile{first, row.q_first + first, row.q_count - first < kTile ? row.q_count - first : kTile, 0, row.k_count};
+  int32_t latest = -1, earliest = call.window ? -1 : INT32_MAX;
+  for (int64_t m = 0; m < tile.count; ++m) {
+    const int32_t* place = call.q_places + 2 * (tile.token + m);
+    const int32_t position = place[0] < 0 ? -1 : place[1];  // a padding token sees nothing
+    if (position > latest) latest = position;
+    if (position < earliest) earliest = position;
   }
-  int64_t end = row.k_count;
-  while (end > 0 && (row.branch[end - 1] < 0 || row.position[end - 1] > latest)) --end;
-  return rounded(end);
+  while (tile.end > 0 && (row.branch[tile.end - 1] < 0 || row.position[tile.end - 1] > latest)) --tile.end;
+  while (tile.all < tile.end && row.branch[tile.all] == 0 && row.position[tile.all] <= earliest) ++tile.all;
+  tile.all = tile.all / W * W;
+  tile.end = rounded(tile.end);
+  return tile;
 }
 
 LPA_INLINE VInt ints(const int32_t* p) {
@@ -161,16 +180,14 @@ LPA_INLINE VFloat tanh(VFloat x) {
   return absolute(x) < 0.625f ? x + x * q * p : (x < 0 ? -far : far);
 }
 
-LPA_INLINE VFloat scored(const Attention& call, VFloat s) {
-  s *= call.scale;
-  return call.softcap != 0 ? tanh(s / call.softcap) * call.softcap : s;
-}
+// The scaled product of query and key under the cap, where there is one.
+LPA_INLINE VFloat scored(float softcap, VFloat s) { return softcap != 0 ? tanh(s / softcap) * softcap : s; }
 
 // Memory of one thread, in floats.
-int64_t attention_scratch(const Attention& call, bool backward) {
+int64_t attention_floats(const Attention& call) {
   const int64_t keys = rounded(call.longest_k), width = rounded(call.width);
   const int64_t sides = keys * width, tile = kTile * (width + keys);
-  return 2 * keys + (backward ? 6 * sides + 3 * tile + kTile * width : 3 * sides + 2 * tile);
+  return 2 * keys + (call.backward ? 6 * sides + 3 * tile + kTile * width : 3 * sides + 2 * tile);
 }
 
 Row row_of(const Attention& call, int64_t index, float*& memory) {
@@ -185,11 +202,45 @@ Row row_of(const Attention& call, int64_t index, float*& memory) {
   row.position = row.branch + row.keys;
   memory += 2 * row.keys;
   for (int64_t n = 0; n < row.keys; ++n) {
-    const int32_t* place = call.k_places + 2 * (row.k_first + n);
-    row.branch[n] = n < row.k_count ? place[0] : -1;
-    row.position[n] = n < row.k_count ? place[1] : 0;
+    const int64_t place = 2 * (row.k_first + n);
+    row.branch[n] = n < row.k_count ? call.k_places[place] : -1;
+    row.position[n] = n < row.k_count ? call.k_places[place + 1] : 0;
   }
   return row;
+}
+
+// The scores [end] of one query become exp(score - largest). Returns their logsumexp, and 1 over their sum in `factor`;
+// both 0 for a query that sees nothing.
+float softmax(const Attention& call, const Row& row, const Tile& tile, int64_t m, float* s, float* factor) {
+  const int32_t branch = call.q_places[2 * (tile.token + m)], position = call.q_places[2 * (tile.token + m) + 1];
+  const float softcap = call.softcap;
+  VFloat tops = all(kUnseen);
+  int64_t n = 0;
+  for (; n < tile.all; n += W) {
+    const VFloat x = scored(softcap, load(s + n, W));
+    if (softcap != 0) store(s + n, x, W);
+    tops = larger(tops, x);
+  }
+  for (; n < tile.end; n += W) {
+    const VFloat x = seen(call, row, n, branch, position) ? scored(softcap, load(s + n, W)) : all(kUnseen);
+    store(s + n, x, W);
+    tops = larger(tops, x);
+  }
+  const float top = largest(tops);
+  if (!(top > kUnseen)) {
+    for (n = 0; n < tile.end; ++n) s[n] = 0;
+    *factor = 0;
+    return 0;
+  }
+  VFloat part{};
+  for (n = 0; n < tile.end; n += W) {
+    const VFloat p = exp_negative(load(s + n, W) - top);
+    store(s + n, p, W);
+    part += p;
+  }
+  const float total = static_cast<float>(sum(part));
+  *factor = 1 / total;
+  return top + __builtin_logf(total);
 }
 
 template <class T>
@@ -201,50 +252,40 @@ void attention_group(const Attention& call, int64_t index, int64_t kv_head, floa
   float* value = across + keys * width;   // [keys, width]
   float* query = value + keys * width;    // [tile, width], and then what is found
   float* score = query + kTile * width;   // [tile, keys]
-  read_heads<T>(call, call.k, kv_head, row.k_first, row.k_count, call.k_places, key, width);
+  read_heads<T>(call, call.k, kv_head, row.k_first, row.k_count, call.k_places, 1.0f, key, width);
   transpose(key, row.k_count, call.width, width, across, keys);
-  read_heads<T>(call, call.v, kv_head, row.k_first, row.k_count, nullptr, value, width);
+  read_heads<T>(call, call.v, kv_head, row.k_first, row.k_count, nullptr, 1.0f, value, width);
   for (float* p = value + row.k_count * width; p < value + keys * width; ++p) *p = 0;
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t first = 0; first < row.q_count; first += kTile) {
-      const int64_t count = row.q_count - first < kTile ? row.q_count - first : kTile;
-      const int64_t end = reach(call, row, first, count), token = row.q_first + first;
-      read_heads<T>(call, call.q, head, token, count, call.q_places, query, width);
-      product(count, end, call.width, query, width, 1, across, keys, score, keys, false);
+  for (int64_t first = 0; first < row.q_count; first += kTile) {
+    const Tile tile = tile_of(call, row, first);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      read_heads<T>(call, call.q, head, tile.token, tile.count, call.q_places, call.scale, query, width);
+      product(tile.count, tile.end, call.width, query, width, 1, across, keys, score, keys, false);
       float factors[kTile];
-      for (int64_t m = 0; m < count; ++m) {
-        const int32_t* place = call.q_places + 2 * (token + m);
-        float* s = score + m * keys;
-        VFloat tops = all(kUnseen);
-        for (int64_t n = 0; n < end; n += W) {
-          const VFloat x = seen(call, row, n, place[0], place[1]) ? scored(call, load(s + n, W)) : all(kUnseen);
-          store(s + n, x, W);
-          tops = larger(tops, x);
-        }
-        const float top = largest(tops);
-        double total = 0;
-        if (top > kUnseen) {
-          VFloat part{};
-          for (int64_t n = 0; n < end; n += W) {
-            const VFloat p = exp_negative(load(s + n, W) - top);
-            store(s + n, p, W);
-            part += p;
-          }
-          total = sum(part);
-        } else {
-          for (int64_t n = 0; n < end; ++n) s[n] = 0;
-        }
-        call.lse[head * call.queries + token + m] = total > 0 ? static_cast<float>(top + __builtin_log(total)) : 0.0f;
-        factors[m] = total > 0 ? static_cast<float>(1 / total) : 0.0f;
+      for (int64_t m = 0; m < tile.count; ++m) {
+        const float lse = softmax(call, row, tile, m, score + m * keys, factors + m);
+        call.lse[head * call.queries + tile.token + m] = lse;
       }
-      product(count, width, end, score, keys, 1, value, width, query, width, false);
-      for (int64_t m = 0; m < count; ++m) {
-        sweep(width, [&](int64_t i, int64_t k) LPA_LAMBDA {
-          store(query + m * width + i, load(query + m * width + i, k) * factors[m], k);
-        });
-      }
-      write_heads<T>(call, call.out, head, token, count, nullptr, query, width);
+      product(tile.count, width, tile.end, score, keys, 1, value, width, query, width, false);
+      write_heads<T>(call, call.out, head, tile.token, tile.count, nullptr, factors, query, width);
     }
+  }
+}
+
+// From one query's scores and products of its result's gradient with the values, both [end]: its softmax and the
+// gradient of the scaled scores, in their places. `own` is the product of result and its gradient.
+void softmax_backward(const Attention& call, const Row& row, const Tile& tile, int64_t m, float lse, float own,
+                      float* s, float* d) {
+  const int32_t branch = call.q_places[2 * (tile.token + m)], position = call.q_places[2 * (tile.token + m) + 1];
+  const float softcap = call.softcap;
+  for (int64_t n = 0; n < tile.end; n += W) {
+    const VFloat x = scored(softcap, load(s + n, W));
+    VFloat p = exp_negative(x - lse);
+    if (n >= tile.all) p = seen(call, row, n, branch, position) ? p : VFloat{};
+    VFloat y = p * (load(d + n, W) - own);
+    if (softcap != 0) y *= 1.0f - (x / softcap) * (x / softcap);
+    store(s + n, p, W);
+    store(d + n, y, W);
   }
 }
 
@@ -263,47 +304,37 @@ void attention_backward_group(const Attention& call, int64_t index, int64_t kv_h
   float* out = grad + kTile * width;        // [tile, width], and then the queries' gradient
   float* score = out + kTile * width;       // [tile, keys], and then its softmax
   float* slope = score + kTile * keys;      // [tile, keys]
-  read_heads<T>(call, call.k, kv_head, row.k_first, row.k_count, call.k_places, key, width);
+  float scales[kTile];
+  for (float& scale : scales) scale = call.scale;
+  read_heads<T>(call, call.k, kv_head, row.k_first, row.k_count, call.k_places, 1.0f, key, width);
   transpose(key, row.k_count, call.width, width, across, keys);
   for (float* p = key + row.k_count * width; p < key + keys * width; ++p) *p = 0;
-  read_heads<T>(call, call.v, kv_head, row.k_first, row.k_count, nullptr, value, width);
+  read_heads<T>(call, call.v, kv_head, row.k_first, row.k_count, nullptr, 1.0f, value, width);
   transpose(value, row.k_count, call.width, width, values, keys);
   for (float* p = d_key; p < d_value + keys * width; ++p) *p = 0;
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t first = 0; first < row.q_count; first += kTile) {
-      const int64_t count = row.q_count - first < kTile ? row.q_count - first : kTile;
-      const int64_t end = reach(call, row, first, count), token = row.q_first + first;
-      read_heads<T>(call, call.q, head, token, count, call.q_places, query, width);
-      read_heads<T>(call, call.grad, head, token, count, nullptr, grad, width);
-      read_heads<T>(call, call.out, head, token, count, nullptr, out, width);
+  for (int64_t first = 0; first < row.q_count; first += kTile) {
+    const Tile tile = tile_of(call, row, first);
+    const int64_t token = tile.token, count = tile.count, end = tile.end;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      read_heads<T>(call, call.q, head, token, count, call.q_places, call.scale, query, width);
+      read_heads<T>(call, call.grad, head, token, count, nullptr, 1.0f, grad, width);
+      read_heads<T>(call, call.out, head, token, count, nullptr, 1.0f, out, width);
       product(count, end, call.width, query, width, 1, across, keys, score, keys, false);
       product(count, end, call.width, grad, width, 1, values, keys, slope, keys, false);
       for (int64_t m = 0; m < count; ++m) {
-        const int32_t* place = call.q_places + 2 * (token + m);
-        const float lse = call.lse[head * call.queries + token + m];
         VFloat part{};
-        sweep(call.width, [&](int64_t i, int64_t k) LPA_LAMBDA {
-          part += load(grad + m * width + i, k) * load(out + m * width + i, k);
-        });
-        const float own = static_cast<float>(sum(part));
-        float *s = score + m * keys, *d = slope + m * keys;
-        for (int64_t n = 0; n < end; n += W) {
-          const VFloat x = scored(call, load(s + n, W));
-          const VFloat p = seen(call, row, n, place[0], place[1]) ? exp_negative(x - lse) : VFloat{};
-          VFloat y = p * (load(d + n, W) - own) * call.scale;
-          if (call.softcap != 0) y *= 1.0f - (x / call.softcap) * (x / call.softcap);
-          store(s + n, p, W);
-          store(d + n, y, W);
-        }
+        for (int64_t i = 0; i < width; i += W) part += load(grad + m * width + i, W) * load(out + m * width + i, W);
+        const float lse = call.lse[head * call.queries + token + m], own = static_cast<float>(sum(part));
+        softmax_backward(call, row, tile, m, lse, own, score + m * keys, slope + m * keys);
       }
       product(count, width, end, slope, keys, 1, key, width, out, width, false);
-      write_heads<T>(call, call.d_q, head, token, count, call.q_places, out, width);
-      product(end, width, count, slope, 1, keys, query, width, d_key, width, true);
+      write_heads<T>(call, call.d_q, head, token, count, call.q_places, scales, out, width);
+      product(end, width, count, slope, 1, keys, query, width, d_key, width, true);  // of scaled queries
       product(end, width, count, score, 1, keys, grad, width, d_value, width, true);
     }
   }
-  write_heads<T>(call, call.d_k, kv_head, row.k_first, row.k_count, call.k_places, d_key, width);
-  write_heads<T>(call, call.d_v, kv_head, row.k_first, row.k_count, nullptr, d_value, width);
+  write_heads<T>(call, call.d_k, kv_head, row.k_first, row.k_count, call.k_places, nullptr, d_key, width);
+  write_heads<T>(call, call.d_v, kv_head, row.k_first, row.k_count, nullptr, nullptr, d_value, width);
 }
 
 // Pairs of row and key-value head [begin, end).
@@ -323,8 +354,6 @@ void attention_pairs(const Attention& call, int64_t begin, int64_t end, float* m
   if (call.dtype == Dtype::bfloat16) attention_pairs<bfloat16>(call, begin, end, memory);
   if (call.dtype == Dtype::float16) attention_pairs<float16>(call, begin, end, memory);
 }
-
-int64_t attention_floats(const Attention& call) { return attention_scratch(call, call.backward); }
 
 }  // namespace
 }  // namespace lpa::cpu

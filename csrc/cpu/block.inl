@@ -129,15 +129,16 @@ void gate_row(const Gate& call, int64_t token) {
   }
 }
 
+template <class T>
+void gate_row(const Gate& call, int64_t token) {
+  call.silu ? gate_row<T, true>(call, token) : gate_row<T, false>(call, token);
+}
+
 void gate_rows(const Gate& call, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
-    if (call.gate.dtype == Dtype::float32) call.silu ? gate_row<float, true>(call, token) : gate_row<float, false>(call, token);
-    if (call.gate.dtype == Dtype::bfloat16) {
-      call.silu ? gate_row<bfloat16, true>(call, token) : gate_row<bfloat16, false>(call, token);
-    }
-    if (call.gate.dtype == Dtype::float16) {
-      call.silu ? gate_row<float16, true>(call, token) : gate_row<float16, false>(call, token);
-    }
+    if (call.gate.dtype == Dtype::float32) gate_row<float>(call, token);
+    if (call.gate.dtype == Dtype::bfloat16) gate_row<bfloat16>(call, token);
+    if (call.gate.dtype == Dtype::float16) gate_row<float16>(call, token);
   }
 }
 

@@ -6,7 +6,9 @@
 
 namespace lpa::cpu {
 
-const Kernels LPA_TABLE = {LPA_NAME,  perturb_rows,     update_rows,    token_loss_rows, add_norm_rows, add_norm_backward_rows,
-                           gate_rows, attention_floats, attention_pairs};
+const Kernels LPA_TABLE = {
+    LPA_NAME,      perturb_rows,           update_rows, token_loss_rows,  //
+    add_norm_rows, add_norm_backward_rows, gate_rows,   attention_floats, attention_pairs,
+};
 
 }  // namespace lpa::cpu

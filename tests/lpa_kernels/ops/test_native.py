@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.support.block_cases import attention_case, norm_case
 from tests.support.op_cases import assert_near, copied, implementation, loss_case, perturb_case, update_case
 
 ROOT = Path(__file__).resolve().parents[3]
+HEADERS = Path(torch.__file__).parent / "include"  # not through cpp_extension, whose import wants setuptools first
+SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*.cpp") if "cuda" not in path.name)
 REQUIRED = os.environ.get("LPA_KERNELS_REQUIRE_NATIVE") == "1"
 CAPABILITIES = ("default", "avx2", "avx512")  # PyTorch's names, of which ATEN_CPU_CAPABILITY takes one
 
@@ -252,6 +255,8 @@ def test_what_a_block_cannot_take_is_refused():
         ({7: torch.tensor([0, 9, 8, 20, 36], dtype=torch.int32)}, "q_starts does not ascend at row 1"),
         ({8: torch.tensor([0, 9, 18, 20, 35], dtype=torch.int32)}, "k_starts goes from 0 to 35; expected 0 to 36"),
         ({8: torch.tensor([0, 36], dtype=torch.int32)}, "k_starts has 2 entries; expected 5"),
+        ({4: None}, "one of cos and sin is given without the other"),
+        ({13: -1}, "window is -1; expected 0"),
         ({3: torch.zeros(128, 9), 4: torch.zeros(128, 9)}, r"cos is not \[positions, 8\]"),
         ({1: torch.zeros(36, 3, 16), 2: torch.zeros(36, 3, 16)}, "heads of q, 4 x 16, do not fit"),
     ],
@@ -284,3 +289,19 @@ def test_a_label_out_of_range_is_refused(label):
     case[1][2] = label
     with pytest.raises(RuntimeError, match=rf"labels\[2\] is {label}; expected -100 or 0 to 8"):
         implementation("token_loss_", "native", case)(*case)
+
+
+# ---- the sources ----
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_the_compiler_has_nothing_to_say(source):
+    includes = [f"-isystem{path}" for path in (HEADERS, HEADERS / "torch/csrc/api/include")]
+    done = subprocess.run(
+        ["c++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wshadow", "-Werror",
+         "-DTORCH_TARGET_VERSION=0x020b000000000000", *includes, str(source)],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
