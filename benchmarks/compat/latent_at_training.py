@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.compat.measure import gap
-from benchmarks.compat.stage import tiny_model
+from benchmarks.compat.stage import gap, tiny_model
 from lpa_kernels.compat import patch_latent_at
 
 KL = {"kl": 0.1, "toward": 0.5, "away": 0.5}

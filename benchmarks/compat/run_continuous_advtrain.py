@@ -23,9 +23,9 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.compat.measure import cpu_seconds, gap, peak_above_start, peaks
 from benchmarks.compat.run_latent_at import SPEED
-from benchmarks.compat.stage import publish, tiny_model
+from benchmarks.compat.stage import cpu_seconds, gap, peaks, publish, tiny_model
+from benchmarks.measure import Run
 from lpa_kernels.compat import EmbeddingSpaceAttack
 
 OPTIMIZERS = {"sign": 1e-3, "adam": 1e-3, "rms": 1e-3}
@@ -76,14 +76,30 @@ def time_ratio(theirs: Any, repeats: int) -> dict[str, Any]:
     """CPU seconds of 8 steps, theirs and ours in turn."""
     model, data = setting(True)
     sides = {"public": theirs, "fused": EmbeddingSpaceAttack}
-    return cpu_seconds({k: functools.partial(run, cls, model, data, "sign", 8) for k, cls in sides.items()}, repeats)[0]
+    calls: dict[str, Run] = {k: functools.partial(run, cls, model, data, "sign", 8) for k, cls in sides.items()}
+    return cpu_seconds(calls, repeats)
 
 
-def memory(cls: Any) -> int:
-    """MiB that the attack's peak lies above what the process held before it."""
-    run(cls, *setting(False), "sign", 1)  # so that what is allocated once is there
+def alone(clone: str, patched: bool) -> Run:
+    """The attack of one side, for a process of its own; what is allocated once is there."""
+    cls = EmbeddingSpaceAttack if patched else public(Path(clone))
+    run(cls, *setting(False), "sign", 1)
     model, data = setting(True)
-    return peak_above_start(lambda: run(cls, model, data, "sign", 8))
+    return lambda: run(cls, model, data, "sign", 8)
+
+
+def public(clone: Path) -> Any:
+    """The class of the public code.
+
+    Raises:
+        FileNotFoundError: the clone has no such file.
+    """
+    if not (clone / "src" / "embedding_attack.py").is_file():
+        raise FileNotFoundError(f"{clone}/src/embedding_attack.py is missing; give the path of a clone")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(clone / "src"))
+    return importlib.import_module("embedding_attack").EmbeddingSpaceAttack
 
 
 def main() -> None:
@@ -91,22 +107,14 @@ def main() -> None:
     parser.add_argument("clone", type=Path, help="your clone of the public code")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--memory", choices=("public", "fused"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    if not (arguments.clone / "src" / "embedding_attack.py").is_file():
-        raise FileNotFoundError(f"{arguments.clone}/src/embedding_attack.py is missing; give the path of a clone")
-    sys.path.insert(0, str(arguments.clone / "src"))
-    theirs = importlib.import_module("embedding_attack").EmbeddingSpaceAttack
-    if arguments.memory:
-        print(memory(theirs if arguments.memory == "public" else EmbeddingSpaceAttack))
-        return
+    theirs, clone = public(arguments.clone), str(arguments.clone.resolve())
+    sides = {name: f"alone({clone!r}, {patched})" for name, patched in (("public", False), ("fused", True))}
     report = {
         "closeness": {kind: closeness(theirs, kind) for kind in OPTIMIZERS},
         "size": SPEED,
         "time": time_ratio(theirs, arguments.repeats),
-        "memory": peaks(__file__, [str(arguments.clone)], ("public", "fused")),
+        "memory": peaks("benchmarks.compat.run_continuous_advtrain", sides),
     }
     publish(report, [arguments.clone], arguments.out)
 

@@ -24,8 +24,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.compat.latent_at_training import stacked, texts
-from benchmarks.compat.measure import gap
-from benchmarks.compat.stage import Stub, publish, tiny_model
+from benchmarks.compat.stage import Stub, gap, publish, tiny_model
 from lpa_kernels import PGDOptimizer, project_
 
 MISSING = (

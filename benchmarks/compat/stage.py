@@ -1,13 +1,12 @@
-"""Stage a clone of public code for a comparison: a copy with the stated lines changed, stubs; models, reports."""
+"""What every comparison with public code needs: a staged copy of a clone, stubs, models, closeness, cost, reports."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import re
 import shutil
-import subprocess
+import statistics
 import sys
 import tempfile
 from importlib.machinery import ModuleSpec
@@ -17,6 +16,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+from torch import Tensor
+
+from benchmarks.measure import Run, in_turns, made_with, peak_in_a_process, revision, write_record
 
 # Imported by the public code, and without influence on what is compared (logging, data loading, evaluation).
 STUBS = (
@@ -100,32 +102,30 @@ def tiny_model(family: str = "llama", lora: int = 0, seed: int = 0, **sizes: Any
     return model
 
 
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference as a share of the largest entry."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def cpu_seconds(calls: dict[str, Run], repeats: int) -> dict[str, Any]:
+    """Seconds of each call in turn, their medians, and the first call's median as a multiple of each."""
+    seconds = in_turns(calls, repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    first = next(iter(medians.values()))
+    ratios = {name: first / median for name, median in medians.items()}
+    return {"cpu_seconds": seconds, "cpu_seconds_median": medians, "ratio": ratios}
+
+
+def peaks(module: str, expressions: dict[str, str]) -> dict[str, Any]:
+    """MiB of each function's peak above its start, each in a process of its own; the first by the last."""
+    found = {name: round(peak_in_a_process(module, expression)) for name, expression in expressions.items()}
+    first, *_, last = found.values()
+    return {"peak_mib_above_start": found, "ratio": first / max(last, 1)}
+
+
 def publish(report: dict[str, Any], clones: list[Path], out: Path | None) -> None:
-    """Print a report, headed by what it was made with, and write it to `out` where one is given.
-
-    Args:
-        clones: the folders of the public code; their names and commits are part of the report.
-    """
-    made_with = {
-        "command": " ".join(["python benchmarks/compat/" + Path(sys.argv[0]).name, *map(_shown, sys.argv[1:])]),
-        "code": {clone.resolve().name: revision(clone) for clone in clones},
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    text = json.dumps(made_with | report, indent=2)
-    print(text)
+    """Print a report, headed by what it was made with and the commits of the clones; write it where `out` is given."""
+    record = made_with() | {"code": {clone.resolve().name: revision(clone) for clone in clones}} | report
+    print(json.dumps(record, indent=2))
     if out is not None:
-        out.write_text(text + "\n")
-
-
-def _shown(argument: str) -> str:
-    """An argument without the folders that only this machine has."""
-    path = Path(argument)
-    return path.resolve().name if path.is_absolute() else argument
-
-
-def revision(clone: Path) -> str | None:
-    """The commit that a clone is at; None where it is no clone."""
-    result = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+        write_record(out, record)
