@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from benchmarks.op_cases import all_cases, cold, device
+from benchmarks.measure import cold, device
+from benchmarks.op_cases import all_cases
 
 
 @pytest.fixture(scope="module", autouse=True)

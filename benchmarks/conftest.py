@@ -19,7 +19,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:
         return
-    from benchmarks.op_cases import copy_bandwidth, scale_bandwidth
+    from benchmarks.measure import copy_bandwidth, scale_bandwidth
 
     copy, scale = copy_bandwidth(), scale_bandwidth()
     terminalreporter.section("bandwidth of the ops")

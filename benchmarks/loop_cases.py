@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.op_cases import device, project_eagerly, public_away
+from benchmarks.measure import device
+from benchmarks.op_cases import project_eagerly, public_away
 from lpa_kernels import LatentPGD, PairBatch, token_loss
 from lpa_kernels.model.sites import resolve_sites
 from lpa_kernels.ops import registry
@@ -75,42 +77,35 @@ def shape_of(shape: str | Shape) -> Shape:
     return SHAPES[shape] if isinstance(shape, str) else shape
 
 
-_models: dict[str, nn.Module] = {}
+def model_of(name: str | Shape) -> Any:
+    """The random model of a shape with LoRA of rank 64, whose second factors are not zero; the last one is kept."""
+    shape = shape_of(name)
+    return _model(shape.family, json.dumps(shape.config), shape.dtype)
 
 
-def model_of(name: str | Shape) -> nn.Module:
-    """The random model of a shape with LoRA of rank 64, whose second factors are not zero; kept."""
+@lru_cache(maxsize=1)
+def _model(family: str, config: str, dtype: torch.dtype) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = shape_of(name)
-    key = repr((shape.family, shape.config, shape.dtype))
-    if key not in _models:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(shape.family, **shape.config)
-        with torch.device(device()):
-            base = AutoModelForCausalLM.from_config(config, dtype=shape.dtype)
-        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
-        for part, p in model.named_parameters():
-            if "lora_B" in part:
-                nn.init.normal_(p, std=0.01)
-        _models[key] = model
-    return _models[key]
+    torch.manual_seed(0)
+    with torch.device(device()):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **json.loads(config)), dtype=dtype)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    for part, p in model.named_parameters():
+        if "lora_B" in part:
+            nn.init.normal_(p, std=0.01)
+    return model
 
 
-_batches: dict[str, PairBatch] = {}
+def forget_model() -> None:
+    """Keep no model: the next one is made anew."""
+    _model.cache_clear()
 
 
 def batch_of(name: str | Shape) -> PairBatch:
-    """A random batch of a shape, kept; prompt and completions are attacked."""
+    """A random batch of a shape; prompt and completions are attacked."""
     shape = shape_of(name)
-    key = repr(shape)
-    if key not in _batches:
-        _batches[key] = _batch(shape)
-    return _batches[key]
-
-
-def _batch(shape: Shape) -> PairBatch:
     generator = torch.Generator().manual_seed(0)
     vocabulary = shape.config["vocab_size"]
     prompt = torch.randint(3, vocabulary, (shape.pairs, shape.prompt), generator=generator)

@@ -156,10 +156,11 @@ def command() -> str:
     """This process's command line, without the folders that only this machine has."""
     spec = vars(sys.modules["__main__"]).get("__spec__")
     module = spec and spec.name.removesuffix(".__main__")
-    script = ["-m", module] if module else [str(Path(sys.argv[0]).resolve().relative_to(ROOT))]
-    places = [Path(a) for a in sys.argv[1:]]
-    words = [p.resolve().name if p.is_absolute() else a for a, p in zip(sys.argv[1:], places, strict=True)]
-    return shlex.join(["python", *script, *words])
+    words = ["-m", module, *sys.argv[1:]] if module else sys.argv
+    places = [Path(word).resolve() if Path(word).is_absolute() or word == sys.argv[0] else None for word in words]
+    shown = [str(p.relative_to(ROOT)) if p and p.is_relative_to(ROOT) else p.name if p else word
+             for word, p in zip(words, places, strict=True)]  # fmt: skip
+    return shlex.join(["python", *shown])
 
 
 def made_with() -> dict[str, Any]:

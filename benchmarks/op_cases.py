@@ -1,18 +1,23 @@
-"""The op benchmarks: each op beside what a user would write otherwise, as functions that do the same work."""
+"""The op benchmarks: each op beside what a user would write otherwise, as functions that do the same work.
+
+A way is made from a group's data and gives the function to time: `called` calls a function on the data, `compiled`
+does so by torch.compile, `backward` times the gradient of a graph that stands, `through` forward and backward.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import Run, device
 from lpa_kernels import linear_token_loss, perturb, pgd_update_, token_loss_
 from lpa_kernels.ops import (
     Stream,
@@ -27,6 +32,7 @@ from lpa_kernels.ops import (
 )
 
 LR, EPSILON, BETAS, EPS, DECAY = 1e-3, 6.0, (0.9, 0.999), 1e-8, 0.01
+Way = Callable[..., Run]  # from a group's data
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,44 @@ class Case:
         group: what is done, with its shape: cases of one group do the same work.
         name: how.
         make: allocates, and returns the function to time.
-        moved: bytes that this way must read and write at the least (0: not counted).
+        moved: bytes that this work must read and write at the least, in whichever way (0: not counted).
     """
 
     group: str
     name: str
-    make: Callable[[], Callable[[], object]]
+    make: Callable[[], Run]
     moved: int = 0
 
 
-def device() -> str:
-    """ "cuda" on a machine with a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def cases(group: str, data: Callable[[], tuple[Any, ...]], ways: Mapping[str, Way], moved: int = 0) -> list[Case]:
+    """The ways of one group, each on data of its own."""
+    return [Case(group, name, lambda way=way: way(*data()), moved) for name, way in ways.items()]
+
+
+def called(function: Callable[..., object]) -> Way:
+    return lambda *data: partial(function, *data)
+
+
+def compiled(function: Callable[..., object]) -> Way:
+    return lambda *data: partial(torch.compile(function, dynamic=False), *data)
+
+
+def through(function: Callable[..., Tensor]) -> Way:
+    """Forward and backward, for the first of the data."""
+    return lambda first, *rest: lambda: torch.autograd.grad(function(first, *rest), first)
+
+
+def backward(function: Callable[..., Any], inputs: int) -> Way:
+    """The backward pass for the first `inputs` of the data, again and again."""
+
+    def make(*data: Any) -> Run:
+        leaves = [t.detach().requires_grad_() for t in data[:inputs]]
+        out = function(*leaves, *data[inputs:])
+        outs = list(out) if isinstance(out, tuple) else [out]
+        grads = [torch.randn_like(o) for o in outs]
+        return lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
+
+    return make
 
 
 def own_backends(op: str) -> list[str]:
@@ -56,6 +88,31 @@ def own_backends(op: str) -> list[str]:
     fast = ("triton", "native") if device() == "cuda" else ("native",)
     there = [b for b in fast if (op, b) in registry.table()]
     return [b for b in there if b != "native" or native.built_for(op, device())] or ["reference"]
+
+
+def ours(op: str, way: Callable[[str], Way], what: str = "") -> dict[str, Way]:
+    """A way of this package on each backend."""
+    return {f"ours{what} ({backend})": way(backend) for backend in own_backends(op)}
+
+
+def liger(name: str, function: Callable[[Any], Way]) -> dict[str, Way]:
+    """A way by Liger's functions, which need a GPU; none where Liger is not installed."""
+    if device() != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.transformers import functional
+
+    return {name: function(functional)}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=device()).to(dtype)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- the perturbations' update ---------------------------------------------------------------------------------------
 
 
 def project_eagerly(delta: Tensor) -> None:
@@ -79,34 +136,32 @@ def update_cases(sites: int, rows: int, width: int, dtype: torch.dtype = torch.f
     """pgd_update_ on float32 delta [sites, rows, width]; gradients of `dtype`, which torch's optimisers get cast."""
     where, shape = device(), (sites, rows, width)
     size = sites * rows * width * 4
-    ours_moved = 6 * size + size // 4 * dtype.itemsize
-    group = f"pgd_update_ [{sites}, {rows}, {width}] {str(dtype)[6:]}"
 
-    def ours(backend: str) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            delta, m, v = (torch.zeros(shape, device=where) for _ in range(3))
-            grads = list(torch.randn(shape, device=where).to(dtype))
+    def data() -> tuple[Any, ...]:
+        delta, m, v = (torch.zeros(shape, device=where) for _ in range(3))
+        return delta, m, v, normal(*shape, dtype=dtype), torch.tensor(3.0, device=where)
+
+    def fused(backend: str) -> Way:
+        def make(delta: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: Tensor) -> Run:
             tokens = torch.arange(rows, device=where)[:, None]
-            step, lr, epsilon = (torch.tensor(x, device=where) for x in (3.0, LR, EPSILON))
-            norms = torch.zeros(shape[:2], device=where)
-            clipped = torch.zeros(sites, dtype=torch.int32, device=where)
+            lr, epsilon = (torch.tensor(x, device=where) for x in (LR, EPSILON))
+            counts = torch.zeros(shape[:2], device=where), torch.zeros(sites, dtype=torch.int32, device=where)
             return lambda: pgd_update_(
-                delta, grads, tokens, exp_avg=m, exp_avg_sq=v, step=step, step_size=lr, epsilon=epsilon,
-                norms=norms, clipped=clipped, backend=backend,
+                delta, list(grad), tokens, exp_avg=m, exp_avg_sq=v, step=step, step_size=lr, epsilon=epsilon,
+                norms=counts[0], clipped=counts[1], backend=backend,
             )  # fmt: skip
 
         return make
 
-    def optimizer(**options: bool) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            params = [torch.zeros(shape[1:], device=where, requires_grad=True) for _ in range(sites)]
-            grads = [torch.randn(shape[1:], device=where).to(dtype) for _ in params]
+    def optimizer(**options: bool) -> Way:
+        def make(delta: Tensor, m: Tensor, v: Tensor, grad: Tensor, step: Tensor) -> Run:
+            params = [d.requires_grad_() for d in delta]
             adamw = torch.optim.AdamW(params, lr=LR, **options)
 
             @torch.no_grad()
             def run() -> None:
-                for p, grad in zip(params, grads, strict=True):
-                    p.grad = grad.float()  # the same tensor where it is float32
+                for p, g in zip(params, grad, strict=True):
+                    p.grad = g.float()  # the same tensor where it is float32
                 adamw.step()
                 for p in params:
                     project_eagerly(p)
@@ -115,19 +170,17 @@ def update_cases(sites: int, rows: int, width: int, dtype: torch.dtype = torch.f
 
         return make
 
-    def compiled() -> Callable[[], object]:
-        delta, m, v = (torch.zeros(shape, device=where) for _ in range(3))
-        grad, step = torch.randn(shape, device=where).to(dtype), torch.tensor(3.0, device=where)
-        fused = torch.compile(adamw_and_projection)
-        return lambda: fused(delta, m, v, grad, step)
+    ways = ours("pgd_update_", fused) | {
+        "torch AdamW foreach + projection": optimizer(foreach=True),
+        "torch AdamW fused + projection": optimizer(fused=True),
+        "torch.compile": compiled(adamw_and_projection),
+    }
+    # reads delta, m, v and the gradient, and writes delta, m, v
+    group = f"pgd_update_ [{sites}, {rows}, {width}] {short(dtype)}"
+    return cases(group, data, ways, 6 * size + size // 4 * dtype.itemsize)
 
-    # read delta, m, v, grad and write delta, m, v; the optimisers' projection reads twice and writes once more
-    return [
-        *(Case(group, f"ours ({b})", ours(b), ours_moved) for b in own_backends("pgd_update_")),
-        Case(group, "torch AdamW foreach + projection", optimizer(foreach=True), ours_moved + 3 * size),
-        Case(group, "torch AdamW fused + projection", optimizer(fused=True), ours_moved + 3 * size),
-        Case(group, "torch.compile", compiled, ours_moved),
-    ]
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def public_away(logits: Tensor, labels: Tensor) -> Tensor:
@@ -140,247 +193,197 @@ def public_away(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(own - everything < -5.0, 0.0, loss).mean()
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels)
+
+
 def loss_cases(rows: int, vocabulary: int, dtype: torch.dtype) -> list[Case]:
     """Token losses of logits [rows, vocabulary], forward and backward."""
     where = device()
-    size = rows * vocabulary * dtype.itemsize
-    moved = (2 if where == "cuda" else 3) * size  # read and written; a GPU's L2 keeps a row for the second reading
-    group = f"token_loss_ [{rows}, {vocabulary}] {str(dtype)[6:]}, forward and backward"
 
     def data() -> tuple[Tensor, Tensor]:
-        logits = torch.randn(rows, vocabulary, device=where).to(dtype)
+        logits = normal(rows, vocabulary, dtype=dtype).requires_grad_()
         return logits, torch.randint(0, vocabulary, (rows,), device=where)
 
-    def ours(backend: str, away: bool) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            logits, labels = data()
-            kinds = torch.full((rows,), away, device=where)
-            weight = torch.full((rows,), 1 / rows, device=where)
+    def fused(away: bool) -> Callable[[str], Way]:
+        def make(backend: str, logits: Tensor, labels: Tensor) -> Run:
+            kinds, weight = torch.full((rows,), away, device=where), torch.full((rows,), 1 / rows, device=where)
+            own = logits.detach()
             # no threshold: the labels are unlikely, and a row that "away" leaves alone would cost next to nothing
-            return lambda: token_loss_(logits, labels, kinds, weight, -math.inf, backend=backend)
+            return lambda: token_loss_(own, labels, kinds, weight, -math.inf, backend=backend)
 
-        return make
+        return lambda backend: partial(make, backend)
 
-    def eager(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            logits, labels = data()
-            logits.requires_grad_()
-            return lambda: torch.autograd.grad(loss(logits, labels), logits)
-
-        return make
-
-    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels)
-
-    return [
-        *(Case(group, f"ours, toward ({b})", ours(b, False), moved) for b in own_backends("token_loss_")),
-        *(Case(group, f"ours, away ({b})", ours(b, True), moved) for b in own_backends("token_loss_")),
-        Case(group, "eager F.cross_entropy", eager(cross_entropy)),
-        Case(group, "torch.compile of F.cross_entropy", eager(torch.compile(cross_entropy, dynamic=False))),
-        Case(group, "eager away, two logsumexps", eager(public_away)),
-    ]
+    ways = {
+        **ours("token_loss_", fused(False), ", toward"),
+        **ours("token_loss_", fused(True), ", away"),
+        "eager F.cross_entropy": through(cross_entropy),
+        "torch.compile of F.cross_entropy": through(torch.compile(cross_entropy, dynamic=False)),
+        "eager away, two logsumexps": through(public_away),
+        **liger("Liger's cross entropy", lambda f: through(lambda z, y: f.liger_cross_entropy(z, y))),
+    }
+    group = f"token_loss_ [{rows}, {vocabulary}] {short(dtype)}, forward and backward"
+    # read and written; a GPU's L2 keeps a row for the second reading
+    return cases(group, data, ways, (2 if where == "cuda" else 3) * rows * vocabulary * dtype.itemsize)
 
 
 def linear_loss_cases(rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> list[Case]:
     """The loss straight from hidden states [rows, width] and a frozen head [vocabulary, width]."""
     where = device()
-    kind = "" if dtype == torch.float32 else f" {str(dtype)[6:]}"
-    group = f"linear_token_loss [{rows}, {width}] x [{vocabulary}, {width}]{kind}, forward and backward"
 
     def data() -> tuple[Tensor, Tensor, Tensor]:
-        hidden = torch.randn(rows, width, device=where).to(dtype).requires_grad_()
-        weight = (torch.randn(vocabulary, width, device=where) / width**0.5).to(dtype)
-        return hidden, weight, torch.randint(0, vocabulary, (rows,))
+        head = (torch.randn(vocabulary, width, device=where) / width**0.5).to(dtype)
+        labels = torch.randint(0, vocabulary, (rows,), device=where)
+        return normal(rows, width, dtype=dtype).requires_grad_(), head, labels
 
-    def ours() -> Callable[[], object]:
-        hidden, weight, labels = data()
-        away = torch.zeros(rows, dtype=torch.bool, device=where)
-        labels = labels.to(where)
-        return lambda: torch.autograd.grad(linear_token_loss(hidden, weight, labels, away)[0].mean(), hidden)
+    def fused(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return linear_token_loss(hidden, head, labels, torch.zeros_like(labels, dtype=torch.bool))[0].mean()
 
-    def eager() -> Callable[[], object]:
-        hidden, weight, labels = data()
-        labels = labels.to(where)
-        return lambda: torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), labels), hidden)
-
-    cases = [Case(group, "ours", ours), Case(group, "eager F.linear and F.cross_entropy", eager)]
-    if hasattr(F, "linear_cross_entropy"):
-
-        def torchs() -> Callable[[], object]:
-            hidden, weight, labels = data()
-            labels = labels.to(where)
-            return lambda: torch.autograd.grad(F.linear_cross_entropy(hidden, weight, labels), hidden)
-
-        cases.append(Case(group, "F.linear_cross_entropy", torchs))
-    if where == "cuda" and importlib.util.find_spec("liger_kernel"):  # Liger's kernels need a GPU
-
-        def liger() -> Callable[[], object]:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-            hidden, weight, labels = data()
-            labels, loss = labels.to(where), LigerFusedLinearCrossEntropyLoss()
-            return lambda: torch.autograd.grad(loss(weight, hidden, labels), hidden)
-
-        cases.append(Case(group, "Liger", liger))
-    return cases
+    ways = {
+        "ours": through(fused),
+        "eager F.linear and F.cross_entropy": through(lambda h, w, y: F.cross_entropy(h @ w.T, y)),
+    }
+    if torchs := getattr(F, "linear_cross_entropy", None):
+        ways["F.linear_cross_entropy"] = through(torchs)
+    ways |= liger("Liger", lambda f: through(lambda h, w, y: f.liger_fused_linear_cross_entropy(h, w, y)))
+    kind = "" if dtype == torch.float32 else f" {short(dtype)}"
+    group = f"linear_token_loss [{rows}, {width}] x [{vocabulary}, {width}]{kind}, forward and backward"
+    return cases(group, data, ways)
 
 
 def perturb_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
     """Adding delta to every second token of hidden [tokens, width]."""
-    where = device()
-    group = f"perturb [{tokens}, {width}] {str(dtype)[6:]}"
     rows = tokens // 2
+
+    def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index = torch.full((tokens,), -1, device=device())
+        index[::2] = torch.arange(rows, device=device())
+        return normal(tokens, width, dtype=dtype), normal(rows, width), index, index >= 0
+
+    def eager(hidden: Tensor, delta: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+        out = hidden.clone()
+        out[mask] = out[mask] + delta.to(dtype)
+        return out
+
+    def selected(hidden: Tensor, delta: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+        added = torch.where(mask[:, None], delta[index.clamp(min=0)], 0)
+        return (hidden.float() + added).to(dtype)
+
+    ways = ours("perturb", lambda b: called(lambda hidden, delta, index, _: perturb(hidden, delta, index, backend=b)))
+    ways |= {"eager, masked": called(eager), "torch.compile": compiled(selected)}
     moved = 2 * tokens * width * dtype.itemsize + rows * width * 4
+    return cases(f"perturb [{tokens}, {width}] {short(dtype)}", data, ways, moved)
 
-    def data() -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.full((tokens,), -1, device=where)
-        index[::2] = torch.arange(rows, device=where)
-        hidden = torch.randn(tokens, width, device=where).to(dtype)
-        return hidden, torch.randn(rows, width, device=where), index
 
-    def ours(backend: str) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            hidden, delta, index = data()
-            return lambda: perturb(hidden, delta, index, backend=backend)
-
-        return make
-
-    def eager() -> Callable[[], object]:
-        hidden, delta, index = data()
-        mask = index >= 0
-
-        def run() -> Tensor:
-            out = hidden.clone()
-            out[mask] = out[mask] + delta.to(dtype)
-            return out
-
-        return run
-
-    return [
-        *(Case(group, f"ours ({b})", ours(b), moved) for b in own_backends("perturb")),
-        Case(group, "eager, masked", eager),
-    ]
+# ---- a frozen block's ----------------------------------------------------------------------------------------------
 
 
 def norm_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
     """The residual sum and RMS norm of [tokens, width], and the gradient of both."""
-    where, shape = device(), f"[{tokens}, {width}] {str(dtype)[6:]}"
-    size = tokens * width * dtype.itemsize
+    shape, size = f"[{tokens}, {width}] {short(dtype)}", tokens * width * dtype.itemsize
 
     def data() -> tuple[Tensor, Tensor, Tensor]:
-        x, residual = (torch.randn(tokens, width, device=where).to(dtype) for _ in range(2))
-        return x, residual, torch.rand(width, device=where)
+        x, residual = (normal(tokens, width, dtype=dtype) for _ in range(2))
+        return x, residual, torch.rand(width, device=device())
 
     def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         r = residual + x
         return r, F.rms_norm(r, (width,), weight.to(dtype), 1e-6)
 
-    def ours(backend: str) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            x, residual, weight = data()
-            return lambda: add_norm(x, residual, weight, backend=backend)
-
-        return make
-
-    def ours_backward(backend: str) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            x, residual, weight = data()
+    def back(backend: str) -> Way:
+        def make(x: Tensor, residual: Tensor, weight: Tensor) -> Run:
             r, normed, rstd = add_norm(x, residual, weight)
             return lambda: add_norm_backward(normed, r, rstd, weight, x, backend=backend)
 
         return make
 
-    def eager(function: Callable[..., object]) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            tensors = data()
-            return lambda: function(*tensors)
+    def ligers(f: Any) -> Callable[..., Any]:
+        return lambda x, residual, weight: f.liger_fused_add_rms_norm(x, residual, weight, 1e-6, in_place=False)
 
-        return make
-
-    def autograd() -> Callable[[], object]:
-        x, residual, weight = data()
-        r, normed = plain(x.requires_grad_(), residual, weight)
-        return lambda: torch.autograd.grad((r, normed), x, (residual, residual), retain_graph=True)
-
-    forward, backward = f"add_norm {shape}", f"add_norm_backward {shape}"
-    return [
-        *(Case(forward, f"ours ({b})", ours(b), 4 * size) for b in own_backends("add_norm")),
-        Case(forward, "eager sum and F.rms_norm", eager(plain)),
-        Case(forward, "torch.compile", eager(torch.compile(plain, dynamic=False))),
-        *(Case(backward, f"ours ({b})", ours_backward(b), 4 * size) for b in own_backends("add_norm_backward")),
-        Case(backward, "autograd of eager", autograd),
-    ]
+    forward = {
+        **ours("add_norm", lambda b: called(partial(add_norm, backend=b))),
+        "eager sum and F.rms_norm": called(plain),
+        "torch.compile": compiled(plain),
+        **liger("Liger", lambda f: called(ligers(f))),
+    }
+    gradient = {
+        **ours("add_norm_backward", back),
+        "autograd of eager": backward(plain, 1),
+        "autograd of torch.compile": backward(torch.compile(plain, dynamic=False), 1),
+        **liger("Liger", lambda f: backward(ligers(f), 1)),
+    }
+    return [*cases(f"add_norm {shape}", data, forward, 4 * size),
+            *cases(f"add_norm_backward {shape}", data, gradient, 4 * size)]  # fmt: skip
 
 
 def gate_cases(tokens: int, width: int, dtype: torch.dtype) -> list[Case]:
     """SwiGLU of halves of [tokens, 2 width], and its gradient."""
-    where, shape = device(), f"[{tokens}, {width}] {str(dtype)[6:]}"
-    size = tokens * width * dtype.itemsize
+    shape, size = f"[{tokens}, {width}] {short(dtype)}", tokens * width * dtype.itemsize
 
     def data() -> tuple[Tensor, Tensor, Tensor]:
-        gate, up = torch.randn(tokens, 2 * width, device=where).to(dtype).chunk(2, 1)
-        return gate, up, torch.randn(tokens, width, device=where).to(dtype)
+        gate, up = normal(tokens, 2 * width, dtype=dtype).chunk(2, 1)
+        return gate, up, normal(tokens, width, dtype=dtype) * 1e-3  # gradients written over and over stay finite
 
-    def plain(gate: Tensor, up: Tensor) -> Tensor:
+    def plain(gate: Tensor, up: Tensor, grad: Tensor) -> Tensor:
         return F.silu(gate) * up
 
-    def ours(backend: str, backward: bool) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            gate, up, grad = data()
-            grad *= 1e-3  # gradients written over and over stay finite
-            if backward:
-                return lambda: swiglu_backward_(gate, up, grad, backend=backend)
-            return lambda: swiglu(gate, up, backend=backend)
+    def ligers(f: Any) -> Callable[..., Any]:
+        return lambda gate, up, grad: f.liger_swiglu(gate.contiguous(), up.contiguous())
 
-        return make
+    forward = {
+        **ours("swiglu", lambda b: called(lambda gate, up, grad: swiglu(gate, up, backend=b))),
+        "eager F.silu and product": called(plain),
+        "torch.compile": compiled(plain),
+        **liger("Liger", lambda f: called(ligers(f))),
+    }
+    gradient = {
+        **ours(
+            "swiglu_backward_", lambda b: called(lambda gate, up, grad: swiglu_backward_(gate, up, grad, backend=b))
+        ),
+        "autograd of eager": backward(plain, 2),
+        "autograd of torch.compile": backward(torch.compile(plain, dynamic=False), 2),
+        **liger("Liger", lambda f: backward(ligers(f), 2)),
+    }
+    return [*cases(f"swiglu {shape}", data, forward, 3 * size),
+            *cases(f"swiglu_backward_ {shape}", data, gradient, 5 * size)]  # fmt: skip
 
-    def eager(function: Callable[..., object]) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            gate, up, _ = data()
-            return lambda: function(gate, up)
 
-        return make
+def packed_places(pairs: int, prompt: int = 130, rejected: int = 6, chosen: int = 8) -> Tensor:
+    """[pairs * length, 2] int32: branch (0 for the prompt, 1 and 2 for the completions) and position of every token."""
+    row = [(0, i) for i in range(prompt)]
+    row += [(branch, prompt + i) for branch, count in ((1, rejected), (2, chosen)) for i in range(count)]
+    return torch.tensor(row * pairs, dtype=torch.int32, device=device())
 
-    def autograd() -> Callable[[], object]:
-        gate, up, grad = data()
-        inputs = gate.requires_grad_(), up.requires_grad_()
-        out = plain(*inputs)
-        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
-    forward, backward = f"swiglu {shape}", f"swiglu_backward_ {shape}"
-    return [
-        *(Case(forward, f"ours ({b})", ours(b, False), 3 * size) for b in own_backends("swiglu")),
-        Case(forward, "eager F.silu and product", eager(plain)),
-        Case(forward, "torch.compile", eager(torch.compile(plain, dynamic=False))),
-        *(Case(backward, f"ours ({b})", ours(b, True), 5 * size) for b in own_backends("swiglu_backward_")),
-        Case(backward, "autograd of eager", autograd),
-    ]
+def packed_mask(places: Tensor) -> Tensor:
+    """[length, length] bool: the keys that each token of one row sees."""
+    branch, position = places.T
+    return ((branch[:, None] == branch) | (branch == 0)) & (position <= position[:, None])
 
 
 def attention_cases(pairs: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> list[Case]:
     """Attention of packed pairs, prompt 130 and completions 6 and 8, and its gradient; sdpa gets a mask."""
     where, length = device(), 144
-    shape = f"{pairs} x {length}, {heads} heads of {width}, {kv_heads} of keys, {str(dtype)[6:]}"
-    place = [(0, i) for i in range(130)] + [(1, 130 + i) for i in range(6)] + [(2, 130 + i) for i in range(8)]
-    places = torch.tensor(place * pairs, dtype=torch.int32, device=where)
+    shape = f"{pairs} x {length}, {heads} heads of {width}, {kv_heads} of keys, {short(dtype)}"
+    places = packed_places(pairs)
     stream = Stream(places, torch.arange(pairs + 1, dtype=torch.int32, device=where) * length, length)
     angles = torch.outer(torch.arange(length, device=where), torch.logspace(0, -4, width // 2, device=where))
-    rotation = angles.cos(), angles.sin()
+    rotation, mask = (angles.cos(), angles.sin()), packed_mask(places[:length])
+    options: dict[str, Any] = {"scale": width**-0.5}
 
-    def data() -> tuple[Tensor, Tensor, Tensor]:
+    def data() -> tuple[Tensor, ...]:
         counts = heads, kv_heads, kv_heads
-        products = torch.randn(pairs * length, sum(counts), width, device=where).to(dtype)
-        return products.split(counts, 1)  # type: ignore[return-value]
+        return normal(pairs * length, sum(counts), width, dtype=dtype).split(counts, 1)
 
-    def ours(backend: str, backward: bool) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            q, k, v = data()
-            out, lse = attention(q, k, v, rotation, stream, stream, scale=width**-0.5, backend=backend)
+    def forward(backend: str) -> Way:
+        return called(lambda q, k, v: attention(q, k, v, rotation, stream, stream, **options, backend=backend))
+
+    def back(backend: str) -> Way:
+        def make(q: Tensor, k: Tensor, v: Tensor) -> Run:
+            out, lse = attention(q, k, v, rotation, stream, stream, **options, backend=backend)
             into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            if not backward:
-                return lambda: attention(q, k, v, rotation, stream, stream, scale=width**-0.5, backend=backend)
             return lambda: attention_backward_(
-                out, q, k, v, out, lse, into, rotation, stream, stream, scale=width**-0.5, backend=backend
+                out, q, k, v, out, lse, into, rotation, stream, stream, **options, backend=backend
             )
 
         return make
@@ -390,76 +393,17 @@ def attention_cases(pairs: int, heads: int, kv_heads: int, width: int, dtype: to
         c, s = (torch.cat([t, t], -1).to(dtype) for t in rotation)
         return x * c + torch.cat([-b, a], -1) * s
 
-    def sdpa(backward: bool) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            branch, position = places[:length].T
-            seen = (branch[:, None] == branch) | (branch == 0)
-            mask = seen & (position <= position[:, None])
-            leaves = [t.contiguous().requires_grad_(backward) for t in data()]
+    def sdpa(*tensors: Tensor) -> Tensor:
+        q, k, v = (t.reshape(pairs, length, -1, width).transpose(1, 2) for t in tensors)
+        return F.scaled_dot_product_attention(turned(q), turned(k), v, mask, enable_gqa=heads != kv_heads)
 
-            def run() -> Tensor:
-                q, k, v = (t.view(pairs, length, -1, width).transpose(1, 2) for t in leaves)
-                return F.scaled_dot_product_attention(turned(q), turned(k), v, mask, enable_gqa=heads != kv_heads)
-
-            if not backward:
-                return run
-            out = run()
-            grad = torch.randn_like(out)
-            return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
-
-        return make
-
-    cases = []
-    for group, op, back in (("attention", "attention", False), ("attention backward", "attention_backward_", True)):
-        cases += [Case(f"{group} of {shape}", f"ours ({b})", ours(b, back)) for b in own_backends(op)]
-        cases.append(Case(f"{group} of {shape}", "eager rotation and sdpa", sdpa(back)))
-    return cases
+    first = {**ours("attention", forward), "eager rotation and sdpa": called(sdpa), "torch.compile": compiled(sdpa)}
+    second = {**ours("attention_backward_", back), "eager rotation and sdpa": backward(sdpa, 3),
+              "torch.compile": backward(torch.compile(sdpa, dynamic=False), 3)}  # fmt: skip
+    return [*cases(f"attention of {shape}", data, first), *cases(f"attention backward of {shape}", data, second)]
 
 
-@cache
-def copy_bandwidth(elements: int = 1 << 27) -> float:
-    """Bytes read and written a second by a large copy on this device: the ceiling of whatever moves memory."""
-    source = torch.randn(elements, device=device())
-    target = torch.zeros_like(source)
-    return _bandwidth(lambda: target.copy_(source), source)
-
-
-@cache
-def scale_bandwidth(elements: int = 1 << 27) -> float:
-    """The same of a multiplication in place. A CPU's copy reads the lines that it overwrites, and this does not."""
-    source = torch.randn(elements, device=device())
-    return _bandwidth(lambda: source.mul_(1.0001), source)
-
-
-def _bandwidth(run: Callable[[], object], tensor: Tensor) -> float:
-    return 2 * tensor.nbytes / min(seconds(run) for _ in range(7))  # a ceiling is the best that was seen
-
-
-@cache
-def _larger_than_any_cache() -> Tensor:
-    return torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-
-
-def cold() -> None:
-    """Turn everything else out of a GPU's L2. A CPU's large cases are larger than its caches, or share of them."""
-    if device() == "cuda":
-        _larger_than_any_cache().zero_()
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """How long one call takes, on the device: from cold caches on a GPU, in CPU time on one thread."""
-    if device() == "cuda":
-        cold()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # CPU time, where it says all
-    begin = clock()
-    run()
-    return clock() - begin
+# ---- which -------------------------------------------------------------------------------------------------------
 
 
 def gpu_cases() -> list[Case]:
@@ -476,6 +420,7 @@ def gpu_cases() -> list[Case]:
         *perturb_cases(2272, 4096, bf16),
         *perturb_cases(284, 4096, bf16),
         *norm_cases(2304, 4096, bf16),
+        *norm_cases(32768, 4096, bf16),
         *gate_cases(2304, 14336, bf16),
         *attention_cases(16, 32, 8, 128, bf16),
         *attention_cases(2, 32, 8, 128, bf16),

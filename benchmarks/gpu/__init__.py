@@ -1,1 +1,1 @@
-"""One entry for a machine with a GPU: `python -m benchmarks.gpu` works through pieces that can be resumed."""
+"""What a GPU is to tell: run piece by piece with `python -m benchmarks.gpu`, into one record."""

@@ -1,73 +1,208 @@
-"""python -m benchmarks.gpu [PIECE ...] [--out DIR] [--device cuda|cpu] [--dry] [--minutes N] [--bundle FILE]
+"""Run what a GPU is to tell, piece by piece, into one record; started again, it goes on where it was.
 
-Runs the pieces that are not done yet, each in a process of its own with a time limit; started again, it goes on where
-it was. Then makes the report of all parts that there are: benchmarks/results/GPU-DATE.json and .md, or in DIR alone
-where the device is the CPU or the run is dry.
+    python -m benchmarks.gpu --list                                what there is
+    python -m benchmarks.gpu truth ops inner-llama-16              these pieces; all by default
+    python -m benchmarks.gpu --minutes 9 --record runs/h100.json   begins no case after 9 minutes
+    python -m benchmarks.gpu --table benchmarks/results/RECORD     its tables and goals, in Markdown; runs nothing
+    python -m benchmarks.gpu --dry                                 every piece on tiny shapes, on the CPU
 
-    python -m benchmarks.gpu --list                               what there is
-    python -m benchmarks.gpu --minutes 9 --bundle parts.json      begin nothing after 8 minutes; all parts in one file
-    python -m benchmarks.gpu --from parts.json                    go on from there on another such machine
-    python -m benchmarks.gpu report --from parts.json             the report alone
-    python -m benchmarks.gpu --device cpu --dry --out runs/dry    try every piece on tiny shapes
+A piece is a few minutes of cases. Each case is written to the record as soon as it has ended, and one that is there is
+not run again (--retry: those that failed are). The record is benchmarks/results/GPU-DATE.json, or --record FILE.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import signal
+import json
+import os
+import re
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import parts, report
-from .pieces import NAMES, PIECES
-from .runner import Options, run_all
+from benchmarks.gpu.measures import Skip, smi
+from benchmarks.measure import RESULTS, command, device, revision, table
+from lpa.files import write_json
 
-OUT = Path("runs/gpu")
+Record = dict[str, Any]
+ONE = ("gpu", "torch", "dry")  # what all cases of a record have in common
+UNFINISHED = "the process ended before the case did"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pieces", nargs="*", metavar="PIECE", help="by default all, then report")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"for the parts; {OUT} by default")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, to try the code and measure nothing")
-    parser.add_argument("--again", action="store_true", help="run pieces that are done once more, from the start")
-    parser.add_argument("--no-retry", action="store_true", help="leave pieces that failed as they are")
-    parser.add_argument("--minutes", type=float, help="for all pieces together; nothing is begun in the last one")
-    parser.add_argument("--bundle", type=Path, metavar="FILE", help="all parts in one file, renewed after every piece")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="parts of an earlier run's bundle")
+    parser.add_argument("pieces", nargs="*", metavar="PIECE")
+    parser.add_argument("--record", type=Path, metavar="FILE")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
+    parser.add_argument("--retry", action="store_true", help="run cases again that failed or were skipped")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, on the CPU: tries the code, measures nothing")
     parser.add_argument("--list", action="store_true", help="list the pieces")
-    args = parser.parse_args()
-    if args.list:
-        for piece in PIECES:
-            print(f"{piece.name:16} {piece.minutes:3.0f} min  {piece.about}")
+    parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's tables; run nothing")
+    args = parser.parse_args(argv)
+    stop = time.time() + 60 * args.minutes
+    if args.table:
+        print(page(json.loads(args.table.read_text(encoding="utf-8"))))
         return 0
-    begun = time.time()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and the worker is ended on the way
-    if args.device == "cuda" and set(args.pieces) != {"report"} and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --device cpu --dry tries the pieces without one")
-    wanted = args.pieces or [*NAMES, "report"]
-    if unknown := sorted(set(wanted) - {*NAMES, "report"}):
-        parser.error(f"unknown pieces {', '.join(unknown)}; there are {', '.join(NAMES)} and report")
-    if args.source:
-        print("taken over:", ", ".join(parts.unbundle(args.source, args.out)) or "nothing new")
-    # without the folders of this machine, which are nobody's business
-    own = [*args.pieces, *(["--dry"] if args.dry else []), *(["--device", "cpu"] if args.device == "cpu" else [])]
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *own])
-    stop = begun + 60 * (args.minutes - 1) if args.minutes else float("inf")
-    options = Options(args.out, args.device, args.dry, args.again, not args.no_retry, stop, command)
-    bundled = (lambda: parts.bundle(args.out, NAMES, args.bundle)) if args.bundle else (lambda: None)
-    found = run_all([piece for piece in PIECES if piece.name in wanted], options, bundled)
-    bundled()
-    if "report" in wanted:
-        print(report.write(args.out, NAMES))
-    return int(any(status.startswith("failed") for status in found.values()))
+    if args.dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from benchmarks.gpu.pieces import PIECES
+
+    if args.list:
+        print("\n".join(PIECES))
+        return 0
+    if unknown := sorted(set(args.pieces) - set(PIECES)):
+        parser.error(f"unknown pieces {', '.join(unknown)}; there are {', '.join(PIECES)}")
+    if device() != "cuda" and not args.dry:
+        parser.error("there is no CUDA device; --dry tries the pieces without one")
+    path = args.record or default_record()
+    record = opened(path, args.dry)
+    for name in args.pieces or PIECES:
+        for case, run in PIECES[name](args.dry).items():
+            done = record["pieces"].setdefault(name, {})
+            if case in done and not (args.retry and "found" not in done[case]):
+                continue
+            if time.time() > stop:
+                print("no time left; the same command goes on here")
+                return 1
+            print(f"{name}: {case}", flush=True)
+            done[case] = {"failed": UNFINISHED}
+            write_json(path, record, nulls=True)
+            done[case] = outcome(run)
+            write_json(path, record, nulls=True)
+            print(f"    {str(done[case])[:400]}", flush=True)
+            if "CUDA error" in done[case].get("failed", ""):
+                print("the device is unusable for this process; the same command goes on with the next case")
+                return 1
+    print(f"the record is {path}; --table {path} shows it")
+    return 0
+
+
+def default_record() -> Path:
+    """Where the record goes: of a GPU under its name and the date, of a dry run out of the results."""
+    if device() != "cuda":
+        return Path("runs/gpu-dry.json")
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return RESULTS / f"{slug}-{time.strftime('%Y-%m-%d')}.json"
+
+
+def opened(path: Path, dry: bool) -> Record:
+    """The record to go on with, or a new one.
+
+    Raises:
+        SystemExit: the file is of another GPU, another torch, or a dry run.
+    """
+    here = {"gpu": torch.cuda.get_device_name() if device() == "cuda" else None, "torch": torch.__version__, "dry": dry}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return here | {"date": time.strftime("%Y-%m-%d"), "pieces": {}}
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    made = {name: record.get(name) for name in ONE}
+    if made != here:
+        raise SystemExit(f"{path} was made by {made}, and this is {here}; give another --record")
+    return record
+
+
+def outcome(run: Any) -> dict[str, Any]:
+    """What a case has found, or why it has not; with its seconds, command, commit and the GPU's clock."""
+    begin = time.time()
+    try:
+        found = {"found": run()}
+    except Skip as reason:
+        found = {"skipped": str(reason)}
+    except Exception as error:
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        found = {"failed": re.sub(r"(?<![\w.])(?:/[\w.+@-]+)+/(?=[\w.+@-])", "", text)[:800]}  # without folders
+    if device() == "cuda" and "CUDA error" not in found.get("failed", ""):
+        torch.cuda.empty_cache()
+    made = {"seconds": round(time.time() - begin, 1), "command": command(), "commit": revision()}
+    return found | made | smi("clocks.sm", "temperature.gpu")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def found_in(record: Record, piece: str, case: str) -> dict[str, Any]:
+    """What a case has found; empty where it was not run to its end."""
+    found: dict[str, Any] = record["pieces"].get(piece, {}).get(case, {}).get("found", {})
+    return found
+
+
+def floor_ms(record: Record, family: str, pairs: int) -> float | None:
+    """Milliseconds of an inner step's operations at the rate that was measured at the model's own shapes."""
+    work = found_in(record, f"inner-{family}-{pairs}", "work").get("FLOP")
+    rate = found_in(record, "truth", f"products, {family}, {144 * pairs} rows").get("TFLOP/s")
+    return work / rate / 1e9 if work and rate else None
+
+
+def goals(record: Record) -> list[tuple[str, str, str]]:
+    """(goal, wanted, outcome)."""
+    rows = []
+    for family, pairs in (("llama", 16), ("llama", 2), ("llama", 8), ("qwen3", 16), ("qwen3", 2), ("qwen3", 8)):
+        name, cases = f"{family}, {pairs} pairs", record["pieces"].get(f"inner-{family}-{pairs}", {})
+        steps = {case: own["found"]["ms"] for case, own in cases.items() if "ms" in own.get("found", {})}
+        public = steps.pop("public form", None)
+        best = min((case for case in steps if "reference" not in case), key=steps.__getitem__, default=None)
+        floor = floor_ms(record, family, pairs)
+        wanted = {16: ">= 3", 2: ">= 6"}.get(pairs, "")
+        rows.append(
+            (f"{name}: times the public form", wanted, f"{public / steps[best]:.2f}, {best}" if best and public else "")
+        )
+        if pairs == 16:
+            rows.append(
+                (f"{name}: by the floor", "<= 1.3", f"{steps[best] / floor:.2f}, {best}" if best and floor else "")
+            )
+    for engine, wanted in (("stack", "<= 70"), ("packed", "<= 90")):
+        seconds = found_in(record, "run", f"llama, 16 pairs at once, {engine}").get("seconds", "")
+        rows.append((f"30 LPA steps, {engine}: seconds", wanted, f"{seconds}"))
+    peak = found_in(record, "run", "llama, 8 x 2 pairs, 2 LPA steps").get("peak reserved GB", "")
+    rows.append(("micro-batch 2: GB held at the peak", "< 22", f"{peak}"))
+    for op in ("perturb", "pgd_update_", "token_loss_", "add_norm", "swiglu"):
+        shares = {
+            f"{group}, {way}": row["share_of_copy"]
+            for group, own in record["pieces"].get("ops", {}).items() if group.startswith(op)
+            for way, row in own.get("found", {}).items() if way.startswith("ours") and row.get("beyond_l2")
+        }  # fmt: skip
+        least = min(shares, key=shares.__getitem__, default=None)
+        rows.append((f"{op}: least share of the copy", ">= 0.9", f"{shares[least]:.2f}, {least}" if least else ""))
+    return [(goal, wanted, outcome or "not measured") for goal, wanted, outcome in rows]
+
+
+def page(record: Record) -> str:
+    """The record as Markdown: goals beside outcomes, then a table a piece."""
+    dry = "**A dry run: tiny shapes, no measurement.**\n\n" if record["dry"] else ""
+    parts = [f"# {record['gpu'] or 'No GPU'}, torch {record['torch']}, {record['date']}\n\n{dry}",
+             table(("goal", "wanted", "outcome"), goals(record))]  # fmt: skip
+    for name, cases in record["pieces"].items():
+        parts.append(f"\n## {name}\n\n")
+        plain: dict[str, dict[str, Any]] = {}
+        for case, own in cases.items():
+            found = own.get("found", {"": next((f"{k}: {own[k]}" for k in ("skipped", "failed") if k in own), "")})
+            rows = {key: value for key, value in found.items() if isinstance(value, dict)}
+            plain[case] = {
+                key: value for key, value in found.items() if key not in rows and not isinstance(value, list)
+            }
+            if rows and case != "machine":
+                parts.append(f"**{case}**\n\n{_rows(rows)}\n")
+        parts.append(_rows({case: row for case, row in plain.items() if row}))
+    return "".join(parts)
+
+
+def _rows(rows: dict[str, Any]) -> str:
+    rows = {name: row if isinstance(row, dict) else {"": row} for name, row in rows.items()}
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [[name, *(_text(row.get(column, "")) for column in columns)] for name, row in rows.items()]
+    return table(("", *columns), cells) if rows else ""
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else str(value).replace("\n", " ")
 
 
 if __name__ == "__main__":
