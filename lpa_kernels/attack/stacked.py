@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..model.blocks import UnsupportedStack, read_decoder
 from ..model.facts import hooks_everywhere, hooks_on, model_key, remembered
 from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
-from ..model.stack import FrozenStack, Span, Stream, observed
+from ..model.stack import FrozenStack, Tokens, observed, rules_of
 from ..model.walk import modules_of, spread_over
 from .layout import PADDING, Layout
 from .loop import Differentiable, HookedForward
@@ -26,51 +28,69 @@ _HALF_TOLERANCE = 0.2  # of the root mean square: half precision alone moves bot
 class Streams:
     """A layout's tokens without padding: `main` is run every step, `before` once, since nothing in it ever changes.
 
+    They are laid out on the host, from one read of the device.
+
     Attributes:
-        main, before: streams; the latter is None where every row is attacked or scored from its first token on.
+        main, before: tokens; the latter is None where every row is attacked or scored from its first token on.
         order: [N] int64, which of `main`'s scored tokens predicts each label.
         row_tokens: [R, K] int64, the layout's in numbers of `main`, -1 = none.
     """
 
     def __init__(self, layout: Layout) -> None:
-        rows, length = layout.shape
-        index = torch.arange(length, device=layout.branch.device).expand(rows, length)
-        there = layout.branch != PADDING
-        scored = torch.zeros_like(there).flatten().index_fill_(0, layout.places, True).view(rows, length)
-        attacked = layout.token_rows.view(rows, length) >= 0
-        first = torch.where(attacked | scored, index, length).amin(1)
+        device, (rows, length) = layout.branch.device, layout.shape
+        parts = [layout.branch, layout.position_ids, layout.token_rows, layout.input_ids, layout.places]
+        read = torch.cat([part.flatten() for part in parts]).cpu().split([part.numel() for part in parts])
+        branch, position, row, ids = (part.view(rows, length) for part in read[:4])
+        self.grid = _Grid(branch, position, row, ids, device)
+        index = torch.arange(length).expand(rows, length)
+        there = branch != PADDING
+        scored = torch.zeros(rows * length, dtype=torch.bool).index_fill_(0, read[4], True).view(rows, length)
+        first = torch.where((row >= 0) | scored, index, length).amin(1)
         kept = torch.where(first == length, 0, first)  # a row without either is run as it is
-        live = there & (index >= kept[:, None])
-        self.main = _stream(layout, live, scored & live, kept)
+        early = there & (index < kept[:, None])
+        self.main = self.grid.tokens(there & ~early, scored, early)
         self.before = None
-        if int(kept.sum()):
-            self.before = _stream(layout, there & ~live, torch.zeros_like(there), torch.zeros_like(kept))
-        number = torch.full((rows * length,), -1, device=index.device)
-        number[self.main.places] = torch.arange(len(self.main.places), device=index.device)
-        tokens = layout.row_tokens
+        if bool(early.any()):
+            nothing = torch.zeros_like(there)
+            self.before = self.grid.tokens(early, nothing, nothing)
+        places = (there & ~early).flatten().nonzero()[:, 0]
+        number = torch.full((rows * length,), -1).index_copy_(0, places, torch.arange(len(places)))
+        rank = (scored & ~early).flatten().cumsum(0) - 1
+        self.order = rank[read[4]].to(device)
+        tokens, number = layout.row_tokens, number.to(device)
         self.row_tokens = torch.where(tokens >= 0, number[tokens.clamp(min=0)], -1)
-        places = self.main.places[self.main.scored]
-        rank = torch.zeros_like(number).index_copy_(0, places, torch.arange(len(places), device=index.device))
-        self.order = rank[layout.places]
 
 
-def _stream(layout: Layout, live: Tensor, scored: Tensor, kept: Tensor) -> Stream:
-    """The tokens of `live` [B, L], of which `scored` predict labels, after `kept` [B] that are not among them."""
-    places = live.flatten().nonzero()[:, 0]
-    number = torch.full((live.numel(),), -1, device=live.device)
-    number[places] = torch.arange(len(places), device=live.device)
-    spans, start, scored_start = [], 0, 0
-    counts = torch.stack([live.sum(1), kept, scored.sum(1)], 1).tolist()
-    for count, before, predicting in counts:
-        spans.append(Span(start, count, before, scored_start, predicting))
-        start, scored_start = start + count, scored_start + predicting
-    return Stream(
-        ids=layout.input_ids.flatten()[places],
-        rows=layout.token_rows[places],
-        places=places,
-        scored=number[scored.flatten().nonzero()[:, 0]],
-        spans=spans,
-    )
+class _Grid(NamedTuple):
+    """The places of padded rows on the host, all [B, L] int64: branch, position, row of the perturbation, token id."""
+
+    branch: Tensor
+    position: Tensor
+    row: Tensor
+    ids: Tensor
+    device: torch.device
+
+    def tokens(self, live: Tensor, scored: Tensor, early: Tensor) -> Tokens:
+        """The tokens of `live` [B, L] bool; those of `scored` predict labels, those of `early` are kept before them."""
+        places, seen = live.flatten().nonzero()[:, 0], live | early
+        number = live.flatten().cumsum(0) - 1
+        own = (seen.flatten().cumsum(0) - 1)[places] if bool(early.any()) else None
+        return Tokens(
+            ids=self.ids.flatten()[places].to(self.device),
+            rows=self.row.flatten()[places].to(self.device),
+            places=places.to(self.device),
+            scored=number[(live & scored).flatten()].to(self.device),
+            line=self._line(live),
+            few=self._line(live & scored),
+            keys=self._line(seen),
+            own=None if own is None else own.to(self.device),
+        )
+
+    def _line(self, live: Tensor) -> ops.Stream:
+        counts = live.sum(1)
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        places = torch.stack([self.branch[live], self.position[live]], 1).int()
+        return ops.Stream(places.to(self.device), starts.int().to(self.device), int(counts.max()) if len(counts) else 0)
 
 
 def _place(model: nn.Module, site: Site) -> str:
@@ -105,13 +125,12 @@ class StackForward:
         self.row_tokens, self.order = streams.row_tokens, streams.order
         with observed(model) as (given, inputs):
             layout_hidden(model, layout)
-        hidden = inputs[0].flatten(0, 1)
-        before = None
-        if streams.before is not None:
-            before = FrozenStack(decoder, [], streams.before, given, hidden[streams.before.places], backend=backend)
+        if not torch.equal(decoder.embed(layout.input_ids) * decoder.embedding_scale, inputs[0]):
+            raise UnsupportedStack("the first block is given other than the embeddings")
+        rules = rules_of(given, layout.branch, layout.position_ids)
+        before = None if streams.before is None else FrozenStack(decoder, [], streams.before, rules, backend=backend)
         self.names = [_place(model, site) for site in sites]
-        places = streams.main.places
-        self.stack = FrozenStack(decoder, self.names, streams.main, given, hidden[places], before, backend)
+        self.stack = FrozenStack(decoder, self.names, streams.main, rules, before, backend)
 
     @contextmanager
     def __call__(self, deltas: Sequence[Tensor], hidden: bool) -> Iterator[Differentiable]:
@@ -171,12 +190,12 @@ def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout) -> str:
     with torch.no_grad(), stacked([], False) as ours:
         if reason := _apart("logits", ours.values, layout_logits(model, layout)):
             return reason
-    width = stacked.stack.start[1].shape[1]
+    width = stacked.head.linear.weight.shape[1]
     deltas = [(torch.randn(rows, width, generator=draw) * 0.01).to(layout.branch.device) for _ in sites]
     with plain(deltas, True) as theirs, stacked(deltas, True) as ours:
         grad = torch.randn(theirs.values.shape, generator=draw).to(theirs.values)
         wanted, found = theirs.gradients(theirs.values, grad), ours.gradients(ours.values, grad)
-    places = stacked.stack.stream.places
+    places = stacked.stack.tokens.places
     for site, one, other in zip(sites, found, wanted, strict=True):
         if reason := _apart(f"gradients at {site.name}", one, other[places]):
             return reason

@@ -2,6 +2,7 @@
 
 from . import block_reference, native, reference, triton  # noqa: F401  each registers what it has, or why it is absent
 from .block import Stream, add_norm, add_norm_backward, attention, attention_backward_, swiglu, swiglu_backward_
+from .block_reference import seen_by
 from .functional import (
     THRESHOLD,
     linear_token_loss,
@@ -38,6 +39,7 @@ __all__ = [
     "project_",
     "requested",
     "rule_named",
+    "seen_by",
     "swiglu",
     "swiglu_backward_",
     "token_loss",

@@ -11,6 +11,8 @@ from torch import Tensor
 from . import registry
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -92,45 +94,88 @@ def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor
     return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
 
 
+class _Side(NamedTuple):
+    """The rows of one stream side by side, padded to the longest.
+
+    Attributes:
+        tokens: [B, n], their numbers in the stream. real: [B, n] bool, False past the end of a row; None where every
+            row is as long as the longest, so that padding is a view.
+    """
+
+    tokens: Tensor
+    real: Tensor | None
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[B, heads, n, D] of x [T, heads, D]."""
+        rows = x.view(*self.tokens.shape, *x.shape[1:]) if self.real is None else x[self.tokens]
+        return rows.transpose(1, 2)
+
+    def write(self, x: Tensor, into: Tensor) -> None:
+        """x [B, n, ...] into `into` [T, ...], without its padding."""
+        if self.real is None:
+            into.copy_(x.flatten(0, 1))
+        else:
+            into[self.tokens[self.real]] = x[self.real].to(into.dtype)
+
+
+def _side(starts: Tensor, longest: int, tokens: int) -> _Side:
+    index = starts[:-1, None] + torch.arange(longest, device=starts.device)
+    real = index < starts[1:, None]
+    whole = index.numel() == tokens
+    return _Side(index if whole else torch.where(real, index, 0), None if whole else real)
+
+
 class _Rows(NamedTuple):
     """Queries and keys of the rows of a stream side by side, padded to the longest row.
 
     Attributes:
-        q: [B, kv heads, m * queries, D], the m heads of a group one after the other. k, v: [B, kv heads, keys, D].
-        seen: [B, 1, queries, keys] bool. tokens: [B, queries] and [B, keys], their numbers in the streams.
-        real: [B, queries] and [B, keys] bool, False where a row is shorter than the longest.
+        q: [B, kv heads, m * queries, D], the m heads of a group one after the other, times the scores' scale.
+        k, v: [B, kv heads, keys, D].
+        bias: [B, 1, m * queries, keys], 0 where a key is seen, else -inf; 0 in all of a query that sees nothing.
+        blind: [B, 1, m * queries, 1], which queries see nothing, past the end of a row among them.
+        queries, keys: where they stand in their streams.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    seen: Tensor
-    tokens: tuple[Tensor, Tensor]
-    real: tuple[Tensor, Tensor]
+    bias: Tensor
+    blind: Tensor
+    queries: _Side
+    keys: _Side
 
+    def by_head(self, x: Tensor) -> Tensor:
+        """x [Tq, heads, ...] as q is, 0 for queries that see nothing."""
+        return self.queries.padded(_wide(x)).reshape(*self.q.shape[:3], -1).masked_fill(self.blind, 0)
 
-def _padded(starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """[B, longest]: the number of each token of each row, and whether the row has it."""
-    index = starts[:-1, None] + torch.arange(longest, device=starts.device)
-    real = index < starts[1:, None]
-    return torch.where(real, index, 0), real
+    def by_token(self, x: Tensor) -> Tensor:
+        """[B, queries, heads, D] of x as q is."""
+        return x.reshape(len(x), -1, self.queries.tokens.shape[1], x.shape[3]).transpose(1, 2)
+
+    def scores(self, softcap: float) -> Tensor:
+        """[B, kv heads, m * queries, keys], before the mask."""
+        scores = self.q @ self.k.transpose(-1, -2)
+        return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 
 def _rows(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, q_places: Tensor, k_places: Tensor,
-    q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, window: int,
+    q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, scale: float, window: int,
 ) -> _Rows:  # fmt: skip
-    queries, keys = _padded(q_starts, longest_q), _padded(k_starts, longest_k)
-    q_branch, q_position = q_places[queries[0]].unbind(-1)
-    k_branch, k_position = k_places[keys[0]].unbind(-1)
+    queries, keys = _side(q_starts, longest_q, len(q)), _side(k_starts, longest_k, len(k))
+    q_branch, q_position = q_places[queries.tokens].unbind(-1)
+    k_branch, k_position = k_places[keys.tokens].unbind(-1)
     seen = seen_by(q_branch[:, :, None], q_position[:, :, None], k_branch[:, None], k_position[:, None], window)
-    seen &= queries[1][:, :, None] & keys[1][:, None]
-    size, groups, width = len(seen), q.shape[1] // k.shape[1], q.shape[2]
-    q = rotated(_wide(q), cos, sin, q_places[:, 1])[queries[0]].transpose(1, 2)
-    k = rotated(_wide(k), cos, sin, k_places[:, 1])[keys[0]].transpose(1, 2)
-    v = _wide(v)[keys[0]].transpose(1, 2)
-    q = q.reshape(size, -1, groups * longest_q, width)
-    return _Rows(q, k, v, seen[:, None], (queries[0], keys[0]), (queries[1], keys[1]))
+    for side, real in ((queries, queries.real), (keys, keys.real)):
+        if real is not None:
+            seen &= real[:, :, None] if side is queries else real[:, None]
+    seen = seen.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]
+    blind = ~seen.any(-1, keepdim=True)
+    q = queries.padded(rotated(_wide(q) * scale, cos, sin, q_places[:, 1]))
+    k, v = keys.padded(rotated(_wide(k), cos, sin, k_places[:, 1])), keys.padded(_wide(v))
+    q = q.reshape(len(seen), k.shape[1], -1, q.shape[3])
+    bias = q.new_zeros(seen.shape).masked_fill_(~(seen | blind), float("-inf"))
+    return _Rows(q, k, v, bias, blind, queries, keys)
 
 
 def seen_by(q_branch: Tensor, q_position: Tensor, k_branch: Tensor, k_position: Tensor, window: int) -> Tensor:
@@ -140,12 +185,9 @@ def seen_by(q_branch: Tensor, q_position: Tensor, k_branch: Tensor, k_position: 
     return allowed & (q_position - k_position < window) if window else allowed
 
 
-def _scores(rows: _Rows, scale: float, softcap: float) -> Tensor:
-    """[B, kv heads, m, queries, keys], before the mask."""
-    scores = (rows.q @ rows.k.transpose(-1, -2)).mul_(scale)
-    if softcap:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    return scores.unflatten(2, (-1, rows.seen.shape[2]))
+def _in_torch(rows: _Rows, softcap: float) -> bool:
+    """Whether torch's own kernels for a CPU do it, tile by tile in the caches. (Their softmax takes -inf as it is.)"""
+    return rows.q.device.type == "cpu" and rows.q.dtype == torch.float32 and not softcap
 
 
 def attention(
@@ -153,16 +195,17 @@ def attention(
     q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, scale: float, softcap: float, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention within the rows of a stream, as `lpa_kernels.ops.attention`."""
-    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, window)
-    scores = _scores(rows, scale, softcap).masked_fill_(~rows.seen[:, None], float("-inf"))
-    lse = scores.logsumexp(-1)
-    lse = torch.where(lse == float("-inf"), 0, lse)  # of a query that sees nothing
-    found = scores.sub_(lse[..., None]).exp_().flatten(2, 3) @ rows.v
-    index, real = rows.tokens[0], rows.real[0]
-    out = q.new_zeros(q.shape)
-    out[index[real]] = found.unflatten(2, lse.shape[2:]).flatten(1, 2).transpose(1, 2)[real].to(q.dtype)
-    logsums = lse.new_zeros(q.shape[1::-1])
-    logsums[:, index[real]] = lse.flatten(1, 2).transpose(0, 1)[:, real]
+    out, logsums = torch.empty_like(q, memory_format=torch.contiguous_format), _wide(q.new_zeros(q.shape[1::-1]))
+    if not q.numel() or not len(k):
+        return out.zero_(), logsums
+    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, scale, window)
+    if _in_torch(rows, softcap):
+        found, lse = _flash(rows.q, rows.k, rows.v, attn_mask=rows.bias, scale=1.0)
+    else:
+        scores = rows.scores(softcap).add_(rows.bias)
+        found, lse = scores.softmax(-1) @ rows.v, scores.logsumexp(-1)
+    rows.queries.write(rows.by_token(found.masked_fill(rows.blind, 0)), out)
+    rows.queries.write(rows.by_token(lse[..., None].masked_fill(rows.blind, 0))[..., 0], logsums.t())
     return out, logsums
 
 
@@ -172,30 +215,32 @@ def attention_backward_(
     longest_q: int, longest_k: int, scale: float, softcap: float, window: int,
 ) -> None:  # fmt: skip
     """Write the gradients of q, k and v, as `lpa_kernels.ops.attention_backward_`."""
-    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, window)
-    scores = _scores(rows, scale, softcap)
-    (index, keys), (real, real_keys) = rows.tokens, rows.real
-
-    def by_head(x: Tensor) -> Tensor:
-        return _wide(x)[index].masked_fill_(~real[..., None, None], 0).transpose(1, 2).reshape(rows.q.shape)
-
-    d_out = by_head(grad)
-    own = (d_out * by_head(out)).sum(-1).unflatten(2, scores.shape[2:4])
-    stored = lse[:, index].transpose(0, 1).reshape(own.shape)
-    p = (scores - stored[..., None]).exp_().masked_fill_(~rows.seen[:, None], 0)
-    slope = p * ((d_out @ rows.v.transpose(-1, -2)).view(p.shape) - own[..., None])
-    if softcap:
-        slope *= 1 - (scores / softcap).square()
-    slope, p = slope.mul_(scale).flatten(2, 3), p.flatten(2, 3)
-
-    def turned_back(x: Tensor, positions: Tensor) -> Tensor:
-        return rotated(x, cos, None if sin is None else -sin, positions)
-
-    found_q = (slope @ rows.k).unflatten(2, scores.shape[2:4]).flatten(1, 2).transpose(1, 2)[real]
-    d_q[index[real]] = turned_back(found_q, q_places[index[real], 1]).to(d_q.dtype)
-    found_k = (slope.transpose(-1, -2) @ rows.q).transpose(1, 2)[real_keys]
-    d_k[keys[real_keys]] = turned_back(found_k, k_places[keys[real_keys], 1]).to(d_k.dtype)
-    d_v[keys[real_keys]] = (p.transpose(-1, -2) @ d_out).transpose(1, 2)[real_keys].to(d_v.dtype)
+    if not q.numel() or not len(k):
+        for into in (d_q, d_k, d_v):
+            into.zero_()
+        return
+    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, scale, window)
+    d_out, o = rows.by_head(grad), rows.by_head(out)
+    stored = rows.by_head(lse.t()[..., None])
+    if _in_torch(rows, softcap):
+        found = _flash_backward(
+            d_out, rows.q, rows.k, rows.v, o, stored[..., 0].contiguous(), 0.0, False, attn_mask=rows.bias, scale=1.0
+        )
+    else:
+        scores = rows.scores(softcap)
+        p = (scores + rows.bias).sub_(stored).exp_()
+        slope = (d_out @ rows.v.transpose(-1, -2)).sub_(torch.linalg.vecdot(d_out, o)[..., None]).mul_(p)
+        if softcap:
+            slope *= 1 - (scores / softcap).square()
+        found = slope @ rows.k, slope.transpose(-1, -2) @ rows.q, p.transpose(-1, -2) @ d_out
+    by_token = rows.by_token(found[0]).mul(scale), found[1].transpose(1, 2), found[2].transpose(1, 2)
+    back = None if sin is None else -sin
+    for x, side, places, into in zip(
+        by_token, (rows.queries, rows.keys, rows.keys), (q_places, k_places, None), (d_q, d_k, d_v), strict=True
+    ):
+        whole = x.new_empty(into.shape)
+        side.write(x, whole)
+        into.copy_(whole if places is None else rotated(whole, cos, back, places[:, 1]))
 
 
 def _takes(*args: object) -> str | None:

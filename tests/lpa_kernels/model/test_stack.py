@@ -1,23 +1,14 @@
-"""The stack's arithmetic, backward passes written by hand against autograd in float64, and which models it reads."""
+"""The parts of a frozen stack: its linear maps, the rules of attention that it reads, and which models it takes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_kernels.model.blocks import Linear, Norm, UnsupportedStack, read_decoder
-from lpa_kernels.model.stack import (
-    attend,
-    gate_backward_,
-    gate_forward,
-    head_norm_backward,
-    head_norm_forward,
-    norm_backward,
-    norm_forward,
-    rotate_,
-)
+from lpa_kernels.model.blocks import Linear, UnsupportedStack, read_decoder
+from lpa_kernels.model.stack import Given, rules_of
+from lpa_kernels.ops import seen_by, swiglu
 from tests.support.batches import with_lora
 from tests.support.models import DEVICE, tiny
 
@@ -30,74 +21,6 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def close(given: Tensor, wanted: Tensor) -> bool:
     return bool((given - wanted).abs().max() <= 1e-12 * wanted.abs().max())
-
-
-def plain_norm(x: Tensor, norm: Norm) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
-
-
-@pytest.mark.parametrize("width", [2, 7, 64])
-@pytest.mark.parametrize("eps", [1e-6, 0.5])
-def test_the_norm_and_its_backward_with_what_passes_by(width, eps):
-    r, grad, passing = drawn(5, width), drawn(5, width, seed=1), drawn(5, width, seed=2)
-    norm = Norm(drawn(width, seed=3), eps)
-    leaf = r.clone().requires_grad_()
-    wanted = plain_norm(leaf, norm)
-    normed, rstd = norm_forward(r, norm)
-    assert close(normed, wanted.detach())
-    (slope,) = torch.autograd.grad(wanted, leaf, grad)
-    assert close(norm_backward(grad, r, rstd, norm), slope)
-    assert close(norm_backward(grad, r, rstd, norm, passing), slope + passing)
-
-
-@pytest.mark.parametrize("width", [4, 12])
-def test_the_norm_of_heads_over_each_or_over_all(width):
-    x, grad, norm = drawn(5, 12), drawn(5, 12, seed=1), Norm(drawn(width, seed=2), 1e-6)
-    leaf = x.clone().requires_grad_()
-    wanted = plain_norm(leaf.view(5, -1, width), norm).reshape(5, 12)
-    normed, kept = head_norm_forward(x, norm)
-    assert close(normed, wanted.detach())
-    assert close(head_norm_backward(grad, norm, kept), torch.autograd.grad(wanted, leaf, grad)[0])
-
-
-@pytest.mark.parametrize("turned", [4, 8])
-def test_a_rotation_leaves_the_rest_of_a_head_and_turns_back(turned):
-    x, angle = drawn(5, 3, 8), drawn(5, 1, turned // 2, seed=1)
-    cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
-    a, b = x[..., : turned // 2], x[..., turned // 2 : turned]
-    wanted = torch.cat([x[..., :turned] * cos + torch.cat([-b, a], -1) * sin, x[..., turned:]], -1)
-    given = x.clone()
-    rotate_(given, cos, sin)
-    assert close(given, wanted)
-    rotate_(given, cos, -sin)
-    assert close(given, x)
-
-
-@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
-def test_the_gate_both_ways(act):
-    gate, up, grad = drawn(5, 9), drawn(5, 9, seed=1), drawn(5, 9, seed=2)
-    leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
-    active = F.silu(leaves[0]) if act == "silu" else F.gelu(leaves[0], approximate="tanh")
-    wanted = active * leaves[1]
-    assert close(gate_forward(gate, up, act), wanted.detach())
-    slopes = torch.autograd.grad(wanted, leaves, grad)
-    gate_backward_(grad, gate, up, act)
-    assert close(gate, slopes[0])
-    assert close(up, slopes[1])
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_of_grouped_queries(softcap, kv_heads):
-    q, k, v = drawn(2, 4, 3, 8), drawn(2, kv_heads, 5, 8, seed=1), drawn(2, kv_heads, 5, 8, seed=2)
-    seen = torch.rand(2, 1, 3, 5, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.6
-    seen[..., 0] = True
-    bias = torch.zeros(seen.shape, dtype=q.dtype, device=DEVICE).masked_fill(~seen, float("-inf"))
-    wide = [t.repeat_interleave(4 // kv_heads, 1) for t in (k, v)]
-    scores = q @ wide[0].transpose(-1, -2) * 0.3
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    wanted = (scores + bias).softmax(-1) @ wide[1]
-    assert close(attend(q, k, v, bias, 0.3, softcap), wanted)
 
 
 def test_a_linear_map_with_an_adapter_forward_backward_split_and_merged():
@@ -113,6 +36,54 @@ def test_a_linear_map_with_an_adapter_forward_backward_split_and_merged():
     assert close(linear.back(grad), grad @ weight)
     into = drawn(5, 6, seed=6)
     assert close(linear.back(grad, into.clone()), into + grad @ weight)
+
+
+def test_an_adapter_is_added_to_the_weight_where_that_takes_fewer_operations():
+    linear = Linear(drawn(8, 6, seed=2), None, drawn(2, 6, seed=4), drawn(8, 2, seed=5), 0.7)
+    few, many = drawn(4, 6), drawn(50, 6)
+    assert linear._summed(few) is None
+    assert linear._summed(many) is not None
+    assert linear._summed(many.half()) is None
+    assert close(linear(many)[:4], linear(many[:4]))
+    grad = drawn(50, 8, seed=1)
+    assert close(linear.back(grad)[:4], linear.back(grad[:4]))
+
+
+# two rows, of a prefix of 3, completions of 2 and 2, and of a prefix of 2 and one completion of 1
+BRANCH = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, -1, -1, -1, -1]])
+POSITION = torch.tensor([[0, 1, 2, 3, 4, 3, 4], [0, 1, 2, 0, 0, 0, 0]])
+
+
+def given_by_a_model(window: int) -> Given:
+    branch, position = BRANCH, POSITION
+    mask = seen_by(branch[:, :, None], position[:, :, None], branch[:, None], position[:, None], window)
+    angle = position[..., None] * torch.tensor([1.0, 0.3])
+    return Given(mask[:, None], *(torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin)))
+
+
+@pytest.mark.parametrize(("window", "binds"), [(0, 0), (2, 2), (4, 4), (5, 0), (9, 0)])
+def test_a_window_and_a_rotation_are_read_from_what_blocks_are_given(window, binds):
+    given = given_by_a_model(window)
+    (rule,) = rules_of([given], BRANCH, POSITION)
+    assert rule.window == binds
+    wanted = torch.arange(5)[:, None] * torch.tensor([1.0, 0.3])
+    assert torch.equal(rule.rotation[0][:5], wanted.cos())
+    assert torch.equal(rule.rotation[1][:5], wanted.sin())
+    numbers = Given(torch.zeros(given.mask.shape).masked_fill_(~given.mask, -1e9), given.cos, given.sin)
+    assert rules_of([numbers], BRANCH, POSITION)[0].window == binds
+
+
+def test_other_masks_and_rotations_are_refused():
+    given = given_by_a_model(0)
+    holes = given.mask.clone()
+    holes[0, 0, 4, 1] = False  # a key between two that are seen
+    with pytest.raises(UnsupportedStack, match="neither causal nor a window"):
+        rules_of([given, given._replace(mask=holes)], BRANCH, POSITION)
+    for changed in ((0, 1, 3), (0, 5, 1)):  # of the second half, and of one of two tokens at a position
+        cos = given.cos.clone()
+        cos[changed] += 1
+        with pytest.raises(UnsupportedStack, match="does not go by position"):
+            rules_of([given._replace(cos=cos)], BRANCH, POSITION)
 
 
 # ---- which models are read -------------------------------------------------------------------------------------------
@@ -135,7 +106,7 @@ def test_blocks_are_read_as_they_are(family, lora):
     mlp = block.mlp
     with torch.no_grad():
         wanted = model.model.layers[0].mlp(x)
-    assert torch.allclose(mlp.down(gate_forward(mlp.gate(x), mlp.up(x), mlp.act)), wanted, atol=1e-5)
+    assert torch.allclose(mlp.down(swiglu(mlp.gate(x), mlp.up(x), mlp.act)), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
