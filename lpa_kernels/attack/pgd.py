@@ -17,6 +17,7 @@ from ..model.modes import check_merging, inner_mode
 from ..model.perturbation import fixed_rows, grid_rows, kept_for_recompute
 from ..model.sharding import is_sharded
 from ..model.sites import Site, resolve_sites, site_widths
+from ..ops import noted
 from . import graphs, loop, two_pass
 from .batch import PairBatch
 from .directions import Directions, acting, check_widths, checked, fill
@@ -119,8 +120,10 @@ class LatentPGD:
                 return self._without_steps(pairs, planned, state, generator or self._generator)
             if settings.random_start:
                 state.start_randomly(generator or self._generator)
-            captured = self._run(planned, state, pairs)
+            with noted() as kernels:
+                captured = self._run(planned, state, pairs)
         found = self._result(pairs, planned, state, captured)
+        found.kernels = kernels
         _check_finite(found)
         self._check_gradients_finite(state)
         return found

@@ -16,6 +16,14 @@ from ..model.sites import Site
 from .batch import PairBatch
 from .layout import Layout, pack, unshared
 
+ENGINE_WORDS = {
+    "stack": "the frozen decoder forward and backward by hand",
+    "packed": "the model's own code on rows that hold a prompt once",
+    "unshared": "the model's own code on rows of one text each",
+    "alone": "the model's own code, one text a pass",
+    "reference": "the model's own code, two passes a step",
+}
+
 
 @dataclass
 class AttackResult:
@@ -31,12 +39,13 @@ class AttackResult:
             for an adversary without inner steps.
         row_norms: [S, R] float32, each row's norm after the last step and before its projection.
         clipped: [S] int32, how many rows the projections shortened, over all steps.
-        engine: which engine ran ("packed", "unshared", "alone", "reference"), and `reason` why not the packed one.
+        engine: which engine ran ("stack", "packed", "unshared", "alone", "reference"), and `reason` why no faster one.
         layout: how the batch was laid out for one pass, None for "alone" and "reference".
         batch: what was attacked; `LatentPGD.rows` takes no other.
         model: what was attacked; its checkpointed blocks run under the perturbations again for their gradients.
         backend: of the op that adds the perturbations.
         captured: "yes" where the steps were replays of a captured graph, else why not.
+        kernels: the backend of each op that the steps called, and why not a faster one; empty where they were replayed.
         enabled: False makes `applied` and hooks do nothing.
         ablated: of adversary "ablate", one unit direction [H] a site, which is projected out.
         acting: [S, R] bool, where it is.
@@ -56,6 +65,7 @@ class AttackResult:
     model: nn.Module | None = field(default=None, repr=False)
     backend: str = field(default="auto", repr=False)
     captured: str = "the engine is 'reference'"
+    kernels: dict[str, str] = field(default_factory=dict, repr=False)
     enabled: bool = True
     ablated: list[Tensor] | None = field(default=None, repr=False)
     acting: Tensor | None = field(default=None, repr=False)
@@ -101,6 +111,27 @@ class AttackResult:
     def padding_share(self) -> float | None:
         """The share of the one pass's places that held no token; None for the reference engine. Reads the device."""
         return None if self.layout is None else self.layout.padding_share
+
+    def explain(self) -> str:
+        """How the batch was run, in lines: the engine, the backend of each op, and why no faster one.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lpa_kernels import LatentPGD
+        >>> shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **shape))
+        >>> ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[False, False, True, True]])
+        >>> batch = PairBatch(ids, mask, ids.flip(0) + 1, mask, torch.ones(1, 4, dtype=torch.bool))
+        >>> print(LatentPGD(model, "embedding", steps=2, backend="reference").attack(batch).explain())
+        engine: stack, the frozen decoder forward and backward by hand
+        captured: no, ...
+        add_norm: reference
+        ...
+        """
+        lines = [f"engine: {self.engine}, {ENGINE_WORDS[self.engine]}"]
+        if self.reason:
+            lines.append(f"not a faster one: {self.reason}")
+        lines.append("captured: yes" if self.captured == "yes" else f"captured: no, {self.captured}")
+        return "\n".join(lines + [f"{op}: {backend}" for op, backend in sorted(self.kernels.items())])
 
     def to(self, device: torch.device | str) -> AttackResult:
         """Move the perturbations, to keep many attacks off the GPU between their uses; returns this attack."""

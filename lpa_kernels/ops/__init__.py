@@ -17,7 +17,7 @@ from .functional import (
 )
 from .optimizer import PGDOptimizer
 from .reference import NORMS, RULES, gather_grad
-from .registry import backends, requested
+from .registry import backends, noted, requested
 
 __all__ = [
     "NORMS",
@@ -34,6 +34,7 @@ __all__ = [
     "linear_token_loss",
     "no_autocast",
     "norm_named",
+    "noted",
     "perturb",
     "pgd_update_",
     "project_",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ class Impl:
 _table: dict[tuple[str, str], Impl] = {}
 _missing: dict[str, str] = {}  # backend -> why it could not be loaded
 _logged: set[tuple[str, str, str]] = set()
+_noted: ContextVar[dict[str, str] | None] = ContextVar("noted", default=None)
 logger = logging.getLogger(__name__)
 
 
@@ -60,6 +63,31 @@ def _log_once(op: str, backend: str, reason: str) -> None:
     if (op, backend, reason) not in _logged:
         _logged.add((op, backend, reason))
         logger.info("%s does not run on the %s backend: %s", op, backend, reason)
+
+
+@contextmanager
+def noted() -> Iterator[dict[str, str]]:
+    """Yields what runs each op that is called within it: by op, the backend, and why not one that comes before it.
+
+    >>> from lpa_kernels.ops import swiglu
+    >>> with noted() as kernels:
+    ...     _ = swiglu(torch.zeros(1, 2), torch.zeros(1, 2), backend="reference")
+    >>> kernels
+    {'swiglu': 'reference'}
+    """
+    kernels: dict[str, str] = {}
+    token = _noted.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _noted.reset(token)
+
+
+def _found(op: str, backend: str, refusals: list[str]) -> Callable[..., Any]:
+    kernels = _noted.get()
+    if kernels is not None:
+        kernels[op] = f"{backend} ({'; '.join(refusals)})" if refusals else backend
+    return _table[op, backend].fn
 
 
 def _refusal(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
@@ -105,17 +133,19 @@ def select(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """
     name = requested(backend)
     device: torch.device = args[0].device
+    refusals: list[str] = []
     if name != "auto":
         reason = _refusal(op, name, args)
         if reason is None:
-            return _table[op, name].fn
+            return _found(op, name, refusals)
         if not _lacks(name, op, device.type):
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}; use backend='auto' or 'reference'")
         _log_once(op, name, reason)
     for candidate in preferred(device.type):
         reason = _refusal(op, candidate, args)
         if reason is None:
-            return _table[op, candidate].fn
+            return _found(op, candidate, refusals)
+        refusals.append(f"not {candidate}: {reason}")
         if candidate not in _missing:
             _log_once(op, candidate, reason)
     raise RuntimeError(f"no backend can run {op} on {device}")

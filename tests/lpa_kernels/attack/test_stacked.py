@@ -237,3 +237,23 @@ def test_the_comparison_is_made_once_for_a_state_of_the_model(monkeypatch: pytes
     attack_with(model, pairs([(60, 5, 5, 0)]), ["embedding"], "stack")  # rows of another length
     attack_with(model, pairs(), ["embedding", "mlp:1"], "stack")
     assert len(asked) == 3
+
+
+def test_an_attack_explains_what_ran_it() -> None:
+    model = tiny("llama")
+    found = attack_with(model, pairs(), ["embedding"], "stack", backend="reference")
+    block = {"add_norm", "add_norm_backward", "swiglu", "swiglu_backward_", "attention", "attention_backward_"}
+    assert set(found.kernels) == block | {"token_loss_", "pgd_update_"}
+    assert set(found.kernels.values()) == {"reference"}
+    told = found.explain().splitlines()
+    assert told[0].startswith("engine: stack, ")
+    assert "attention_backward_: reference" in told
+    other = attack_with(tiny("gpt2"), pairs(), ["embedding"], "auto", backend="reference")
+    assert "no module with its blocks" in other.explain() or DEVICE != "cpu"
+    assert not block & set(other.kernels)
+
+
+def test_an_op_without_a_faster_backend_says_why() -> None:
+    found = attack_with(tiny("llama", dtype=torch.float64), pairs(), ["embedding"], "packed", rule="sgd")
+    assert "reference (not " in found.kernels["token_loss_"]
+    assert found.kernels["token_loss_"] in found.explain()
