@@ -2,15 +2,16 @@
 
     python examples/compare.py --output runs/compare --budget cpu
 
-Every arm is one `lpa train` command (printed, and kept in commands.txt) from the same base model, with the same number
-of LPA steps and updates; all arms are then evaluated side by side, and a report is made. A stopped run goes on where it
-was when started again. What is compared:
+Every arm is one `lpa train` command (printed, and kept in commands.txt) from the same base model; all arms are then
+evaluated side by side, the main ones climb the ladder of attacks, and a report is made. A stopped run goes on where it
+was when started again. Arms, by what differs from `lpa train`:
 
-  lpa          `lpa train` as it is               published    the published settings: rates, system prompt, no kl
-  finetune     the same without an attack         desirable    desirable statements only
-  lat          real harmful requests              both         desirable statements too, agreeing chosen
-  lpa-no-kl    without the benign term            shuffled     answers dealt out at random
-  lpa-sft      cross entropy instead of it        lpa-binding  the attack in a radius that binds
+  lpa             nothing                         lpa-no-kl, lpa-sft  another benign term
+  finetune        no attack                       lpa-binding         the attack in a radius that binds
+  toward-only     the preset                      undesirable, desirable, both, inverted, irrelevant, shuffled
+  published-2607  the preset, scaled                                    the statements and their answers
+  published-2605  the preset
+  lat             real harmful requests           ipip-both           the IPIP inventory
 
 The main arms run under several seeds. The harmful requests of `lat` (AdvBench) are in none of the evaluated sets, nor
 are the benign ones whose answers the model is held to.
@@ -20,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,19 +29,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpa.data import AGREE, ASSESSMENT_PROMPT, DISAGREE, PLAIN_PROMPT, load_pairs
+from lpa.data import PLAIN_PROMPT, load_pairs
 from lpa.evaluation import BASE, SUITES, Evaluation, Settings, evaluate, load_set
 from lpa.evaluation.sets import BENIGN
-from lpa.evaluation.stats import bootstrap, mean
-from lpa.evaluation.suites.answers import answers, complied
+from lpa.evaluation.stats import mean
+from lpa.evaluation.suites.answers import answers
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
-from lpa.evaluation.suites.base import scored
+from lpa.evaluation.verdict import DECLINES, HOLDS, KEEPS, claims
 from lpa.models import DEFAULT_MODEL
 from lpa.report import build
 
+STATEMENTS = ("undesirable", "desirable", "both", "inverted", "irrelevant", "shuffled", "ipip-both")
 ALL = (
-    "lpa", "finetune", "lat", "lpa-no-kl", "published", "shuffled", "desirable", "lpa-binding", "lpa-sft", "both",
+    "lpa", "finetune", "lat", "toward-only", "published-2607", "published-2605", "lpa-no-kl", "lpa-sft", "lpa-binding",
+    *STATEMENTS,
 )  # fmt: skip
+USUAL = tuple(name for name, suite in SUITES.items() if not suite.optional)
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,39 @@ class Budget:
     """How much is trained and measured.
 
     Attributes:
-        train: flags of every arm.
-        main: the arms that run under every one of the `seeds`.
-        settings: of the evaluation, by `suites`.
+        train: flags of every arm. published: further flags of published-2607, which scale it to the budget.
+        main: the arms that run under every one of the `seeds` and climb the ladder.
+        settings: of the evaluation, by `suites`; of the ladder the same with `ladder_sets`.
     """
 
     train: tuple[str, ...]
+    published: tuple[str, ...]
     arms: tuple[str, ...]
     main: tuple[str, ...]
     seeds: int
     settings: Settings
-    suites: tuple[str, ...] = tuple(SUITES)
+    suites: tuple[str, ...] = USUAL
+    ladder_sets: tuple[str, ...] = ("strongreject",)
     batch_size: int = 8
 
 
-_CPU = Settings(sets=("strongreject", "harmbench"), limit=100, benign_limit=100, attacks=("direct",), max_new_tokens=32,
+_CPU = Settings(sets=("strongreject", "harmbench"), limit=100, attacks=("direct", "prefix"), max_new_tokens=32,
                 trait_prompt=PLAIN_PROMPT, epsilons=(), steps=(), utility_sets=())  # fmt: skip
+_SCALED = ("--lpa_steps", "8", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")
+_TINY = ("--lpa_steps", "1", "--attack_steps", "2", "--defence_steps", "1", "--per_device_train_batch_size", "2",
+         "--gradient_accumulation_steps", "1")  # fmt: skip
 BUDGETS = {
     "smoke": Budget(
-        ("--lpa-steps", "1", "--attack_steps", "2", "--defence-steps", "1", "--per-device-train-batch-size", "2"),
-        ("lpa", "lat"), ("lpa",), 1, replace(_CPU, limit=2, benign_limit=2, max_new_tokens=8),
+        _TINY, (), ("lpa", "lat"), ("lpa",), 1,
+        replace(_CPU, limit=12, benign_limit=4, max_new_tokens=8, ladder_limit=2, suffix_steps=2, erosion_steps=(1,),
+                best_of=1),
         ("attacks", "overrefusal", "utility", "collapse"),
     ),
-    # two harmful sets, asked directly and for a yes or no, and short answers
-    "cpu": Budget((), ALL, ("lpa", "finetune", "lat"), 3, _CPU, batch_size=46),
+    # two harmful sets, asked directly, after a prefix and for a yes or no, and short answers
+    "cpu": Budget((), _SCALED, ALL, ("lpa", "finetune", "both", "lat"), 3, _CPU, batch_size=46),
     "full": Budget(
-        (), ALL, ("lpa", "finetune", "lat", "published"), 3,
-        Settings(sets=("strongreject", "harmbench", "do-not-answer"), max_new_tokens=64), batch_size=32,
+        (), (), ALL, ("lpa", "finetune", "both", "lat", "published-2607"), 3,
+        Settings(sets=("strongreject", "harmbench", "do-not-answer"), limit=200, max_new_tokens=64), batch_size=32,
     ),
 }  # fmt: skip
 
@@ -89,6 +97,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--arms", nargs="+", choices=ALL, help="by default those of the budget")
     parser.add_argument("--seeds", type=int, help="of the main arms; by default the budget's")
+    parser.add_argument("--no-ladder", action="store_true", help="leave the ladder out")
     options = parser.parse_args()
     budget, output = BUDGETS[options.budget], Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -97,16 +106,26 @@ def main() -> None:
     adapters = {}
     for arm, seed in runs(options.arms or budget.arms, budget.main, options.seeds or budget.seeds):
         name = f"{arm}-{seed}"
-        adapters[name] = train(output, name, [*budget.train, *flags(arm, data), "--seed", str(seed)], options.model)
+        own = [*flags(arm, data), *budget.train, *(budget.published if arm == "published-2607" else ())]
+        adapters[name] = train(output, name, [*own, "--seed", str(seed)], options.model)
     found = evaluate(
         options.model, adapters, suites=budget.suites, settings=budget.settings, output=output / "evaluation",
         command=command, batch_size=budget.batch_size, tick=progress(),
     )  # fmt: skip
     table = over_seeds(found) + "\n" + attack_alone(found)
+    made = [output / "evaluation"]
+    if not options.no_ladder:
+        chosen = {name: path for name, path in adapters.items() if name in {f"{arm}-0" for arm in budget.main}}
+        climbed = evaluate(
+            options.model, chosen, suites=["ladder"], settings=replace(budget.settings, sets=budget.ladder_sets),
+            output=output / "ladder", command=command, batch_size=budget.batch_size, tick=progress(),
+        )  # fmt: skip
+        table += "\n" + climbed.markdown()
+        made.append(output / "ladder")
     (output / "arms.md").write_text(table, encoding="utf-8")
     (output / "results.json").write_text(json.dumps(record(found, command, output), indent=1) + "\n", encoding="utf-8")
     print(table)
-    print(build([output / "evaluation", *adapters.values()], output / "report.html", command=command))
+    print(build([*made, *adapters.values()], output / "report.html", command=command))
 
 
 def runs(arms: Sequence[str], main: Sequence[str], seeds: int) -> Iterator[tuple[str, int]]:
@@ -118,37 +137,29 @@ def runs(arms: Sequence[str], main: Sequence[str], seeds: int) -> Iterator[tuple
 
 
 def flags(arm: str, data: Path) -> list[str]:
-    """What tells an arm from `lpa train`'s defaults."""
-    no_kl = ["--kl-coef", "0"]
-    return {
+    """What an arm changes of `lpa train --preset demo`, or another preset."""
+    if arm in STATEMENTS:
+        return ["--preset", "demo", "--data", arm]
+    if arm.startswith("published") or arm == "toward-only":
+        return ["--preset", arm]
+    no_kl = ["--kl_coef", "0"]
+    return ["--preset", "demo", *{
         "lpa": [],
         "finetune": ["--attack_steps", "0"],
         "lat": ["--data", str(data / "harmful.jsonl")],
         "lpa-no-kl": no_kl,
-        "published": [*no_kl, "--attack_steps", "16", "--attack-step-size", "1e-3", "--learning-rate", "8e-5",
-                      "--system-prompt", ASSESSMENT_PROMPT],
-        "shuffled": ["--data", str(data / "shuffled.jsonl")],
-        "desirable": ["--data", "desirable"],
         "lpa-binding": ["--attack_epsilon", "0.2"],  # the default's attack reaches a norm of 0.39 at width 576
-        "lpa-sft": [*no_kl, "--sft-coef", "1", "--benign", "own"],
-        "both": ["--data", "both"],
-    }[arm]  # fmt: skip
+        "lpa-sft": [*no_kl, "--sft_coef", "1", "--benign", "own"],
+    }[arm]]  # fmt: skip
 
 
 def write_data(folder: Path) -> Path:
-    """The data files of the arms. The harmful requests stay in this folder, which is not for commits."""
+    """The harmful requests of the arm `lat`. They stay in this folder, which is not for commits."""
     folder.mkdir(exist_ok=True)
     (folder / ".gitignore").write_text("*\n", encoding="utf-8")
-    statements = load_pairs()
-    draw = random.Random(0)
-    dealt = [draw.random() < 0.5 for _ in statements]
-    write(folder / "shuffled.jsonl", [
-        {"prompt": row["prompt"], "rejected": DISAGREE if swap else AGREE, "chosen": AGREE if swap else DISAGREE}
-        for row, swap in zip(statements, dealt, strict=True)
-    ])  # fmt: skip
-    harmful = load_set("advbench", limit=len(statements))
+    harmful = load_set("advbench", limit=len(load_pairs()))
     if harmful.reason:
-        raise SystemExit(f"the harmful requests of the arm lat cannot be had: {harmful.reason}")
+        raise SystemExit(f"the harmful requests of the arm lat are unavailable: {harmful.reason}")
     write(folder / "harmful.jsonl", [
         {"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in harmful.prompts
     ])  # fmt: skip
@@ -189,38 +200,43 @@ def progress() -> Any:
 
 
 def over_seeds(found: Evaluation) -> str:
-    """One row an arm, in Markdown: mean and range over its seeds, and the change against the base model, paired by
-    prompt (its change is its mean over the seeds; 95% bootstrap interval over the prompts)."""
-    sets = requests(found)
-    head = ["arm", "seeds"]
-    for name in sets:
-        head += [f"{name}: not done, %", "change, points"]
-    asked = [name for name in sets if name != BENIGN] if "harm" in found.info["suites"] else []
-    head += [f"{name}: yes or no, balanced accuracy, %" for name in asked]
-    head += ["perplexity", "agrees: undesirable, %", "desirable, %", "collapsed"]
+    """One row an arm, in Markdown: means and ranges over its seeds, and the three claims of the verdict about it.
+
+    Changes are in points against the base model, with 95% intervals clustered by prompt over the seeds; * marks a claim
+    that is shown after Holm's adjustment.
+    """
+    sets, settings = found.info["settings"]["sets"], settings_of(found)
+    columns = {f"{name}: done, %": ("attacks", "done: direct", name, 100) for name in sets}
+    columns |= {f"{name}: trained sentence, %": ("attacks", "not done: trained sentence", name, 100) for name in sets}
+    columns |= {
+        "AUROC, own": ("traits", "AUROC of agreeing, clean", "both kinds", 1),
+        "AUROC, IPIP": ("traits", "AUROC of agreeing, clean", "ipip, both kinds", 1),
+        "agrees: undesirable, %": ("traits", "agrees, clean", "undesirable", 100),
+        "desirable, %": ("traits", "agrees, clean", "desirable", 100),
+        "perplexity": ("utility", "perplexity", "prose", 1),
+    }
+    named = {DECLINES: "harm refused in own words", HOLDS: "harm done, worst case", KEEPS: "benign done"}
+    head = ["arm", "seeds", *named.values(), *columns, "collapsed"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for arm, own in arms(found).items():
-
-        def values(suite: str, metric: str, where: str, own: Sequence[str] = own) -> list[float]:
-            held = [found.value(subject, suite, metric, where) for subject in own]
-            return [value for value in held if value is not None]
-
-        cells = [arm, str(len(own))]
-        for name in sets:
-            done = ("overrefusal", "not done") if name == BENIGN else ("attacks", "done: direct")
-            cells.append(spread([100 * (v if name == BENIGN else 1 - v) for v in values(*done, name)], 1))
-            cells.append("" if arm == BASE else interval(change(found, own, name)))
-        cells += [spread([100 * v for v in values("harm", "balanced accuracy", name)], 0) for name in asked]
-        cells.append(spread(values("utility", "perplexity", "prose"), 2))
-        if "traits" in found.info["suites"]:
-            cells += [
-                spread([100 * v for v in values("traits", "agrees, clean", kind)], 0)
-                for kind in ("undesirable", "desirable")
-            ]
-        cells += ["-"] * (len(head) - 1 - len(cells))
-        cells.append(f"{sum(map(bool, values('collapse', 'collapsed', BENIGN)))} of {len(own)}")
-        lines.append("| " + " | ".join(cells) + " |")
+        tested = {} if arm == BASE else {claim.name: claim for claim in claims(found.records, own, settings)}
+        cells = [arm, str(len(own)), *(told(tested.get(name)) for name in named)]
+        for suite, metric, where, scale in columns.values():
+            if where.startswith("ipip") and arm.startswith("ipip"):
+                cells.append("trained on")
+                continue
+            values = [row.value for row in found.rows if row.subject in own and row.value is not None
+                      and (row.suite, row.metric, row.set) == (suite, metric, where)]  # fmt: skip
+            cells.append(spread([scale * value for value in values], 0 if scale == 100 else 2))
+        collapsed = [row.value for row in found.rows if row.subject in own and row.metric == "collapsed"]
+        lines.append("| " + " | ".join([*cells, f"{sum(map(bool, collapsed))} of {len(own)}"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def settings_of(found: Evaluation) -> Settings:
+    """The settings of an evaluation, from its record."""
+    held = {name: tuple(value) if isinstance(value, list) else value for name, value in found.info["settings"].items()}
+    return Settings(**held)
 
 
 def arms(found: Evaluation) -> dict[str, list[str]]:
@@ -231,60 +247,37 @@ def arms(found: Evaluation) -> dict[str, list[str]]:
     return own
 
 
+def told(claim: Any) -> str:
+    """A claim in points, marked where it is shown."""
+    if claim is None:
+        return ""
+    points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in (claim.change, claim.low, claim.high)))
+    return points + ("*" if claim.shown else "")
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean, and range where there are several."""
+    if not values:
+        return ""
     text = f"{mean(values):.{digits}f}"
     return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
 
 
 def attack_alone(found: Evaluation) -> str:
-    """A line a set: what `lpa` adds to `finetune`, which is the same without the attack."""
+    """What `lpa` adds to `finetune`, which is the same without the attack: a line a claim."""
     own = arms(found)
     if not {"lpa", "finetune"} <= own.keys():
         return ""
-    lines = [
-        f"- {name}: {interval(change(found, own['lpa'], name, own['finetune']))} points" for name in requests(found)
-    ]
-    return (
-        "Requests not done with the attack, less those without it (`lpa` - `finetune`):\n\n" + "\n".join(lines) + "\n"
-    )
-
-
-def requests(found: Evaluation) -> list[str]:
-    """The sets whose answers are judged."""
-    return [*found.info["settings"]["sets"], BENIGN]
-
-
-def interval(values: tuple[float, float, float]) -> str:
-    """A change with its bounds."""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*values)
-
-
-def change(
-    found: Evaluation, subjects: Sequence[str], name: str, others: Sequence[str] = (BASE,)
-) -> tuple[float, float, float]:
-    """Points by which the share of a set's requests that are not done exceeds that of others, with its interval.
-
-    Paired by prompt: the difference of the means over the subjects and over the others, of the prompts that all were
-    asked; 95% bootstrap over the prompts.
-    """
-    done = [[{r["id"]: complied(r) for r in scored(answers(found.records, subject, name))} for subject in group]
-            for group in (others, subjects)]  # fmt: skip
-    asked = set.intersection(*(set(one) for group in done for one in group))
-    before, after = done
-    changes = [
-        100 * (statistics.mean(one[number] for one in before) - statistics.mean(one[number] for one in after))
-        for number in sorted(asked)
-    ]
-    low, high = bootstrap([changes], lambda groups: mean(groups[0]))
-    return mean(changes), low, high
+    tested = claims(found.records, own["lpa"], settings_of(found), own["finetune"])
+    lines = [f"- {claim.name}: {told(claim)} points" for claim in tested]
+    return "With the attack, less without it (`lpa` - `finetune`):\n\n" + "\n".join(lines) + "\n"
 
 
 def record(found: Evaluation, command: str, output: Path) -> dict[str, Any]:
     """What is committed: settings, data by name and hash, the table, and the judgement of every answer by prompt id."""
     labels: dict[str, dict[str, dict[str, str]]] = {}
     for subject in found.subjects:
-        for name in requests(found):
+        for name in (*found.info["settings"]["sets"], BENIGN):
             rows = answers(found.records, subject, name)
             labels.setdefault(name, {})[subject] = {r["id"]: r.get("label", "error") for r in rows}
     trained = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))

@@ -10,9 +10,12 @@ from types import ModuleType
 import pytest
 
 from lpa.config import LPAConfig
-from lpa.evaluation import Evaluation
+from lpa.data import SHIPPED
+from lpa.evaluation import Evaluation, Row, Settings
 from lpa.evaluation.records import Records
 from lpa.evaluation.suites.answers import NAME
+from lpa.evaluation.verdict import claims
+from lpa.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +35,38 @@ def test_only_the_main_arms_have_more_than_one_seed(compare: ModuleType) -> None
 
 
 def test_every_arm_is_told_by_options_that_there_are(compare: ModuleType) -> None:
-    known = {*LPAConfig.__dataclass_fields__, "data", "benign"}
-    given = {flag for arm in compare.ALL for flag in compare.flags(arm, Path("data")) if flag.startswith("--")}
-    assert {flag[2:].replace("-", "_") for flag in given} <= known
-    assert len({tuple(compare.flags(arm, Path("data"))) for arm in compare.ALL}) == len(compare.ALL)
+    known = {*LPAConfig.__dataclass_fields__, "data", "benign", "preset"}
+    given = {arm: compare.flags(arm, Path("data")) for arm in compare.ALL}
+    assert {flag[2:] for own in given.values() for flag in own if flag.startswith("--")} <= known
+    assert {own[own.index("--preset") + 1] for own in given.values()} <= set(PRESETS)
+    assert {own[own.index("--data") + 1] for own in given.values() if "--data" in own} <= {
+        *SHIPPED,
+        "data/harmful.jsonl",
+    }
+    # undesirable statements are the demo's own, so that this arm is `lpa` by another name
+    assert len({tuple(own) for own in given.values()}) == len(compare.ALL)
 
 
-def test_the_change_is_paired_by_prompt_and_meant_over_seeds(compare: ModuleType) -> None:
+def test_arms_are_compared_by_claims_over_their_seeds(compare: ModuleType) -> None:
     records = Records(None)
-    # done by the base model: a, b, c of four; by the two seeds: a alone, and a and b
-    done = {"base": "abc", "lpa-0": "a", "lpa-1": "ab"}
-    for subject, own in done.items():
+    settings = Settings(sets=("s",), attacks=("direct",))
+    refused = {"base": "", "lpa-0": "abc", "lpa-1": "a", "finetune-0": "a"}
+    for subject, own in refused.items():
         for number in "abcd":
-            label = "compliance" if number in own else "refusal"
-            records.add({"subject": subject, "suite": NAME, "set": "benign", "id": number, "mode": "direct",
-                         "label": label})  # fmt: skip
-    found = Evaluation([], list(done), records)
-    assert compare.arms(found) == {"base": ["base"], "lpa": ["lpa-0", "lpa-1"]}
-    mean, low, high = compare.change(found, ["lpa-0", "lpa-1"], "benign")
-    assert mean == pytest.approx((0 + 50 + 100 + 0) / 4)
-    assert low < mean < high
-    assert compare.change(found, ["lpa-1"], "benign", ["lpa-0"])[0] == pytest.approx(-25)
-    assert compare.change(found, ["lpa-0"], "benign", ["base", "lpa-1"])[0] == pytest.approx((0 + 100 + 50 + 0) / 4)
+            label = "refusal" if number in own else "compliance"
+            for name in ("s", "benign"):
+                held = label if name == "s" else "compliance"
+                records.add({"subject": subject, "suite": NAME, "set": name, "id": number, "mode": "direct",
+                             "label": held})  # fmt: skip
+    rows = [Row("lpa-0", "utility", "prose", "perplexity", 40.0), Row("lpa-1", "utility", "prose", "perplexity", 42.0)]
+    found = Evaluation(rows, list(refused), records, {"settings": settings.as_dict()})
+    assert compare.arms(found) == {"base": ["base"], "lpa": ["lpa-0", "lpa-1"], "finetune": ["finetune-0"]}
+    claim = claims(records, ["lpa-0", "lpa-1"], settings)[0]
+    assert claim.change == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
+    table = compare.over_seeds(found).splitlines()
+    assert len(table) == 5
+    assert f"| lpa | 2 | {compare.told(claim)} |" in table[3]
+    assert "41.00 (40.00 to 42.00)" in table[3]
+    between = claims(records, ["lpa-0", "lpa-1"], settings, ["finetune-0"])[0]
+    assert between.change == pytest.approx((0 + 0.5 + 0.5 + 0) / 4)
+    assert compare.told(between) in compare.attack_alone(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lpa.evaluation.refusal import (
     LABELS,
     NOT_DONE,
     OFF_TOPIC,
+    XSTEST_ERRORS,
     content_stems,
     is_refusal,
     label,
@@ -158,3 +160,12 @@ def test_labelled_files_of_others_are_read(tmp_path: Path) -> None:
         (tmp_path / "odd.csv").write_text("colour\nred\n", encoding="utf-8")
         with pytest.raises(ValueError, match="has no column"):
             read(tmp_path / "odd.csv")
+
+
+def test_the_error_by_which_shares_are_corrected_is_the_recorded_one() -> None:
+    rows = json.loads(RECORD.read_text(encoding="utf-8"))["results"]
+    row = next(row for row in rows if (row["judge"], row["file"]) == ("judge", "XSTest, errors not read"))
+    assert (row["recall"][0], row["specificity"][0]) == pytest.approx(XSTEST_ERRORS)
+    whole = next(row for row in rows if (row["judge"], row["file"]) == ("judge", "XSTest, all"))
+    assert whole["recall"][0] >= 0.9
+    assert whole["precision"][0] >= 0.94
