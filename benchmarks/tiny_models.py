@@ -114,9 +114,13 @@ def _spread(items: list[Any]) -> list[Any]:
     return [items[index] for index in sorted(chosen)]
 
 
-def build(model_type: str, attention: str = "eager", seed: int = 0, wide: bool = False) -> Any:
-    """A random float32 model of this type in eval mode, whose matrices are large enough for mistakes to show."""
-    values = shrunk(CONFIG_MAPPING[model_type]) | _OWN.get(model_type, {})
+def build(model_type: str, attention: str = "eager", seed: int = 0, wide: bool = False, **changes: Any) -> Any:
+    """A random float32 model of this type in eval mode, whose matrices are large enough for mistakes to show.
+
+    Args:
+        changes: of its configuration.
+    """
+    values = shrunk(CONFIG_MAPPING[model_type]) | _OWN.get(model_type, {}) | changes
     if wide:  # for quantisers, whose groups hold 64 entries and more
         values |= {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
     with warnings.catch_warnings():

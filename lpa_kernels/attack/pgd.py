@@ -13,7 +13,7 @@ from torch import nn
 
 from ..model.facts import known, model_key, remembered, say_once
 from ..model.frozen import can_freeze, frozen_depth
-from ..model.modes import check_merging, inner_mode
+from ..model.modes import inner_mode
 from ..model.perturbation import fixed_rows, grid_rows, kept_for_recompute
 from ..model.sharding import is_sharded
 from ..model.sites import Site, resolve_sites, site_widths
@@ -30,6 +30,7 @@ from .settings import AttackSettings
 from .slopes import wrong_gradients
 from .stacked import StackForward
 from .state import AttackState
+from .verdicts import way_of
 
 
 class LatentPGD:
@@ -103,8 +104,6 @@ class LatentPGD:
         own = pairs.counts
         if not part:
             self.check_counts(*own, int(pairs.attack_mask.sum()))
-        if settings.merge_adapters:
-            check_merging(model)
         with known(model), inner_mode(model, settings.merge_adapters, settings.autocast):
             widths = self.widths()  # which refuses sites by name before passes are made
             if self._directions:
@@ -115,7 +114,8 @@ class LatentPGD:
                 self._check_gradients(pairs)
             state = AttackState(settings, widths, pairs, counts or own, planned.alone)
             if settings.relative:
-                state.set_relative_radius(two_pass.hidden_norms(model, self.sites, pairs, planned.alone))
+                alone = way_of(model, pairs, packing=False).engine == "alone"
+                state.set_relative_radius(two_pass.hidden_norms(model, self.sites, pairs, alone))
             if not inner:
                 return self._without_steps(pairs, planned, state, generator or self._generator)
             if settings.random_start:

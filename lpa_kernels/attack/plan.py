@@ -56,7 +56,7 @@ def plan(
     if way.engine == "packed":
         layout = pack(batch, first_position=way.first_position)
         if loop and settings.engine != "packed":
-            return _packed(model, sites, settings, layout)
+            return _packed(model, sites, settings, batch, layout)
         return Plan("packed", "", layout)
     if settings.engine not in ("auto", "reference"):
         raise RuntimeError(f"engine={settings.engine!r} cannot run {type(model).__name__}: {way.reason}")
@@ -65,13 +65,15 @@ def plan(
     return Plan(way.engine, way.reason, unshared(batch) if way.engine == "unshared" else None)
 
 
-def _packed(model: nn.Module, sites: Sequence[Site], settings: AttackSettings, layout: Layout) -> Plan:
+def _packed(
+    model: nn.Module, sites: Sequence[Site], settings: AttackSettings, batch: PairBatch, layout: Layout
+) -> Plan:
     """How a batch that can be packed is run in an inner loop: by a frozen stack, or by the model's own code."""
     if settings.engine == "auto" and layout.branch.device.type not in STACKS_ON:
         return Plan("packed", f"the stack is not measured on {layout.branch.device.type}", layout)
     if settings.engine == "auto" and settings.capture_graph == "on":
         return Plan("packed", "capture_graph='on' is for the packed engine", layout)
-    reason = why_not_stacked(model, sites, settings, layout)
+    reason = why_not_stacked(model, sites, settings, batch, layout)
     if reason and settings.engine == "stack":
         raise RuntimeError(f"engine='stack' cannot run {type(model).__name__}: {reason}")
     return Plan("packed" if reason else "stack", reason, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
 from ..model.stack import FrozenStack, Tokens, observed, rules_of
 from ..model.walk import modules_of, spread_over
-from .layout import PADDING, Layout
+from .batch import PairBatch
+from .layout import PADDING, Layout, pack
 from .loop import Differentiable, HookedForward
-from .passes import layout_hidden, layout_logits
+from .passes import layout_hidden
 from .probe import FLOAT32_TOLERANCE
+from .sample import sample
 from .settings import AttackSettings
 
 _HALF_TOLERANCE = 0.2  # of the root mean square: half precision alone moves both ways' gradients by some percent
@@ -151,28 +154,33 @@ class StackForward:
         yield Differentiable(logits, lambda output, grad: back(self.head.back(grad, slope)))
 
 
-def why_not_stacked(model: nn.Module, sites: Sequence[Site], settings: AttackSettings, layout: Layout) -> str:
-    """Why a packed layout cannot be run by a frozen stack; "" where it can, with the model's own values and gradients.
+def why_not_stacked(
+    model: nn.Module, sites: Sequence[Site], settings: AttackSettings, batch: PairBatch, layout: Layout
+) -> str:
+    """Why a packed batch cannot be run by a frozen stack; "" where it can, with the model's own values and gradients.
 
-    What can be read off the model is read each time, since weights may be exchanged. Values and gradients are compared
-    on the batch at hand, once for a state of the model, its sites, and each doubling of the rows' length.
+    Hooks are looked for each time. Values and gradients are compared on two pairs of the batch at hand, once for a
+    state of the model, its sites, and each doubling of the rows' length.
+
+    Args:
+        layout: the batch's.
     """
     if settings.autocast is not None:
         return f"autocast={settings.autocast} is for the model's own code"
-    if is_sharded(model):
-        return "its weights are sharded over ranks"
-    if reason := spread_over(model):
+    state = model_key(model)
+    if reason := remembered(model, "never stacks", state, partial(_never, model)):
         return reason
     if hooks_everywhere():
         return "there are hooks on all modules"
     for module in modules_of(model):  # hooks of our own may be on it too, which its key does not name
         if hooks_on(module):
             return f"there are hooks on it, on {type(module).__name__} for one"
-    key = model_key(model), tuple(site.name for site in sites), settings.merge_adapters, layout.shape[1].bit_length()
+    key = state, tuple(site.name for site in sites), settings.merge_adapters, layout.shape[1].bit_length()
 
     def compared() -> str:
+        few = pack(sample(batch), first_position=layout.first_position)
         try:
-            return _difference(model, sites, layout)
+            return _difference(model, sites, few if len(few.row_tokens) else layout)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the model does not like about it is a reason not to do it
@@ -181,20 +189,23 @@ def why_not_stacked(model: nn.Module, sites: Sequence[Site], settings: AttackSet
     return remembered(model, "stacks", key, compared)
 
 
+def _never(model: nn.Module) -> str:
+    return "its weights are sharded over ranks" if is_sharded(model) else spread_over(model)
+
+
 def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout) -> str:
     """How the stack's logits or gradients differ from those of the model's own code; "" if by rounding alone."""
     stacked = StackForward(model, sites, layout, "auto")
     plain = HookedForward(model, sites, layout, "auto")
     draw = torch.Generator().manual_seed(0)
     rows = len(layout.row_tokens)
-    with torch.no_grad(), stacked([], False) as ours:
-        if reason := _apart("logits", ours.values, layout_logits(model, layout)):
-            return reason
     width = stacked.head.linear.weight.shape[1]
     deltas = [(torch.randn(rows, width, generator=draw) * 0.01).to(layout.branch.device) for _ in sites]
-    with plain(deltas, True) as theirs, stacked(deltas, True) as ours:
+    with plain(deltas, False) as theirs, stacked(deltas, False) as ours:
+        if reason := _apart("logits", ours.values, theirs.values.detach()):
+            return reason
         grad = torch.randn(theirs.values.shape, generator=draw).to(theirs.values)
-        wanted, found = theirs.gradients(theirs.values, grad), ours.gradients(ours.values, grad)
+        wanted, found = theirs.gradients(theirs.values, grad), ours.gradients(ours.values, grad.clone())
     places = stacked.stack.tokens.places
     for site, one, other in zip(sites, found, wanted, strict=True):
         if reason := _apart(f"gradients at {site.name}", one, other[places]):

@@ -20,13 +20,14 @@ from .batch import PairBatch
 from .layout import Layout, pack, text_lengths, unshared
 from .passes import layout_logits, texts, two_pass_rows
 from .probe import FLOAT32_TOLERANCE, Verdict, can_pack
+from .sample import sample
 
 WAYS = ("packed", "unshared", "alone")  # the fastest first
 _HALF = 0.03  # of the logits' root mean square; bf16 rounds to 1e-2
 _ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
 _CHOICES = ("index_topk", "keep_window_size", "indexer_budget")  # how many of all keys an attention chooses
 _LEAK = 0.1  # of the largest logit: a model that sees what it is asked for moves more, inputs quantised together less
-_SAMPLE = 4  # pairs that a first batch is judged by
+_LEAST = 16  # tokens by which rows may grow at least before they are judged anew
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Judged:
 def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
     """The fastest way to run `batch` that gives what every text gives alone in a pass.
 
-    A batch whose rows are longer than those judged so far is judged by running a few of its pairs, without gradients:
-    a window, a limit of positions or a choice of keys may begin to bind there.
+    A batch whose rows are longer than those judged so far is judged by running two texts of it (`_sample`), without
+    gradients: a window, a limit of positions or a choice of keys may begin to bind there. They are made longer by up to
+    a quarter, so that the next batch need not be judged again; where that changes the verdict, they are taken as they
+    are.
 
     - *causal*: other tokens at the end of a text leave the logits before them as they are. Where they move them by up
       to a tenth of the largest, texts run alone; where by more, the model sees what it is asked for, and is refused.
@@ -94,14 +97,29 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
         raise RuntimeError(judged.refusal)
     if _agreed(model, bool(judged.mixes)):
         return Way("alone", judged.mixes or "another rank's batch runs so")
-    verdict = can_pack(model, length) if packing else Verdict(False, "plain passes were asked for")
-    way = _judge(model, _sample(model, batch, first=not judged.ways), verdict)
+    fastest = "packed" if packing and can_pack(model, length) else "unshared"
+    found: list[tuple[int, Way]] = []
+    for up_to in dict.fromkeys((_rounded_up(length, text_config(model)), length)):
+        verdict = can_pack(model, up_to) if packing else Verdict(False, "plain passes were asked for")
+        way = _judge(model, sample(batch, up_to), verdict)
+        slowest = WAYS[_agreed(model, WAYS.index(way.engine))]
+        way = way if way.engine == slowest else Way(slowest, "another rank's batch cannot be run faster")
+        found.append((up_to, way))
+        if slowest == fastest:
+            break
+    up_to, way = min(found, key=lambda one: WAYS.index(one[1].engine))
     if judged.ways:
         way = max(judged.ways[-1][1], way, key=lambda one: WAYS.index(one.engine))
-    slowest = WAYS[_agreed(model, WAYS.index(way.engine))]
-    way = way if way.engine == slowest else Way(slowest, "another rank's batch cannot be run faster")
-    judged.ways.append((length, way))
+    judged.ways.append((up_to, way))
     return _for_tokens(model, batch, way)
+
+
+def _rounded_up(length: int, config: Any) -> int:
+    """The length to judge for: up to a quarter longer, within the model's positions."""
+    step = max(_LEAST, 1 << max(length.bit_length() - 3, 0))
+    limit = getattr(config, "max_position_embeddings", None)
+    longest = -(-length // step) * step
+    return max(length, min(longest, limit)) if isinstance(limit, int) else longest
 
 
 def _one_by_one(model: nn.Module, batch: PairBatch) -> str:
@@ -132,17 +150,17 @@ def _for_tokens(model: nn.Module, batch: PairBatch, way: Way) -> Way:
 
 def _judge(model: nn.Module, batch: PairBatch, verdict: Verdict) -> Way:
     """The fastest exact way for these pairs. verdict: what is known of packing."""
+    reason = verdict.reason
     with probing(model):
         compare = _Comparison(model, batch)
-        off = compare.difference(unshared(batch))
-        if off:
-            return Way("alone", f"texts beside others in a padded pass give other logits ({off})")
         if verdict:
             off = compare.difference(pack(batch, first_position=verdict.first_position))
-            if not off:
-                return Way("packed", "", verdict.first_position)
-            return Way("unshared", f"packed logits differ from those of plain passes ({off})")
-    return Way("unshared", verdict.reason)
+            if not _agreed(model, bool(off)) and not verdict.first_position:
+                return Way("packed")
+            reason = off and f"packed logits differ from those of plain passes ({off})"
+        if off := compare.difference(unshared(batch)):
+            return Way("alone", f"texts beside others in a padded pass give other logits ({off})")
+    return Way("unshared", reason) if reason or not verdict else Way("packed", "", verdict.first_position)
 
 
 class _Comparison:
@@ -196,28 +214,28 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
     ids = max((text.ids for text in texts(batch, alone=True)), key=lambda ids: ids.shape[1])
     kept = ids.shape[1] - max(1, ids.shape[1] // 4)
     other = ids.clone()
-    other[:, kept:] = ids[:, :1]
+    other[:, kept:] = _others(ids[:, kept:], ids)
     run: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids, use_cache=False).logits[0].float()  # noqa: E731
+    largest: Callable[[Tensor], float] = lambda logits: float(logits.abs().sum(-1).max()) if len(logits) else 0.0  # noqa: E731
     try:
         with probing(model):
-            before, after = run(ids), run(other)
-            with _rounded_embeddings(model):
-                rounded = run(ids)
+            before = run(ids)
+            if before.shape[0] != ids.shape[1]:
+                return (
+                    f"{name} answers {ids.shape[1]} tokens with the logits of {before.shape[0]}: it puts virtual "
+                    "tokens before them, as prompt tuning does, which no engine supports; attack the model without "
+                    "them, or use LoRA"
+                ), ""
+            moved, scale = largest((before - run(other))[:kept]), largest(before)
+            allowed = scale * (_HALF if is_half(model) else FLOAT32_TOLERANCE)
+            if moved > allowed or is_sharded(model):  # where sharded, all ranks make the same passes
+                with _rounded_embeddings(model):
+                    allowed = max(allowed, _ROUNDINGS * largest(before - run(ids)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return f"{name} cannot be run plainly, on a text's tokens alone: {type(error).__name__}: {error}", ""
-    if before.shape[0] != ids.shape[1]:
-        return (
-            f"{name} answers {ids.shape[1]} tokens with the logits of {before.shape[0]}: it puts virtual tokens before "
-            "them, as prompt tuning does, which no engine supports; attack the model without them, or use LoRA"
-        ), ""
-    moved, scale = (
-        float((before - after)[:kept].abs().sum(-1).max()) if kept else 0.0,
-        float(before.abs().sum(-1).max()),
-    )
-    noise = float((before - rounded).abs().max())
-    if not moved > max(scale * (_HALF if is_half(model) else FLOAT32_TOLERANCE), _ROUNDINGS * noise):
+    if not moved > allowed:
         return "", ""  # also where they are not finite, which the attack says itself
     seen = f"other tokens at the end of a text move the logits before them by {moved / scale:.1%}"
     if moved < _LEAK * scale:
@@ -225,13 +243,10 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
     return f"{name} lets tokens see later ones: {seen}; an attack needs a causal language model", ""
 
 
-def _sample(model: nn.Module, batch: PairBatch, first: bool) -> PairBatch:
-    """The pairs to judge by: the longest and the shortest, and of a first batch two more; always two where sharded."""
-    lengths = text_lengths(batch.rejected_mask) + text_lengths(batch.chosen_mask)
-    order = lengths.argsort(descending=True).tolist()
-    if is_sharded(model):
-        return batch.pairs([order[0], order[-1]])
-    return batch.pairs(sorted({*order[: _SAMPLE - 1 if first else 1], order[-1]}))
+def _others(ids: Tensor, text: Tensor) -> Tensor:
+    """Tokens of the text, each another one than that of `ids` at its place (as far as the text has two)."""
+    distinct = text.unique()
+    return torch.where(ids == distinct[0], distinct[-1], distinct[0])
 
 
 def _agreed(model: nn.Module, value: int) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .facts import hooks_on, is_ours, remembered
-from .lean import _lora_parts, _untouched
+from .facts import hooks_on, is_ours
+from .lean import _lora_parts, _untouched, norm_offset
 from .sites import decoder_layers, unwrapped
 
 Low = tuple[Tensor, Tensor]  # LoRA's product with its first factor, [T, rank], and its second factor, [out, rank]
@@ -339,24 +338,11 @@ def _norm(module: Any, name: str) -> Norm:
     found = [module.__dict__[key] for key in ("variance_epsilon", "eps") if isinstance(module.__dict__.get(key), float)]
     if len(found) != 1:
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has no epsilon")
-    key = type(module), found[0], weight.dtype
-    offset = remembered(module, "what a norm adds to its weight", key, partial(_offset, module, found[0]))
+    offset = norm_offset(module, found[0])
     if offset is None:
         raise UnsupportedStack(f"{name} ({type(module).__name__}) does not give what an RMS norm gives")
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return Norm(wide + offset if offset else wide, found[0])
-
-
-def _offset(module: Any, eps: float) -> int | None:
-    """0 for a norm that multiplies by its weight, 1 for one by 1 + weight, None for what is no RMS norm: by trying."""
-    weight = module.weight.detach()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    x = torch.linspace(-1, 2, 2 * weight.shape[0], device=weight.device, dtype=torch.float32).view(2, -1)
-    x = torch.cat([x, x * eps**0.5]).to(weight.dtype)  # among these the epsilon shows
-    given = type(module).forward(module, x).to(wide.dtype)
-    unit = x.to(wide.dtype) * torch.rsqrt(x.to(wide.dtype).square().mean(-1, keepdim=True) + eps)
-    fits = [torch.allclose(given, unit * (wide + n), 8 * torch.finfo(weight.dtype).eps, 1e-6) for n in (0, 1)]
-    return fits.index(True) if any(fits) else None
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def _lean_forward(module: nn.Module) -> Callable[..., Any] | None:
     if type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear":
         return partial(_lora_forward, module, module.forward)
     eps = _norm_eps(module)
-    if eps is not None and (offset := _norm_offset(module, eps)) is not None:
+    if eps is not None and (offset := norm_offset(module, eps)) is not None:
         return partial(_norm_forward, module, module.forward, offset, eps)
     return None
 
@@ -135,19 +135,28 @@ def _norm_eps(module: nn.Module) -> float | None:
     return found[0] if len(found) == 1 and isinstance(found[0], float) else None
 
 
-def _norm_offset(module: nn.Module, eps: float) -> float | None:
-    """What an RMS norm adds to its weight before it multiplies by it, 0 or 1; None for what is no RMS norm."""
-    return remembered(module, "norm's offset", (type(module), eps), partial(_tried_offset, module, eps))
+def norm_offset(module: nn.Module, eps: float) -> float | None:
+    """What an RMS norm adds to its weight before it multiplies by it, 0 or 1; None for what is no RMS norm.
+
+    Found out by trying, once a module.
+
+    Args:
+        module: has one vector of weights.
+    """
+    key = type(module), eps, module._parameters["weight"].dtype  # type: ignore[union-attr]
+    return remembered(module, "norm's offset", key, partial(_tried_offset, module, eps))
 
 
 @torch.no_grad()
 def _tried_offset(module: nn.Module, eps: float) -> float | None:
-    weight: Any = module.weight
+    weight: Any = module.weight.detach()  # type: ignore[operator]
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     x = torch.linspace(-1, 2, 2 * weight.shape[0], device=weight.device).view(2, -1)
-    x = torch.cat([x, x * eps**0.5])  # among these its epsilon shows
+    x = torch.cat([x, x * eps**0.5]).to(weight.dtype)  # among these its epsilon shows
+    unit = x.to(wide.dtype) * torch.rsqrt(x.to(wide.dtype).square().mean(-1, keepdim=True) + eps)
     try:
-        given = module.forward(x)
-        fits = [torch.allclose(given, _FrozenNorm.apply(x, weight + n, eps), 1e-5, 1e-6) for n in (0.0, 1.0)]
+        given = type(module).forward(module, x).to(wide.dtype)
+        fits = [torch.allclose(given, unit * (wide + n), 8 * torch.finfo(weight.dtype).eps, 1e-6) for n in (0, 1)]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever it is, it is not called with hidden states alone

@@ -210,13 +210,13 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         ValueError: the model has no adapter that can be merged, or a weight under one is quantised, or another module's
             too.
     """
-    layers = [m for m in modules_of(model) if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
+    layers = _mergeable(model)
     if not layers:
         raise ValueError("merge_adapters=True, but the model has no adapter that peft can merge")
     layers = [layer for layer in layers if not layer.merged_adapters]
     owners = Counter(_place(p) for m in modules_of(model) for p in m._parameters.values() if p is not None)
     for layer in layers:
-        for name, p in layer.get_base_layer().named_parameters(recurse=False):  # type: ignore[operator]
+        for name, p in layer.get_base_layer().named_parameters(recurse=False):
             if (several := owners[_place(p)]) > 1:
                 raise ValueError(
                     f"merge_adapters=True, but the {name} {tuple(p.shape)} under an adapter belongs to {several} "
@@ -237,12 +237,12 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     parts = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in below]
     try:
         for layer in layers:
-            for p in layer.get_base_layer().parameters(recurse=False):  # type: ignore[operator]
+            for p in layer.get_base_layer().parameters(recurse=False):
                 data, copy = p.data, p.data.clone()
                 in_place = p.device.type in KEPT_ON or type(data) is not Tensor  # a shard's memory cannot be exchanged
                 held.append((p, data, copy if in_place else data))
                 p.data = data if in_place else copy
-            layer.merge()  # type: ignore[operator]
+            layer.merge()
         yield
     finally:
         for module, modules, parameters, buffers in parts:  # peft exchanges some of them
@@ -254,40 +254,46 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             if saved is not data:
                 p.data.copy_(saved)
         for layer in layers:
-            layer.merged_adapters.clear()  # type: ignore[operator, union-attr]
+            layer.merged_adapters.clear()
 
 
-def check_merging(model: nn.Module) -> None:
-    """Refuse, once asked for a model, adapters whose merging changes what the model answers, or that do not come back.
+@contextmanager
+def checked_merging(model: nn.Module) -> Iterator[None]:
+    """`merged_adapters`; once a model it is found out whether what it answers stays, and comes back afterwards.
 
     Raises:
-        ValueError: the kind of adapter, and by how much the logits differ.
+        ValueError: it does not; the message names the kind of adapter, and by how much the logits differ.
     """
-    if message := remembered(model, "merging", model_key(model), lambda: _merging_fault(model)):
-        raise ValueError(message)
+    faults: list[str] = remembered(model, "faults of merging", model_key(model), list)  # "" for none
+
+    def judge(fault: str) -> None:
+        faults[:] = [fault]
+        if fault:
+            raise ValueError(f"merge_adapters=True, but {fault}; use merge_adapters=False")
+
+    before = None if faults else _few_logits(model)
+    if faults:
+        judge(faults[0])
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in _mergeable(model)}))
+    with merged_adapters(model):
+        if before is not None:
+            scale, off = float(before.abs().max()), float((_few_logits(model) - before).abs().max())
+            if off > scale * (0.1 if weights_dtype(model) in (torch.float16, torch.bfloat16) else 1e-3):
+                judge(f"merging {kinds} moves the logits by {off:.1e} of {scale:.1e}")
+        yield
+    if before is not None:
+        judge("" if torch.equal(before, _few_logits(model)) else f"the weights under {kinds} do not come back")
 
 
-def _merging_fault(model: nn.Module) -> str:
+def _few_logits(model: nn.Module) -> Tensor:
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    ids = torch.arange(1, 9, device=device).view(2, 4)
-    logits = lambda: model(input_ids=ids, use_cache=False).logits.float()  # noqa: E731
     with probing(model):
-        before = logits()
-        with merged_adapters(model):
-            merged = logits()
-        after = logits()
-    layers = [m for m in modules_of(model) if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
-    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-    half = weights_dtype(model) in (torch.float16, torch.bfloat16)
-    scale, off = float(before.abs().max()), float((merged - before).abs().max())
-    if not torch.equal(before, after):
-        return f"merge_adapters=True, but the weights under {kinds} do not come back; use merge_adapters=False"
-    if off > scale * (0.1 if half else 1e-3):
-        return (
-            f"merge_adapters=True, but merging {kinds} moves the logits by {off:.1e} of {scale:.1e}; use "
-            "merge_adapters=False"
-        )
-    return ""
+        logits: Tensor = model(input_ids=torch.arange(1, 9, device=device).view(2, 4), use_cache=False).logits
+    return logits.float().nan_to_num()
+
+
+def _mergeable(model: nn.Module) -> list[Any]:
+    return [m for m in modules_of(model) if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
 
 
 @contextmanager
@@ -300,7 +306,7 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
             no_autocast(device) if autocast is None else torch.autocast(device.type, dtype=autocast, enabled=True)
         )
         if merge_adapters:
-            stack.enter_context(merged_adapters(model))
+            stack.enter_context(checked_merging(model))
         elif autocast is None:
             stack.enter_context(cast_adapters(model))
         stack.enter_context(frozen_eval(model))

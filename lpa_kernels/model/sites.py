@@ -191,25 +191,43 @@ def site_widths(model: nn.Module, sites: Sequence[Site]) -> list[tuple[int, torc
     Raises:
         ValueError: a site is never run, or more than once, by the model's forward pass, or on
             other tokens than the text's.
+        RuntimeError: the model does not run on two tokens.
     """
+    wrong: list[Exception] = []
     seen: dict[str, list[tuple[int, torch.device]]] = {site.name: [] for site in sites}
 
     def watch(site: Site) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = hidden_of(output, site.name)
-            if (tokens := hidden.numel() // hidden.shape[-1]) != 2:
-                raise ValueError(
-                    f"site {site.name!r} has {tokens} tokens where the text has 2: the model adds tokens of its own "
-                    "(prompt tuning does), which no engine supports"
-                )
-            seen[site.name].append((hidden.shape[-1], hidden.device))
+            try:
+                seen[site.name].append(_width_of_two(output, site.name))
+            except (TypeError, ValueError) as error:
+                wrong.append(error)
+                raise
 
         return hook
 
     with hooked((site.module, watch(site)) for site in sites):
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if wrong:
+                raise
+            name, kind = type(model).__name__, type(error).__name__
+            raise RuntimeError(f"{name} cannot be run plainly, on tokens alone: {kind}: {error}") from error
     for name, calls in seen.items():
         if len(calls) != 1:
             raise ValueError(f"site {name!r} ran {len(calls)} times in one forward pass; a site must run exactly once")
     return [seen[site.name][0] for site in sites]
+
+
+def _width_of_two(output: Any, name: str) -> tuple[int, torch.device]:
+    hidden = hidden_of(output, name)
+    if (tokens := hidden.numel() // hidden.shape[-1]) != 2:
+        raise ValueError(
+            f"site {name!r} has {tokens} tokens where the text has 2: the model adds tokens of its own (prompt tuning "
+            "does), which no engine supports"
+        )
+    return hidden.shape[-1], hidden.device

@@ -41,7 +41,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+    "gfx1201": GPUTarget("hip", "gfx1201", 32),
 }
+ON_REQUEST = ("gfx1100", "gfx1201")  # RDNA, warps of 32: the kernels run there, but attention spills
 MULTIPROCESSORS = 132
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int32: "i32",
@@ -210,7 +213,7 @@ def hip_cost(name: str, target: str, binary: Any, folder: Path) -> Cost:
     accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
     wide = sum("dwordx4" in access for access in accesses)
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    threads = binary.metadata.num_warps * 64
+    threads = binary.metadata.num_warps * TARGETS[target].warp_size
     return Cost(name, target, threads, number("vgpr_count"), spills, binary.metadata.shared, f"{wide}/{len(accesses)}")
 
 
@@ -278,7 +281,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS,
+                        default=[name for name in TARGETS if name not in ON_REQUEST])  # fmt: skip
     parser.add_argument("--asm", type=Path, help="keep the assembly in this folder")
     parser.add_argument("--corners", action="store_true", help="compile odd shapes, strides and dtypes for sm_90")
     options = parser.parse_args(argv)

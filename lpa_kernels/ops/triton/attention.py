@@ -82,7 +82,7 @@ def _rotated(
     strides = [s for t in (q, k, q_out, k_out) for s in t.stride()[:2]]
     _rotate[(triton.cdiv(max(len(q), len(k)), many), q.shape[1] + k.shape[1])](
         q, k, q_out, k_out, q_places, k_places, cos, sin, len(q), len(k), q.shape[1], *strides,
-        BACK=back, HALF=half, PAD=pad, TOKENS=many, num_warps=launch.warps(TURNED // 8),
+        BACK=back, HALF=half, PAD=pad, TOKENS=many, **launch.threads(TURNED // 8),
     )  # fmt: skip
     return q_out, k_out
 
@@ -334,7 +334,7 @@ def attention(
         strides = [s for t in (q, k, v) for s in t.stride()[:2]]
         _attention[(triton.cdiv(longest_q, held), heads, len(q_starts) - 1)](
             q, k, v, q_places, k_places, q_starts, k_starts, out, lse, *strides, queries, scale, softcap,
-            HEADS=heads, M=held, N=walked, num_warps=warps, **_shape(q, k, softcap, window),
+            HEADS=heads, M=held, N=walked, **launch.options(warps), **_shape(q, k, softcap, window),
         )  # fmt: skip
     return out, lse
 
@@ -347,7 +347,7 @@ def attention_backward_(
     """Write the gradients of q, k and v, as `lpa_kernels.ops.attention_backward_`."""
     queries, heads, width = q.shape
     held, walked, warps = plan(width, q.dtype)
-    shape = _shape(q, k, softcap, window) | {"num_warps": warps}
+    shape = _shape(q, k, softcap, window) | launch.options(warps)
     own = torch.empty((heads, queries), dtype=torch.float32, device=q.device)
     stream = (q_places, k_places, q_starts, k_starts)
     with launch.on(q):

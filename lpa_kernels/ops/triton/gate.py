@@ -77,7 +77,7 @@ def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         with launch.on(gate):
             _swiglu[(triton.cdiv(tokens, many), triton.cdiv(width, columns))](
                 gate, up, out, tokens, gate.stride(0), up.stride(0),
-                WIDTH=width, SILU=activation == "silu", TOKENS=many, BLOCK=columns, num_warps=launch.warps(TILE // 8),
+                WIDTH=width, SILU=activation == "silu", TOKENS=many, BLOCK=columns, **launch.threads(TILE // 8),
             )  # fmt: skip
     return out
 
@@ -91,5 +91,5 @@ def swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor, activation: str) ->
         with launch.on(gate):
             _swiglu_backward[(triton.cdiv(tokens, many), triton.cdiv(width, columns))](
                 gate, up, grad, tokens, gate.stride(0), up.stride(0), grad.stride(0),
-                WIDTH=width, SILU=activation == "silu", TOKENS=many, BLOCK=columns, num_warps=launch.warps(TILE // 8),
+                WIDTH=width, SILU=activation == "silu", TOKENS=many, BLOCK=columns, **launch.threads(TILE // 8),
             )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,25 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def threads(number: int) -> dict[str, Any]:
+    """The options of a launch of `number` threads a program, a power of two."""
+    return options(warps(number))
+
+
+def options(warps: int) -> dict[str, Any]:
+    """The options of a launch. Triton fuses products with sums by itself up to 3.9, and later if it is told to."""
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
 def warps(threads: int) -> int:
-    """`threads`, a power of two, as the `num_warps` of a launch: a warp has 32 of them, 64 on ROCm."""
-    return max(1, threads // (64 if torch.version.hip else 32))
+    """`threads`, a power of two, as the `num_warps` of a launch on the current device."""
+    return max(1, threads // (_lanes(torch.cuda.current_device()) if torch.version.hip else 32))
+
+
+@lru_cache
+def _lanes(device: int) -> int:
+    """Threads of a warp: 32 on CUDA and on RDNA (gfx10 to gfx12), 64 on CDNA."""
+    return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 def power_of_two(number: int) -> int:

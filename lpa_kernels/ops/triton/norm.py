@@ -187,7 +187,7 @@ def add_norm(
             0 if up is None else up.stride(0), scale, eps,
             WIDTH=width, RANK=rank, RANKS=max(16, launch.power_of_two(rank)), RESIDUAL=residual is not None,
             DELTA=perturbed, ADDED=added, NORM=weight is not None, ROWS=rows_each, BLOCK=columns,
-            num_warps=launch.warps(threads),
+            **launch.threads(threads),
         )  # fmt: skip
     return r, normed, rstd
 
@@ -203,6 +203,6 @@ def add_norm_backward(grad: Tensor, r: Tensor, rstd: Tensor, weight: Tensor, res
         _add_norm_backward[(triton.cdiv(tokens, rows_each),)](
             grad, r, rstd, weight, residual, out, tokens, grad.stride(0), r.stride(0),
             0 if residual is None else residual.stride(0),
-            WIDTH=width, RESIDUAL=residual is not None, ROWS=rows_each, BLOCK=columns, num_warps=launch.warps(threads),
+            WIDTH=width, RESIDUAL=residual is not None, ROWS=rows_each, BLOCK=columns, **launch.threads(threads),
         )  # fmt: skip
     return out

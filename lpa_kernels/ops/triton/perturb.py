@@ -70,6 +70,6 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
                 WIDTH=width,
                 TOKENS=many,
                 BLOCK=columns,
-                num_warps=launch.warps(TILE // 8),
+                **launch.threads(TILE // 8),
             )
     return out

@@ -258,14 +258,14 @@ def token_loss_(
             lanes = min(max(64, launch.power_of_two(vocabulary) // (LOADS * vector)), ROW_THREADS)
             _row[(rows,)](
                 logits, labels, away, weight, losses, hits, stride, vocabulary, threshold,
-                GRADIENT=gradient, VECTOR=vector, LANES=lanes, num_warps=launch.warps(lanes),
+                GRADIENT=gradient, VECTOR=vector, LANES=lanes, **launch.threads(lanes),
             )  # fmt: skip
         else:
             tile = PART_THREADS * LOADS * vector
             span = triton.cdiv(vocabulary, count * tile) * tile
             count = triton.cdiv(vocabulary, span)
             scratch = torch.empty((3, rows, count), dtype=torch.float32, device=logits.device)
-            shape = {"VECTOR": vector, "LANES": PART_THREADS, "num_warps": launch.warps(PART_THREADS)}
+            shape = {"VECTOR": vector, "LANES": PART_THREADS} | launch.threads(PART_THREADS)
             _scan_part[(rows, count)](logits, labels, scratch, stride, vocabulary, span, **shape)
             _finish_part[(rows, count if gradient else 1)](
                 logits, labels, away, weight, losses, hits, scratch, rows, count, stride, vocabulary, span, threshold,

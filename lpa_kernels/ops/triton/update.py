@@ -176,7 +176,8 @@ def _update(
             )  # fmt: skip
             tl.store(at + column, d, mask=inside)
             if NORM == "linf":
-                partial = tl.maximum(partial, tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
+                size_of = tl.abs(d)  # not tl.maximum, which loses a NaN under the interpreter of Triton 3.9
+                partial = tl.where((size_of > partial) | (size_of != size_of), size_of, partial)
             else:
                 partial += d * d
         norm = _largest(partial) if NORM == "linf" else tl.sqrt(tl.sum(partial, 1)[:, None])
@@ -287,5 +288,5 @@ def pgd_update_(
                 EPSILON_STRIDE=int(epsilon.dim() > 0),
                 ROWS=rows_each,
                 BLOCK=columns,
-                num_warps=launch.warps(threads),
+                **launch.threads(threads),
             )

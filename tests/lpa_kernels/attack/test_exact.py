@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peft import (
     LoraConfig,
     PeftMixedModel,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -102,6 +104,25 @@ def test_rows_that_depend_on_each_other_run_alone(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_a_batch_of_one_pair_says_nothing_of_rows_that_depend_on_each_other(engine: str) -> None:
+    model = build("llama")
+    model.model.layers[2].mlp = RowMean(model.model.layers[2].mlp)
+    assert_exact(model, pairs(SHORT).pairs([0]), engine=engine)
+    assert_exact(model, pairs(SHORT), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_texts_of_one_length_say_nothing_of_shorter_ones_beside_them(kind: str, engine: str) -> None:
+    """Beyond a length these positions change for all rows of a pass, and by its longest one."""
+    own = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 32} | own
+    model = build("llama", rope_parameters=rope, max_position_embeddings=128 if kind == "longrope" else 32)
+    assert_exact(model, pairs([(34, 6, 6, 0)] * 2), engine=engine)
+    assert_exact(model, pairs([(34, 6, 6, 0), (8, 4, 4, 0)]), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
 def test_tokens_that_see_later_ones_are_refused(engine: str) -> None:
     with pytest.raises(RuntimeError, match="lets tokens see later ones"):
         LatentPGD(build("xlnet"), "embedding", engine=engine).attack(pairs(SHORT))
@@ -161,6 +182,37 @@ def test_wrong_gradients_are_refused_by_the_layers_name() -> None:
         attacked(model, pairs(SHORT))
 
 
+class _Weaker(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 0.7 * grads[0]
+
+
+@pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm"])
+@pytest.mark.parametrize("spoilt", [Tensor.detach, _Weaker.apply], ids=["detached", "weaker"])
+def test_gradients_of_a_part_are_missing(part: str, spoilt: Any) -> None:
+    """Autograd's own gradient is then another direction, along which the loss rises still: by some percent more."""
+    model = build("llama")
+
+    def spoil(module: nn.Module, args: Any, output: Any) -> Any:
+        return (spoilt(output[0]), *output[1:]) if isinstance(output, tuple) else spoilt(output)
+
+    getattr(model.model.layers[1], part).register_forward_hook(spoil)
+    with pytest.raises(RuntimeError, match="not those of its losses"):
+        attacked(model, pairs(SHORT))
+
+
+def test_a_site_that_no_gradient_reaches_is_named() -> None:
+    model = build("llama")
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(RuntimeError, match=r"passes no gradient on to 'embedding', though its losses depend on it"):
+        attacked(model, pairs(SHORT))
+
+
 def test_bitsandbytes_weights_come_back_in_order() -> None:
     pytest.importorskip("bitsandbytes")
     from benchmarks.adapted_models import quantised
@@ -212,9 +264,10 @@ def test_merging_that_changes_the_answer_is_refused() -> None:
 # ---- 5: virtual tokens
 
 
-@pytest.mark.parametrize("engine", ["auto", "packed", "reference"])
-def test_virtual_tokens_are_refused_by_every_engine(engine: str) -> None:
-    model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+@pytest.mark.parametrize("engine", ["auto", "stack", "packed", "reference"])
+@pytest.mark.parametrize("kind", [PromptTuningConfig, partial(PromptEncoderConfig, encoder_hidden_size=16)])
+def test_virtual_tokens_are_refused_by_every_engine(kind: Any, engine: str) -> None:
+    model = get_peft_model(build("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=5))
     for sites in (SITES, ["embedding"]):
         with pytest.raises((ValueError, RuntimeError), match="prompt tuning does"):
             LatentPGD(model, sites, engine=engine).attack(pairs(SHORT))

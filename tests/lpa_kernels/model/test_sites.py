@@ -51,6 +51,13 @@ def test_sites_that_do_not_run_once() -> None:
         resolve_sites(nn.Linear(2, 2), "mlp:0")
 
 
+def test_a_model_that_does_not_run_is_told_so() -> None:
+    model = llama()
+    model.model.layers[1].mlp.double()
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM cannot be run plainly, on tokens alone: RuntimeError"):
+        LatentPGD(model, ["embedding"]).attack(pairs())
+
+
 def test_the_blocks_are_found_without_a_walk_over_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attack asks for them, and an 8B model with LoRA has thousands of modules under several wrappers."""
     model, seen, modules = with_lora(llama()), [], nn.Module.modules

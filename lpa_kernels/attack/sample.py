@@ -1,0 +1,55 @@
+"""Two pairs that stand for a batch where a model is tried on it: ragged, unlike each other, as long as asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import PairBatch
+from .layout import pack, text_lengths
+
+
+def sample(batch: PairBatch, length: int = 0) -> PairBatch:
+    """The pair with the longest text, and the end of the one with the shortest.
+
+    The end is at most a quarter as long. So rows differ in length and in their first tokens, whatever the batch holds,
+    and what padding or other rows change shows even in a batch of one pair, or of equal lengths.
+
+    Args:
+        length: the longest pair's packed row gets this many tokens at least: its text is put before it once more.
+    """
+    lengths = torch.stack([text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)], 1)
+    order = sorted((max(pair), sum(pair), i) for i, pair in enumerate(lengths.tolist()) if max(pair))
+    if not order:
+        return batch.pairs([0, 0])
+    long, short = batch.pairs([order[-1][2]]), batch.pairs([order[0][2]])
+    longer = max(length - pack(long).shape[1], 0)
+    kept = max((order[-1][0] + longer) // 4, 2)
+    shortest = min(length for length in lengths[order[0][2]].tolist() if length)
+    before = long.chosen_ids[0, : order[-1][0]]
+    before = before.repeat(longer // len(before) + 1)[:longer]
+    return _beside(_moved(long, before, 0), _moved(short, before[:0], max(shortest + 1 - kept, 0)))
+
+
+def _moved(pair: PairBatch, before: Tensor, less: int) -> PairBatch:
+    """A pair whose texts begin with the tokens `before`, or `less` tokens later."""
+    held: dict[str, Any] = {}
+    for name in ("rejected", "chosen"):
+        ids, mask = getattr(pair, f"{name}_ids")[:, less:], getattr(pair, f"{name}_mask")[:, less:].clone()
+        mask[:, 0] = False  # nothing predicts the first token
+        held[f"{name}_ids"] = torch.cat([before[None], ids], 1)
+        held[f"{name}_mask"] = torch.nn.functional.pad(mask, (len(before), 0))
+    attack = torch.nn.functional.pad(pair.attack_mask[:, less:], (len(before), 0))
+    return PairBatch(**held, attack_mask=attack)
+
+
+def _beside(one: PairBatch, other: PairBatch) -> PairBatch:
+    """A batch of both, each filled up on the right."""
+    held: dict[str, Any] = {}
+    for name in ("rejected_ids", "rejected_mask", "chosen_ids", "chosen_mask", "attack_mask"):
+        rows = [getattr(pair, name)[0] for pair in (one, other)]
+        width = max(len(row) for row in rows)
+        held[name] = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+    return PairBatch(**held)
