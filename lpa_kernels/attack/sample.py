@@ -28,7 +28,8 @@ def sample(batch: PairBatch, length: int = 0) -> PairBatch:
     longer = max(length - pack(long).shape[1], 0)
     kept = max((order[-1][0] + longer) // 4, 2)
     shortest = min(length for length in lengths[order[0][2]].tolist() if length)
-    before = long.chosen_ids[0, : order[-1][0]]
+    of_it = lengths[order[-1][2]]
+    before = (long.rejected_ids if of_it[0] >= of_it[1] else long.chosen_ids)[0, : order[-1][0]]
     before = before.repeat(longer // len(before) + 1)[:longer]
     return _beside(_moved(long, before, 0), _moved(short, before[:0], max(shortest + 1 - kept, 0)))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..model.perturbation import gradients, grid_rows, kept_for_recompute, perturbed
 from ..model.sharding import is_sharded
 from ..model.sites import Site
+from ..model.walk import modules_of
 from ..ops import token_loss
 from .batch import PairBatch
 from .passes import text_logits, texts
@@ -61,6 +62,8 @@ def wrong_gradients(
     total = sum(norms)
     if not 0 < total < math.inf:
         return ""  # the attack itself counts losses that are not finite
+    # who has hooks on backward passes wants other gradients than those of the losses
+    strict = not half and not any(m._backward_hooks or m._backward_pre_hooks for m in modules_of(model))
     kinds = ", ".join(_unusual(model)) or "a hook or an autograd.Function of its own"
 
     @torch.no_grad()
@@ -81,9 +84,9 @@ def wrong_gradients(
         step = nats / (2 * total)
         along = [step if norm else 0.0 for norm in norms]
         ratios.append((moved(*along) - moved(*(-length for length in along))) / (2 * step * total))
-        if not sharded and _agree(ratios, half) is not None:
+        if not sharded and _agree(ratios, strict) is not None:
             break
-    if _agree(ratios, half):
+    if _agree(ratios, strict):
         return ""
     return (
         f"the gradients of {name} are not those of its losses: along the gradient the loss of a text rises by "
@@ -92,9 +95,9 @@ def wrong_gradients(
     )
 
 
-def _agree(ratios: list[float], half: bool) -> bool | None:
+def _agree(ratios: list[float], strict: bool) -> bool | None:
     """Whether slopes by finite differences, as shares of autograd's, are the same; None where more are to be taken."""
-    if not half:
+    if strict:
         smooth = ratios[:2]
         if any(abs(ratio - 1) <= _SMOOTH for ratio in smooth):
             return True

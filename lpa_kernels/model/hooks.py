@@ -48,14 +48,18 @@ def forwards(replaced: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterat
                     module.__dict__["forward"] = own
 
 
+# What modules call to checkpoint their activations: transformers' layers, and torch's CheckpointWrapper.
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
 @contextmanager
-def swapped(model: nn.Module, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Within it, the attribute `name` of every module that has one of its own is what `change` makes of it."""
-    held = [(module, module.__dict__[name]) for module in modules_of(model) if name in module.__dict__]
+def checkpoints(model: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it, every function by which a module checkpoints its activations is what `change` makes of it."""
+    held = [(m, name, m.__dict__[name]) for m in modules_of(model) for name in _CHECKPOINTS if name in m.__dict__]
     try:
-        for module, value in held:
-            module.__dict__[name] = change(value)
+        for module, name, function in held:
+            module.__dict__[name] = change(function)
         yield
     finally:
-        for module, value in held:
-            module.__dict__[name] = value
+        for module, name, function in held:
+            module.__dict__[name] = function

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.functional import no_autocast
 from .facts import model_key, remembered, say_once
-from .hooks import swapped
+from .hooks import checkpoints
 from .lean import lean_layers
 from .sharding import at_rest, is_sharded, left_out
 from .walk import modules_of, parameters_of
@@ -36,7 +36,7 @@ def _checkpointed(model: nn.Module) -> list[nn.Module]:
 
 
 def _not_reentrant(checkpoint: Any) -> Any:
-    """transformers' checkpointing function, told so; nothing random is left in eval mode, so no state to keep."""
+    """A checkpointing function, told so; nothing random is left in eval mode, so no state to keep."""
     if not isinstance(checkpoint, partial):
         return checkpoint
     keywords = checkpoint.keywords | {"use_reentrant": False, "preserve_rng_state": False}
@@ -116,8 +116,7 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
         else:
             for module in checkpointed:
                 module.training = True
-        checkpointing = swapped(model, "_gradient_checkpointing_func", _not_reentrant)
-        with at_rest(model), kept_flags(model), checkpointing:
+        with at_rest(model), kept_flags(model), checkpoints(model, _not_reentrant):
             for p in parameters_of(model):
                 p.requires_grad_(False)
             yield

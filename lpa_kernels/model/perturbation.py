@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import perturb
-from .hooks import hooked, swapped
+from .hooks import checkpoints, hooked
 from .sites import Site, hidden_of, with_hidden
 
 Rows = Callable[[Tensor], Tensor | None]
@@ -120,7 +120,8 @@ def ablated(sites: Sequence[Site], directions: Sequence[Tensor], acting: Tensor,
 def kept_for_recompute(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """`context()` is on within, and again whenever a block that is checkpointed within runs for its gradients.
 
-    For backward passes that run after the block ends. Covers the checkpointing of transformers' models.
+    For backward passes that run after the block ends. Covers the checkpointing of transformers' models and torch's
+    `CheckpointWrapper`, which accelerate puts around blocks.
     """
     within = True
 
@@ -136,7 +137,7 @@ def kept_for_recompute(model: nn.Module, context: Callable[[], AbstractContextMa
 
         return run
 
-    with context(), swapped(model, "_gradient_checkpointing_func", kept):
+    with context(), checkpoints(model, kept):
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.oracle import CUT_OFF, plain_attack
@@ -385,3 +386,23 @@ def test_a_backward_pass_after_the_attack_was_applied(reentrant: bool) -> None:
         logits.float().log_softmax(-1)[..., 5].mean().backward()
         grads.append(model.model.layers[2].self_attn.q_proj.weight.grad)
     assert torch.allclose(grads[0], grads[1], atol=1e-6 * float(grads[0].abs().max()))
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", CheckpointImpl)
+def test_blocks_wrapped_by_torch_s_checkpointing(implementation: CheckpointImpl, engine: str) -> None:
+    """As accelerate wraps them for FSDP: the attack, and the gradients of the defence, are those of plain blocks."""
+    batch, found = pairs(SHORT), []
+    for wrapped in (False, True):
+        model = build("llama")
+        if wrapped:
+            blocks = model.model.layers
+            for index, block in enumerate(list(blocks)):
+                blocks[index] = checkpoint_wrapper(block, checkpoint_impl=implementation)
+        pgd = LatentPGD(model, ["embedding", "attn:1"], engine=engine, **SETTINGS)
+        attack = pgd.attack(batch)
+        pgd.rows(batch, attack).logits.float().log_softmax(-1)[:, 5].mean().backward()
+        grads = [p.grad for name, p in model.named_parameters() if "layers.2" in name and "q_proj" in name]
+        found.append((attack.history["total"], grads[0]))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-4 * float(found[0][1].abs().max()))
