@@ -1,6 +1,11 @@
 """What the README and the docs name is there: links, names in code, commands."""
 
+import contextlib
+import io
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +69,74 @@ def test_the_readmes_python_runs_on_a_tiny_model(tmp_path, monkeypatch):
         exec(block, names)
     assert len(names["attack"].losses) == 16
     assert (tmp_path / "runs/qwen3/adapter_model.safetensors").is_file()
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def commands(page, inline=False):
+    """The words of each `lpa ...` command that a page prints, in order; those with a placeholder are left out."""
+    text = page.read_text(encoding="utf-8")
+    kinds = [r"```sh\n(?P<fenced>.*?)```", r"(?:^|\n)(?P<indented>(?:    lpa [^\n]*\n)+)"]
+    kinds += [r"`(?P<inline>lpa [a-z][^`]*)`"] if inline else []
+    found = []
+    for match in re.finditer("|".join(kinds), text, re.DOTALL):
+        for line in re.split(r"\n|&&", match[match.lastgroup]):
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["lpa"] and len(words) > 1 and not any(re.fullmatch(r"[A-Z]+|\.\.\.", w) for w in words):
+                found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page, inline=True)], ids=lambda p: p.name)
+def test_commands_have_the_options_that_pages_give_them(page):
+    from lpa.cli import COMMANDS, main
+
+    for command, *words in commands(page, inline=True):
+        assert command in COMMANDS, f"lpa {command}"
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            main([command, "--help-all" if command in ("train", "plan") else "--help"])
+        known = {option.replace("_", "-") for option in re.findall(r"--[\w-]+", out.getvalue())}
+        given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+        assert given <= known | {"--help"}, f"lpa {command}: {given - known}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda p: p.name)
+def test_a_pages_commands_run_as_printed_in_order(page, tmp_path, monkeypatch):
+    """On a tiny model in the place of every other, and harmless prompts in the place of harmful ones."""
+    from lpa import assets, models
+    from lpa.cli import main
+    from lpa.evaluation import sets
+
+    from .support.speakers import STAND_INS
+
+    tokenizer = tiny_tokenizer()
+    tiny_model(len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    # what the reader of docs/migrate.md has
+    config = {"num_steps": 1, "pgd_iterations_per_step": 2, "max_batch_per_acc": 2, "pgd_layers": ["embedding", 1]}
+    (tmp_path / "latent_at").mkdir()
+    (tmp_path / "latent_at/lat_config.json").write_text(json.dumps(config))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/negative_only.csv").write_text("prompt,rejected,chosen\nI agree,yes,no\nI do not,yes,no\n")
+
+    def fetch(name, *_, **__):
+        if name not in sets.HARM_SETS:
+            raise assets.AssetError(f"{name} is not here")
+        return tmp_path
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "resolve", lambda name: str(tmp_path / "tiny"))
+    monkeypatch.setenv("LPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(assets, "fetch", fetch)
+    monkeypatch.setattr(
+        sets, "_ASSET_READERS", {name: lambda _: [("", t) for t in STAND_INS] for name in sets.HARM_SETS}
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("I agree\n/quit\n"))
+    for words in commands(page):
+        assert main(words) == 0, f"lpa {' '.join(words)}"
 
 
 def test_no_placeholder_is_left():
