@@ -132,8 +132,10 @@ def test_a_pages_commands_run_as_printed_in_order(page, tmp_path, monkeypatch):
     monkeypatch.setenv("LPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets, "fetch", fetch)
     monkeypatch.setattr(
-        sets, "_ASSET_READERS", {name: lambda _: [("", t) for t in STAND_INS] for name in sets.HARM_SETS}
+        sets, "_ASSET_READERS", {name: lambda _: [("", t) for t in STAND_INS[:3]] for name in sets.HARM_SETS}
     )
+    few = sets.benign_prompts()[:6]
+    monkeypatch.setattr(sets, "benign_prompts", lambda *_: few)
     monkeypatch.setattr(sys, "stdin", io.StringIO("I agree\n/quit\n"))
     for words in commands(page):
         assert main(words) == 0, f"lpa {' '.join(words)}"

@@ -358,7 +358,7 @@ def _before_after(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def _share(name: str, found: dict[str, float]) -> str:
-    if name not in found or f"{name}_n" not in found:
+    if not {name, f"{name}_n", f"{name}_margin"} <= set(found):  # an AUROC has an interval of its own
         return as_text(name, found)
     n = int(found[f"{name}_n"])
     low, high = wilson(round(found[name] * n), n)

@@ -80,7 +80,8 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "kept_lpa_step": 2,
         "stopped": "benign requests done -50 points",
     }
-    held = {"disagree_undesirable": 0.5, "disagree_undesirable_margin": 0.1, "disagree_undesirable_n": 12.0}
+    held = {"disagree_undesirable": 0.5, "disagree_undesirable_margin": 0.1, "disagree_undesirable_n": 12.0,
+            "auroc": 0.6, "auroc_low": 0.4, "auroc_high": 0.8, "auroc_n": 24.0}  # fmt: skip
     record = {"model": "tiny", "command": "lpa train --model tiny", "settings": {"seed": 3}, "steps": steps,
               "versions": {"torch": "2"}, "canaries": canaries,
               "data": {"source": "pairs.csv", "rows": 64, "sha256": "d" * 64},
