@@ -10,6 +10,7 @@ from typing import Any
 from setuptools import setup
 
 VARIABLE = "LPA_KERNELS_NATIVE"
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"  # of a build without a GPU: A100, H100, and what comes after them
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the build runs on this and every later version
 
 
@@ -31,6 +32,8 @@ def native(wanted: str) -> dict[str, Any]:
     macros = [("TORCH_TARGET_VERSION", OLDEST_TORCH)]
     flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]}
     if cuda:
+        if not torch.cuda.is_available():  # torch asks the GPUs at hand which they are, and here is none
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
         sources += ["csrc/ops_cuda.cpp", "csrc/cuda/update.cu"]
         macros.append(("USE_CUDA", "1"))
         flags["nvcc"] = ["-O3"]

@@ -8,9 +8,11 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -18,6 +20,7 @@ from transformers import TrainingArguments
 from lpa_kernels.attack import AttackSettings, Objective
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON, system_prompt_text
+from .inherited import check_settings
 from .names import nearest
 from .public_code import is_public, translated
 
@@ -28,14 +31,6 @@ NORMALISERS = ("global", "micro")
 KL_FORMS = ("standard", "public")
 PAIR_TERMS = ("toward", "away", "dpo", "ipo")
 BENIGN_TERMS = ("sft", "kl")
-# Settings of TrainingArguments that have no meaning here: the one value each may have, and why.
-FIXED = {
-    "eval_strategy": ("no", "no data set is evaluated during training; canary_steps watches it, lpa evaluate measures"),
-    "load_best_model_at_end": (False, "no data set is evaluated during training; see canary_steps, canary_keep_best"),
-    "torch_compile": (False, "a compiled model does not see the hooks that perturb it"),
-    "auto_find_batch_size": (False, "it starts anew with another batch; auto_micro_batch goes on with the same one"),
-    "num_train_epochs": (3.0, "a run's length is lpa_steps"),
-}
 _SITES_OF_32 = (8, 16, 24, 30)
 # fields of `AttackSettings` that are settings of a run as they are, here with the prefix attack_
 _ATTACK = ("epsilon", "step_size", "norm", "rule", "engine", "backend", "random_start", "relative", "merge_adapters",
@@ -45,6 +40,16 @@ _NAMES = "|".join((*_ATTACK, *_ADVERSARY, "steps"))
 _DIRECTION = ".safetensors"
 # names until 0.1 -> names; old run folders still hold the former
 RENAMED = {name: f"attack_{name}" for name in ("sites", "steps", *_ATTACK)}
+_PLAIN: dict[Any, type] = {int: Integral, float: Real, bool: bool, str: str, type(None): type(None)}
+# what a resumed run may change: how long it is, how it runs, what is watched and kept
+_FREE = {"lpa_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "attack_engine", "attack_backend",
+         "attack_capture_graph", "auto_micro_batch", "offload_attacks", "max_length", "logging_steps", "save_steps",
+         "save_total_limit", "logging_nan_inf_filter", "canary_steps", "canary_prompts", "canary_max_new_tokens",
+         "canary_set", "canary_max_refusal", "canary_max_perplexity", "canary_patience",
+         "canary_keep_best"}  # fmt: skip
+# and of `TrainingArguments` what it may not
+_BOUND = ("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+          "lr_scheduler_kwargs", "warmup_steps")  # fmt: skip
 # the first setting of each group of `lpa train --help`, and the group's name
 GROUPS = {
     "lpa_steps": "the run", "toward_coef": "the defence's losses", "attack_sites": "the attack",
@@ -195,6 +200,7 @@ class LPAConfig(TrainingArguments):
         for name in ("system_prompt", "benign_system_prompt"):
             setattr(self, name, system_prompt_text(getattr(self, name)))
         self.chat_template_kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs)
+        self._check_types()
         self._check_settings()
         updates = self.lpa_steps * self.defence_steps
         given: int = self.max_steps  # type: ignore[has-type]
@@ -210,6 +216,10 @@ class LPAConfig(TrainingArguments):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else every rank would take itself for the only one
         self.lr_scheduler_type = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        for name in ("checkpointing", "checkpointing_kwargs"):  # the former names, of which transformers would warn
+            new, former = f"activation_{name}", f"gradient_{name}"
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, former))
         super().__post_init__()
 
     def _whole_lpa_steps(self, value: float) -> int:
@@ -268,7 +278,13 @@ class LPAConfig(TrainingArguments):
         self._check_direction()
         made = self.attack_settings  # raises what is wrong with the attack
         self.attack_rule, self.attack_capture_graph = made.rule, str(made.capture_graph)
-        self._check_training_arguments()
+        chosen = self.load_best_model_at_end or self.save_strategy == "best"
+        if chosen and self.canary_steps and self.canary_keep_best:
+            raise ValueError(
+                "canary_steps and load_best_model_at_end or save_strategy='best' would each choose a best step; use "
+                "canary_keep_best=False, or leave the others out"
+            )
+        check_settings(self)
 
     def _check_direction(self) -> None:
         given, needed = self.attack_direction, self.attack_adversary in ("vector", "ablate")
@@ -280,16 +296,21 @@ class LPAConfig(TrainingArguments):
         if given is not None and (len(given) not in (1, 2) or (len(given) == 1 and not given[0].endswith(_DIRECTION))):
             raise ValueError(f"attack_direction={given} must be one {_DIRECTION} file or two sets of prompts")
 
-    def _check_training_arguments(self) -> None:
-        for name, (wanted, why) in FIXED.items():
-            if (value := getattr(self, name)) != wanted:
-                raise ValueError(f"{name}={getattr(value, 'value', value)!r} cannot be used with LPA: {why}")
-        if self.bf16 or self.fp16:
-            name = "bf16" if self.bf16 else "fp16"
-            raise ValueError(
-                f"{name}=True asks for autocast, which LPA does not use; load the model in the wanted dtype instead "
-                "(lpa train --dtype bfloat16)"
-            )
+    def _check_types(self) -> None:
+        """Refuse numbers, words and switches that are of another type than their setting."""
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            hint = hints[each.name]
+            allowed = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+            inherited = each.name not in LPAConfig.__annotations__  # transformers takes more than its hints say
+            if not allowed <= _PLAIN.keys() or (inherited and len(allowed) > 1):
+                continue
+            value = getattr(self, each.name)
+            odd = isinstance(value, bool) and bool not in allowed
+            if odd or not isinstance(value, tuple(_PLAIN[kind] for kind in allowed)):
+                wanted = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in allowed))
+                why = " (0 does not clip)" if each.name == "max_grad_norm" else ""
+                raise ValueError(f"{each.name}={value!r} is of type {type(value).__name__}; it must be {wanted}{why}")
 
     def _shares(self, prefix: str, names: Iterable[str]) -> dict[str, float]:
         """The weights of some terms, divided by their sum; terms of weight 0 are left out."""
@@ -355,6 +376,14 @@ class LPAConfig(TrainingArguments):
     def chat_options(self) -> dict[str, Any]:
         """What is told the chat template, as arguments of `lpa.data.ChatEncoder` and all that makes one."""
         return {"chat_template_kwargs": self.chat_template_kwargs, "date": self.chat_template_date}
+
+    @property
+    def bound_settings(self) -> dict[str, Any]:
+        """Settings that decide what a run's next LPA step is; a resumed run has those of its checkpoint."""
+        free = _FREE - ({"lpa_steps"} if self.lr_scheduler_type != "constant" else set())
+        own = {name: getattr(self, name) for name in LPAConfig.__annotations__ if name not in free}
+        own |= {name: getattr(self, name) for name in _BOUND}
+        return {name: getattr(value, "value", value) for name, value in own.items()}
 
     @property
     def own_settings(self) -> dict[str, Any]:

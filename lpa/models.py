@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import assets
+from .run_folder import ADAPTER
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF_MODELS = {DEFAULT_MODEL: "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -27,10 +30,11 @@ def load(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """The model, in eval mode, and its tokenizer.
+    """The model, in eval mode, and its tokenizer. An adapter's folder gives its base model with that adapter in it, to
+    be trained on (a `PeftModel`).
 
     Args:
-        name: an asset's name, a hub name or a local folder.
+        name: an asset's name, a hub name or a local folder, of a model or of an adapter.
         dtype: of the weights; "auto" is what the checkpoint holds (float32 for the embedded model).
         attn_implementation: "eager", "sdpa", ...; None lets transformers choose.
         options: handed to `from_pretrained` of the model (device_map, revision, ...).
@@ -42,7 +46,15 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = resolve(name)
-    known = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+    known: dict[str, Any] = {
+        key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options
+    }
+    if (base := adapter_base(where, **known)) is not None:
+        options = {key: value for key, value in options.items() if key != "revision"}  # the adapter's, not the base's
+        model, tokenizer = load(
+            base, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **options
+        )
+        return _with_adapter(model, tokenizer, where, known)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             where,
@@ -70,6 +82,72 @@ def resolve(name: str | Path) -> str:
     if str(name) in assets.ASSETS:
         raise ModelError(f"the asset {str(name)!r} is a data set, not a model; the models are {', '.join(GGUF_MODELS)}")
     return str(name)
+
+
+def adapter_base(name: str | Path, **options: Any) -> str | None:
+    """The base model that an adapter names; None where `name` is no adapter.
+
+    Args:
+        name: a folder or a hub name. options: revision, token, cache_dir, local_files_only.
+
+    Raises:
+        ModelError: the adapter names no base, or names itself.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if str(name) in assets.ASSETS:
+        return None
+    where = Path(name).expanduser()
+    if where.exists():
+        file: str | Path | None = where / ADAPTER
+    else:
+        try:
+            file = find_adapter_config_file(str(name), **options)
+        except (OSError, ValueError):  # no such name, or no hub: loading the model says it better
+            file = None
+    if file is None or not Path(file).is_file():
+        return None
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or Path(base).expanduser().resolve() == where.resolve():
+        raise ModelError(
+            f"the adapter {name} does not say which model it is for (base_model_name_or_path is {base!r}); give that "
+            "model as --model (in Python load it, and use PeftModel.from_pretrained(model, adapter, is_trainable=True))"
+        )
+    return str(base)
+
+
+def base_and_adapters(model: str | None, adapters: Sequence[str]) -> tuple[str, list[str]]:
+    """(the base model, all adapters), where `model` may be an adapter too, or be left to what the adapters name.
+
+    Args:
+        adapters: folders or hub names, also as NAME=FOLDER.
+
+    Raises:
+        ModelError: the adapters name several base models.
+    """
+    if model is not None:
+        base = adapter_base(model)
+        return (model, list(adapters)) if base is None else (base, [model, *adapters])
+    paths = [path if Path(path).exists() else path.rpartition("=")[2] for path in adapters]
+    bases = dict.fromkeys(base for path in paths if (base := adapter_base(path)) is not None)
+    if len(bases) > 1:
+        raise ModelError(f"the adapters are of several base models ({', '.join(bases)}); give one as --model")
+    return next(iter(bases), DEFAULT_MODEL), list(adapters)
+
+
+def _with_adapter(model: Any, tokenizer: Any, where: str, known: dict[str, Any]) -> tuple[Any, Any]:
+    """The base model with an adapter to be trained on, and the adapter's own tokenizer where it has one."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    try:
+        adapted = PeftModel.from_pretrained(model, where, is_trainable=True, **known)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise ModelError(f"the adapter {where} does not fit {model.config._name_or_path!r}: {told}") from error
+    if (Path(where) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    return adapted.eval(), tokenizer
 
 
 def context_length(model: Any) -> int | None:

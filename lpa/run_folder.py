@@ -18,6 +18,7 @@ METRICS = "metrics.json"  # its record
 CARD = "README.md"
 ADAPTER = "adapter_config.json"
 STATE = "trainer_state.json"  # in a checkpoint
+BOUND = "settings.json"  # in a checkpoint: what a resumed run must share
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a checkpoint's folder, by its number of model updates
 # an evaluation's
 RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
@@ -66,6 +67,20 @@ def check_output(output: Path, model: str, *, resume: bool, overwrite: bool) -> 
         raise ValueError(f"--overwrite: the model {model} is in the output folder {output}; use another folder")
 
 
+def check_unused(output: Path) -> None:
+    """Refuse a folder that holds an earlier run's model, record or checkpoints.
+
+    Raises:
+        ValueError: there are some; the message names one.
+    """
+    found = [path for name in (ADAPTER, METRICS, "config.json") if (path := output / name).is_file()]
+    if left := [*checkpoint_folders(output), *found]:
+        raise ValueError(
+            f"output_dir={str(output)!r} holds an earlier run ({left[0].name}); give another one, remove that, or go "
+            "on with it (resume_from_checkpoint=True)"
+        )
+
+
 def clear(output: Path) -> None:
     """Remove an earlier run's files, and no others."""
     if (output / SETTINGS).is_file():
@@ -73,20 +88,21 @@ def clear(output: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def keep_settings(output: Path, settings: dict[str, Any], command: str) -> None:
-    """settings.yaml: what a run was asked for, for `--resume` and `--config`; the command is its first line."""
+def keep_settings(output: Path, settings: dict[str, Any], commands: list[str]) -> None:
+    """settings.yaml: the settings in force, for `--resume` and `--config`, below the commands that were given."""
     import yaml
 
-    text = f"# {json.dumps(command)}\n{yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)}"
+    text = "".join(f"# {json.dumps(command)}\n" for command in commands)
+    text += yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)
     with writing(SETTINGS, output):
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / SETTINGS, text)
 
 
-def first_command(record: Path) -> str | None:
-    """The command that began a run. It is the first line of its settings, as a comment."""
-    first = record.read_text(encoding="utf-8").partition("\n")[0]
-    return json.loads(first[2:]) if first.startswith('# "') else None
+def given_commands(record: Path) -> list[str]:
+    """The commands of a run, the one that began it first: in its settings' first lines, as comments."""
+    lines = record.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line[2:]) for line in lines if line.startswith('# "')]
 
 
 def keep_before(output: Path, found: dict[str, float], measure_attacked: int) -> None:

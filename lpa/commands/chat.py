@@ -9,11 +9,10 @@ from collections.abc import Sequence
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     from ..data import PLAIN_PROMPT
-    from ..models import DEFAULT_MODEL
-    from . import DTYPES
+    from . import DTYPES, quiet_loading
 
     parser = argparse.ArgumentParser(prog="lpa chat", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="a folder, a hub name, or an asset's name")
+    parser.add_argument("--model", help="a folder, a hub name, or an asset's name; by default the adapters'")
     parser.add_argument("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER")
     parser.add_argument("--prompt", action="append", default=[], help="answer this and end; may be given again")
     parser.add_argument("--system-prompt", default=PLAIN_PROMPT, help="empty for none")
@@ -24,14 +23,16 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     from ..evaluation.chat import chat
-    from ..models import load
+    from ..models import base_and_adapters, load
 
-    model, tokenizer = load(options.model, dtype=options.dtype)
+    quiet_loading()
+    base, adapters = base_and_adapters(options.model, options.adapter)
+    model, tokenizer = load(base, dtype=options.dtype)
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chat(
         model,
         tokenizer,
-        options.adapter,
+        adapters,
         prompts=options.prompt,
         system_prompt=options.system_prompt or None,
         max_new_tokens=options.max_new_tokens,

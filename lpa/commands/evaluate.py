@@ -31,7 +31,8 @@ def run(arguments: Sequence[str]) -> int:
     from ..config import json_object
     from ..evaluation import SUITES, Settings, evaluate
     from ..evaluation.subjects import checkpoints_of
-    from ..models import DEFAULT_MODEL
+    from ..models import base_and_adapters
+    from . import quiet_loading
 
     console = Console()
     if options.list:
@@ -57,10 +58,14 @@ def run(arguments: Sequence[str]) -> int:
         chosen["chat_template_kwargs"] = json_object("--chat-template-kwargs", options.chat_template_kwargs)
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
     settings = Settings(**values)
+    quiet_loading()
+    base, adapters = base_and_adapters(
+        options.model, [*options.adapter, *(f"{name}={path}" for name, path in steps.items())]
+    )
     with _Progress(console) as tick:
         result = evaluate(
-            options.model or DEFAULT_MODEL,
-            [*options.adapter, *(f"{name}={path}" for name, path in steps.items())],
+            base,
+            adapters,
             suites=options.suite,
             output=options.output,
             settings=settings,
@@ -84,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from . import DTYPES
 
     add = parser.add_argument
-    add("--model", help="a folder, a hub name, or an asset's name; by default the embedded model")
+    add("--model", help="a folder, a hub name, or an asset's name; by default the adapters', else the embedded model")
     add("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER", help="adapters to set beside it")
     add(
         "--checkpoints",

@@ -17,7 +17,8 @@ from ..presets import PRESETS
 from ..public_code import our_name
 from . import Dtype
 
-_COMMAND_LINE_ONLY = ("config", "output", "output_dir", "overwrite", "preset", "resume")
+_COMMAND_LINE_ONLY = ("config", "overwrite", "preset", "resume")
+_NOT_KEPT = (*_COMMAND_LINE_ONLY, "output", "output_dir")  # in a run's settings, which lie in its folder
 
 
 @dataclass
@@ -116,8 +117,8 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def parsed(parser: Any, given: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """(the options by name, the command that the run was begun with).
+def parsed(parser: Any, given: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(the options by name, the commands of the run: of a resumed one the first, then those that resumed it).
 
     Of a preset, the YAML files and the command line, each goes over the one before.
 
@@ -132,18 +133,17 @@ def parsed(parser: Any, given: Sequence[str]) -> tuple[dict[str, Any], str]:
         first.add_argument(name)
     first.add_argument("--resume", nargs="?", const=True, default=False, type=lambda text: text.lower() != "false")
     look = first.parse_known_args(given)[0]
-    settings: dict[str, Any] = {}
-    command = shlex.join([*parser.prog.split(), *given])
+    settings = _settings(parser, look.config) if look.config else {}
+    commands = [shlex.join([*parser.prog.split(), *given])]
     if look.resume:
-        if not look.output:
+        output = look.output or settings.get("output")
+        if not output:
             raise ValueError("--resume needs --output, the folder of the run to go on with")
-        record = Path(look.output) / folder.SETTINGS
+        record = Path(output) / folder.SETTINGS
         if not record.is_file():
-            raise ValueError(f"--resume: {look.output} holds no run (there is no {folder.SETTINGS})")
-        settings = _settings(parser, record, of_a_run=True)
-        command = folder.first_command(record) or command
-    if look.config:
-        settings |= _settings(parser, look.config)
+            raise ValueError(f"--resume: {output} holds no run (there is no {folder.SETTINGS})")
+        settings = _settings(parser, record, of_a_run=True) | settings
+        commands = folder.given_commands(record) + commands
     named = look.model or settings.get("model")
     preset = look.preset or ("none" if named or look.resume else "demo")
     parser.set_defaults(**PRESETS.get(preset, {}) | settings, preset=preset)
@@ -154,7 +154,7 @@ def parsed(parser: Any, given: Sequence[str]) -> tuple[dict[str, Any], str]:
         unused: dict[str, Any] = {"attack_merge_adapters": False} if not values["lora"] or _quantised(values) else {}
         unused |= {"benign": None} if not (values["kl_coef"] or values["sft_coef"]) else {}
         values |= {name: value for name, value in unused.items() if name not in chosen}
-    return values, command
+    return values, commands
 
 
 def _quantised(values: dict[str, Any]) -> bool:
@@ -235,5 +235,5 @@ def asked(values: dict[str, Any]) -> dict[str, Any]:
     defaults = vars(parser("lpa train", "").parse_args([]))
     of_preset = PRESETS[values["preset"]]
     return {k: getattr(v, "value", v) for k, v in values.items()
-            if k not in _COMMAND_LINE_ONLY and v is not None
+            if k not in _NOT_KEPT and v is not None
             and (v != defaults[k] or k in of_preset or k == "model")}  # fmt: skip

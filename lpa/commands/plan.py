@@ -46,7 +46,7 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     from transformers.utils import logging as transformers_logging
 
     from ..config import LPAConfig
-    from ..models import ModelError, resolve
+    from ..models import ModelError, adapter_base, resolve
     from ..plan import estimate
 
     transformers_logging.set_verbosity_error()
@@ -54,7 +54,8 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     own = {*TrainOptions.__annotations__, "config", "preset", "output_dir"}
     args = LPAConfig("plan", **{name: value for name, value in values.items() if name not in own})
     try:
-        config = AutoConfig.from_pretrained(resolve(options.model), trust_remote_code=options.trust_remote_code)
+        base = adapter_base(options.model) or options.model
+        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the configuration of {options.model!r} cannot be read ({error}); give a folder, a hub name or an asset"

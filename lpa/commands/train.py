@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import run_folder as folder
 from ..presets import PRESETS
+from . import quiet_loading
 from .options import TrainOptions, asked, parsed, parser
 
 
@@ -23,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     return _train(*parsed(parser("lpa train", "Train a model by LPA."), arguments))
 
 
-def _train(values: dict[str, Any], command: str) -> int:
+def _train(values: dict[str, Any], commands: list[str]) -> int:
     from accelerate.utils import broadcast_object_list
 
     from ..config import LPAConfig
@@ -49,14 +50,16 @@ def _train(values: dict[str, Any], command: str) -> int:
     from ..data import load_pairs
     from ..evaluation.measure import table
     from ..files import write_json, write_text, writing
-    from ..models import load
+    from ..models import adapter_base, load
     from ..quantization import quantized_loading
     from ..training.card import model_card
+    from ..training.checkpoint import check_resumed
     from ..training.prepare import OWN, benign_source, trained_share
     from ..training.trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()  # what it says is about a loop that here is only a part
+    quiet_loading()
     begun = time.time()
     pairs = load_pairs(options.data)
     loading: dict[str, Any] = {
@@ -78,9 +81,13 @@ def _train(values: dict[str, Any], command: str) -> int:
     trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign)
     main = trainer.is_world_process_zero()
     say = print if main else _silent
-    if main and not options.resume:
-        folder.clear(output)  # only now: what was wrong with the settings, the data or the model has been told
-        folder.keep_settings(output, asked(values | {"chat_template_date": config.chat_template_date}), command)
+    checkpoint = trainer.last_checkpoint() if options.resume else None
+    if checkpoint is not None:
+        check_resumed(checkpoint, trainer.kept_settings())
+    if main:  # only now: what was wrong with the settings, the data or the model has been told
+        if not options.resume:
+            folder.clear(output)
+        folder.keep_settings(output, asked(values | {"chat_template_date": config.chat_template_date}), commands)
     trainer.accelerator.wait_for_everyone()
     trained, total = trained_share(trainer.model)
     if values["preset"] != "none":
@@ -91,7 +98,6 @@ def _train(values: dict[str, Any], command: str) -> int:
         f"steps and {config.defence_steps} updates each; output: {output}"
     )
     before = _before(trainer, options, output)
-    checkpoint = trainer.last_checkpoint() if options.resume else None
     if options.resume:
         say(f"going on from {checkpoint or 'the beginning: there is no checkpoint yet'}")
     earlier = _seconds_before(checkpoint)
@@ -103,9 +109,16 @@ def _train(values: dict[str, Any], command: str) -> int:
         say(f"stopped after {trainer.lpa_step} LPA steps; {again if saved else 'there was nothing to save'}")
         trainer.accelerator.end_training()
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)  # the signal may have been another rank's
-    _save(trainer, options)
+    base = adapter_base(options.model)
+    _save(trainer, base or options.model)
     after = _measure(trainer, options)
-    record = _record(options, trainer, pairs, before, after, command) | {"seconds": earlier + time.time() - begun}
+    record = _record(options, trainer, pairs, before, after) | {
+        "model": base or options.model,
+        "adapter": options.model if base else None,
+        "command": commands[0],
+        "resumed": commands[1:],
+        "seconds": earlier + time.time() - begun,
+    }
     trainer.accelerator.end_training()
     if not main:
         return 0
@@ -205,8 +218,11 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save(trainer: Any, options: TrainOptions) -> None:
-    """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors."""
+def _save(trainer: Any, base: str) -> None:
+    """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors.
+
+    An adapter names `base`, as the user calls that model: an asset's folder is a path of this machine.
+    """
     from ..files import staged, write_json, writing
     from ..training.ranks import agree
 
@@ -220,17 +236,16 @@ def _save(trainer: Any, options: TrainOptions) -> None:
                 if not hasattr(model, "peft_config"):
                     trainer.processing_class.save_pretrained(part)
                 for file in part.glob(folder.ADAPTER):
-                    # what the user called the model, since an asset's folder is a path of this machine
-                    write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": options.model})
+                    write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": base})
         except OSError as raised:
             error = raised
     agree(trainer.accelerator, error)
 
 
 def _record(
-    options: TrainOptions, trainer: Any, pairs: Any, before: dict[str, float], after: dict[str, float], command: str
+    options: TrainOptions, trainer: Any, pairs: Any, before: dict[str, float], after: dict[str, float]
 ) -> dict[str, Any]:
-    """What metrics.json holds, without "seconds": this process's, and those of LPA steps before an interruption."""
+    """What metrics.json holds of the trainer and its data."""
     from ..environment import peak_memory_gb, versions
     from ..training.prepare import OWN
 
@@ -240,9 +255,7 @@ def _record(
         source = "its own answers to the shipped benign requests" if source == OWN else source
         benign = _data_record(source, trainer.benign, ("prompt", "response"))
     return {
-        "model": options.model,
         "quantized": options.quantized,
-        "command": command,
         "versions": versions(),
         "settings": trainer.args.own_settings,
         "sites": [site.name for site in trainer.pgd.sites],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa import assets
-from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch, resolve_sites
-from lpa_kernels.model import decoder_layers, frozen_eval
+from lpa_kernels.attack import AttackResult, AttackSettings, LatentPGD, PairBatch, resolve_sites
+from lpa_kernels.model import decoder_layers, frozen_eval, say_once
 
 from ..config import LPAConfig, default_sites
 from ..data import PairCollator, load_pairs, perplexity_text
@@ -52,7 +53,11 @@ def attack_of(model: Any, config: LPAConfig, tokenizer: Any = None, **changes: A
     sites = [sites] if isinstance(sites, (str, int)) else sites
     found = resolve_sites(model, [int(site) if site.isdigit() else site for site in map(str, sites)])
     directions = directions_of(model, config, found, tokenizer)
-    return LatentPGD(model, found, config.attack_settings, directions=directions, **changes)
+    made = LatentPGD(model, found, config.attack_settings, directions=directions, **changes)
+    said = made.settings.never_binds(model.get_input_embeddings().weight.shape[1])
+    if said and made.settings.epsilon == AttackSettings.epsilon:  # the published radius, which is known not to bind
+        say_once(model, said, logging.INFO)
+    return made
 
 
 @torch.no_grad()

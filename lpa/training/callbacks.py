@@ -1,4 +1,4 @@
-"""The trainer's callback that measures canaries, stops a run that loses utility, and keeps its best step."""
+"""The trainer's callbacks: stops wait for whole LPA steps; canaries are measured, and the best step is kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from . import selection
 from .canaries import Canaries
 
 logger = logging.getLogger(__name__)
+
+
+class WholeSteps(TrainerCallback):
+    """Puts a stop that another callback asks for within an update off to the end of the LPA step.
+
+    transformers' loop leaves at once, and would lose the update's gradients and the LPA step's other updates.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.put_off(control)
+
+    on_substep_end = on_step_begin
 
 
 class CanaryCallback(TrainerCallback):

@@ -36,8 +36,8 @@ def model_card(run: Mapping[str, Any]) -> str:
     """README.md of an adapter.
 
     Args:
-        run: what metrics.json holds: model, command, versions, settings, data, benign, before, after, seconds,
-            lpa_steps, canaries.
+        run: what metrics.json holds: model, adapter (that the run went on with), command, resumed (the commands
+            that did), versions, settings, data, benign, before, after, seconds, lpa_steps, canaries.
     """
     name, asset = run["model"], ASSETS.get(run["model"])
     base = asset.source if asset else name
@@ -85,9 +85,11 @@ def model_card(run: Mapping[str, Any]) -> str:
         "",
         "```",
         run["command"],
+        *run["resumed"],
         "```",
         "",
         f"- LPA steps: {run['lpa_steps']} of {settings['lpa_steps']}, seed {settings['seed']}, {run['seconds']:.0f} s",
+        *([f"- went on with the adapter {run['adapter']}"] if run["adapter"] else []),
         *_kept(run),
         f"- data: {_data(run['data'])} pairs",
         *([f"- benign data: {_data(run['benign'])} examples"] if run["benign"] else []),

@@ -12,9 +12,9 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from ..files import staged, writing
-from ..run_folder import checkpoint_folder
-from .checkpoint import UNFINISHED, checked, last_good, publish, remove_old, remove_unfinished
+from ..files import staged, write_json, writing
+from ..run_folder import BOUND, check_unused, checkpoint_folder
+from .checkpoint import UNFINISHED, check_resumed, checked, last_good, publish, remove_old, remove_unfinished
 from .ranks import agree, from_main
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class DurableTrainer(Trainer):
         self.interrupted = self._stop_asked = False
         self._writing: Path | None = None  # where a checkpoint is written at the moment
         self._saved: int | None = None  # the model update of the last checkpoint
+        self._wrote = False  # something into the output folder
 
     # ---- stopping --------------------------------------------------------------------------------------------------
 
@@ -60,11 +61,16 @@ class DurableTrainer(Trainer):
         Raises:
             CheckpointError: the checkpoint is damaged. With True, a warning names a damaged one, and the one before it
                 is taken.
-            ValueError: `resume_from_checkpoint=True` and there is no good checkpoint.
+            ValueError: `resume_from_checkpoint=True` and there is no good checkpoint; the checkpoint was made with
+                other settings; or nothing is resumed and the output folder holds an earlier run.
             lpa.files.WriteError: a checkpoint cannot be written.
         """
         self.interrupted = self._stop_asked = False
         checkpoint = self._checkpoint(resume_from_checkpoint)
+        if checkpoint is None and not self._wrote:
+            from_main(self.accelerator, lambda: check_unused(Path(self.args.output_dir)))
+        if checkpoint is not None:
+            check_resumed(checkpoint, self.kept_settings())
         number = "" if checkpoint is None else checkpoint.name.rpartition("-")[2]
         self._saved = int(number) if number.isdigit() else None
         if self.is_world_process_zero():
@@ -83,6 +89,10 @@ class DurableTrainer(Trainer):
     def checkpoint_folder(self, global_step: int) -> Path:
         """Where the checkpoint of a model update is or would be."""
         return checkpoint_folder(Path(super()._get_output_dir(None)), global_step)
+
+    def kept_settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps, since a resumed run must have the same."""
+        return {}
 
     def last_checkpoint(self) -> Path | None:
         """The run's newest good checkpoint. A warning names damaged ones."""
@@ -113,6 +123,8 @@ class DurableTrainer(Trainer):
                 self._writing = run / UNFINISHED
                 super()._save_checkpoint(model, trial)
                 self._name_best(run / UNFINISHED, run)
+                if self.args.should_save:
+                    write_json(run / UNFINISHED / target.name / BOUND, self.kept_settings())
         except OSError as raised:
             error = raised
             if self.is_fsdp_enabled:  # other ranks wait for this one's shards, and would not hear
@@ -128,7 +140,7 @@ class DurableTrainer(Trainer):
             except OSError as raised:
                 error = raised
         self._settled(error, run)
-        self._saved = step
+        self._saved, self._wrote = step, True
 
     def _name_best(self, written: Path, run: Path) -> None:
         """Where the best checkpoint is the one being written, call it what it will be called."""
@@ -166,6 +178,7 @@ class DurableTrainer(Trainer):
         except OSError as raised:
             error = raised
         agree(self.accelerator, error)
+        self._wrote = True
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None

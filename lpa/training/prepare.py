@@ -19,7 +19,7 @@ from ..data import (
     load_pairs,
     rendering,
 )
-from ..models import context_length
+from ..models import check_head, context_length
 from ..quantization import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,29 @@ logger = logging.getLogger(__name__)
 OWN = "own"  # the benign data set that is the model's own answers
 
 
+def check_model(model: Any, config: LPAConfig) -> None:
+    """Refuse a model that cannot be trained here, before anything is made of it.
+
+    Raises:
+        ValueError: no LM head, weights on no device, or Liger's kernels without a GPU.
+    """
+    check_head(model)
+    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise ValueError(
+            f"{len(away)} of the model's weights are offloaded or were never loaded (such as {away[0]}, on the meta "
+            "device); load all of it onto devices, smaller with load_in_4bit=True or shared among ranks with fsdp=True"
+        )
+    if config.use_liger_kernel and config.device.type == "cpu":
+        raise ValueError("use_liger_kernel=True needs a GPU, and this run is on the CPU; leave it out")
+
+
 def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
     """The model to train: with LoRA of the config, with any `peft_config`, as it is (adapters there), or in full.
 
     Raises:
-        ValueError: a `peft_config` for a model that has adapters already, LoRA targets that the model has not, or
-            attack_merge_adapters on a quantised model.
+        ValueError: a `peft_config` or settings of LoRA for a model that has adapters already, adapters that are not to
+            be trained, LoRA targets that the model has not, or attack_merge_adapters on a quantised model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -42,9 +59,13 @@ def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
             "use attack_merge_adapters=False"
         )
     if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise ValueError("the model has adapters already; give either those or a peft_config")
+        _check_adapters(model, config, peft_config)
         return model
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "transformers has put an adapter into the model, and new ones would take its place; give LPATrainer the "
+            "adapter's folder, or PeftModel.from_pretrained(base, folder, is_trainable=True)"
+        )
     if peft_config is None:
         if not config.lora:
             return model
@@ -56,6 +77,25 @@ def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
             target_modules=_targets(model, config.lora_targets),
         )
     return get_peft_model(model, peft_config)
+
+
+def _check_adapters(model: Any, config: LPAConfig, peft_config: Any) -> None:
+    """Refuse what a model with adapters in it cannot be given."""
+    if peft_config is not None:
+        raise ValueError("the model has adapters already; give either those or a peft_config")
+    if not config.lora:
+        raise ValueError("lora=False trains all weights, and the model has adapters; give the model without them")
+    if not trained_share(model)[0]:
+        raise ValueError(
+            "the model's adapters are not to be trained; load them with PeftModel.from_pretrained(model, folder, "
+            "is_trainable=True), or give LPATrainer the folder"
+        )
+    held = model.peft_config[model.active_adapters[0]]
+    for name, own in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout")):
+        wanted, has = getattr(config, name), getattr(held, own, None)
+        if wanted not in (has, LPAConfig.__dataclass_fields__[name].default):
+            raise ValueError(f"{name}={wanted} is of new adapters, and those of the model have {has}; leave it out")
+    logger.warning("training goes on with the model's adapters; the settings lora_* are of new ones")
 
 
 def _targets(model: Any, wanted: Sequence[str]) -> str | list[str]:

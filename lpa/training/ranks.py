@@ -82,6 +82,28 @@ def reduce_gradients(wrapper: nn.Module, module: nn.Module) -> None:
             module.__dict__["forward"] = held
 
 
+@torch.no_grad()
+def check_same_weights(accelerator: Any, model: nn.Module, tolerance: float = 1e-5) -> None:
+    """Compare a sum of each trained tensor over the ranks, which hold the same weights under DDP.
+
+    Args:
+        tolerance: largest difference, as a share of the sum of the tensor's magnitudes.
+
+    Raises:
+        RankError: on every rank, where they differ.
+    """
+    trained = [(name, p.double()) for name, p in model.named_parameters() if p.requires_grad]
+    own = torch.stack([torch.stack((p.sum(), p.abs().sum())) for _, p in trained]).to(torch.float64)
+    every = accelerator.gather(own[None].contiguous())
+    apart = (every[:, :, 0] - every[:1, :, 0]).abs().amax(0)
+    for (name, _), difference, size in zip(trained, apart.tolist(), every[0, :, 1].tolist(), strict=True):
+        if not difference <= tolerance * size:
+            raise RankError(
+                f"after the first update the ranks hold different weights: the sums of {name} are {difference:.2g} "
+                "apart; something else than LPATrainer has changed them, or how DDP exchanges gradients"
+            )
+
+
 def check_engine(trainer: Any) -> None:
     """Refuse what of accelerate a latent attack cannot run under, and tell where FSDP is not used though asked for.
 

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
-from lpa_kernels.attack import LatentPGD, PairBatch, adapters_off, forget_graphs
+from lpa_kernels.attack import LatentPGD, Objective, PairBatch, adapters_off, forget_graphs
 from lpa_kernels.model import frozen_eval
 
 from ..config import BENIGN_TERMS, LPAConfig
 from ..evaluation.measure import attack_of
-from ..models import check_head
-from .callbacks import CanaryCallback
+from ..inherited import check_options
+from .callbacks import CanaryCallback, WholeSteps
 from .canaries import Canaries
+from .card import data_hash
 from .durable import DurableTrainer, StopTraining
+from .evaluating import PAIR_COLUMNS, EvalSet, eval_sets, evaluate_pairs
 from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
 from .microbatch import MemoryLimit, MicroBatch, free_memory
-from .prepare import add_adapters, benign_as_tokens, pairs_as_tokens, warn_if_small
+from .optimisers import Fresh, check_made, check_optimizers
+from .prepare import add_adapters, benign_as_tokens, check_model, pairs_as_tokens, warn_if_small
 from .progress import LPAProgress
-from .ranks import check_engine, reduce_gradients
-from .record import StepRecord
+from .ranks import check_engine, check_same_weights, from_main, reduce_gradients
+from .record import StepRecord, text_tokens
+from .rehearsal import rehearse_saving
 from .sampler import LPABatchSampler
 
 logger = logging.getLogger(__name__)
@@ -50,21 +57,26 @@ class LPATrainer(DurableTrainer):
     `canary_steps`, every so many LPA steps, "canary/" and what `lpa.training.canaries` measures; `canaries` is then the
     `CanaryCallback`, and the weights end as those of the best step.
 
+    With `eval_strategy`, or when `evaluate()` is called, "eval_loss" and what else `evaluate` tells of pairs.
+
     Args:
-        model: a causal language model, or what `lpa.models.load` takes.
+        model: a causal language model, or what `lpa.models.load` takes. Adapters in it are trained on.
         args: settings.
         train_dataset: pairs (columns prompt, rejected, chosen), or anything `lpa.data.load_pairs` takes; by default the
             shipped statements.
         processing_class: the tokenizer.
+        eval_dataset: pairs, or a mapping of names to pairs, for `evaluate`; by default the shipped held-out statements.
         peft_config: adapters to train instead of the config's LoRA.
         benign_dataset: prompt and response, for the sft and kl terms; by default the shipped desirable statements.
         ref_model: the base model of the kl, dpo and ipo terms where the trained one has no adapters to switch off.
         data_collator, benign_collator: for data of one's own kind; they give the keys of `PairCollator` and
             `BenignCollator`, and the data sets are then left as they are.
+        options: `Trainer`'s own (`lpa.inherited` says which have a meaning here).
 
     Raises:
         ValueError: no LM head, an unknown site, an empty or malformed data set, a row longer than the context, a
-            benign_dataset that no term uses, or a kl, dpo or ipo term without a base model.
+            benign_dataset that no term uses, a kl, dpo or ipo term without a base model, an optimiser that does not
+            hold what is trained, or an option of `Trainer` that would have no effect.
         FloatingPointError (from `train`): losses or gradients that are not finite; the weights are then those of the
             last update before, and no checkpoint is written. On ranks that it did not happen to it is a
             `lpa.training.ranks.RankError`.
@@ -86,6 +98,16 @@ class LPATrainer(DurableTrainer):
         **options: Any,
     ) -> None:
         args = args or LPAConfig()
+        if not isinstance(args, LPAConfig):
+            raise ValueError(
+                f"args is a {type(args).__name__}; give an LPAConfig, which takes the same settings and LPA's"
+            )
+        check_options(options)
+        if type(self).compute_loss is not Trainer.compute_loss:
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss would never be called: the losses are LPA's; LPAConfig has their "
+                "weights (toward_coef, sft_coef, ...)"
+            )
         if args.fsdp and args.world_size == 1:
             raise ValueError(
                 "fsdp shares the weights among several processes, and this is one; start them with torchrun "
@@ -96,7 +118,7 @@ class LPATrainer(DurableTrainer):
 
             model, tokenizer = load(model)
             processing_class = processing_class or tokenizer
-        check_head(model)
+        check_model(model, args)
         dataset, collator, self.lengths = pairs_as_tokens(train_dataset, model, processing_class, args, data_collator)
         self.benign: Any = None
         if benign_dataset is not None and not any(name in args.coefs for name in BENIGN_TERMS):
@@ -115,18 +137,27 @@ class LPATrainer(DurableTrainer):
                 f"{name}_coef={getattr(args, f'{name}_coef')} needs the base model, and without adapters there is "
                 f"none; give ref_model, train adapters, or set {name}_coef to 0"
             )
+        check_optimizers(options.get("optimizers") or (None, None), model)
+        eval_dataset, self._eval_collator = options.pop("eval_dataset", None), data_collator
+        self._eval_sets: dict[str, EvalSet] | None = None
+        if eval_dataset is not None or args.eval_on_start or args.eval_strategy != "no":  # now: it may be malformed
+            self._eval_sets = eval_sets(eval_dataset, model, processing_class, args, data_collator)
         if args.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun or accelerate launch to use all", args.n_gpu)
             args._n_gpu = 1
         super().__init__(
             model=model, args=args, data_collator=collator, train_dataset=dataset, processing_class=processing_class,
+            eval_dataset=self._eval_sets and {name: rows for name, (rows, _) in self._eval_sets.items()},
             **options,
         )  # fmt: skip
-        for callback in list(self.callback_handler.callbacks):
-            if isinstance(callback, (ProgressCallback, PrinterCallback)) or "Notebook" in type(callback).__name__:
-                self.remove_callback(callback)
+        shown = PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
+        # the last of its kind is the one that `Trainer` has added; others are the user's
+        added = next((c for c in reversed(self.callback_handler.callbacks) if type(c) is shown), None)
+        if added is not None:
+            self.callback_handler.callbacks.remove(added)
         if not args.disable_tqdm:
             self.add_callback(LPAProgress())
+        self.add_callback(WholeSteps(self))
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
         warn_if_small(len(dataset), self.batch_size)
         check_engine(self)
@@ -141,7 +172,9 @@ class LPATrainer(DurableTrainer):
         self._counts = (0.0, 0.0, 0.0)
         self._record: StepRecord | None = None
         self._metrics: dict[str, float] = {}
-        self._save_later = self._stop_later = False
+        self._save_later = self._stop_later = self._evaluate_later = False
+        self._fresh: Fresh | None = None
+        self._compared = False  # the ranks' weights, after the first update
         self.canaries: CanaryCallback | None = None
         if args.canary_steps:
             self.canaries = CanaryCallback(self, self._canaries())
@@ -183,12 +216,21 @@ class LPATrainer(DurableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.benign is not None:
             self._benign_sampler = self._sampler(self.benign_lengths, seed + 1)
+        workers: dict[str, Any] = {}
+        if self.args.dataloader_num_workers:
+            workers = {
+                "num_workers": self.args.dataloader_num_workers,
+                "persistent_workers": self.args.dataloader_persistent_workers,
+                "prefetch_factor": self.args.dataloader_prefetch_factor,
+                "multiprocessing_context": self.args.dataloader_multiprocessing_context,
+                "in_order": self.args.dataloader_in_order,
+            }
         return DataLoader(
             self.train_dataset,
             batch_sampler=self._sampler(self.lengths, seed),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            **workers,
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
@@ -220,8 +262,8 @@ class LPATrainer(DurableTrainer):
         self.agree()
         if self.control.should_training_stop:  # by a callback, before the first step
             raise StopTraining
-        if self.args.reset_optimizer:  # at the step's end too, but saving shards makes a state of zeros one step old
-            self.optimizer.state.clear()
+        if self.args.reset_optimizer and self._fresh is not None:
+            self._fresh.restore(self.optimizer)  # at the step's end too, but saving shards makes a state of zeros
         device = self.args.device
         pairs = [PairBatch.from_dict(batch) for batch in batches]
         benign: list[BenignBatch | None] = [None] * len(pairs)
@@ -255,9 +297,37 @@ class LPATrainer(DurableTrainer):
         while (losses := self._attempt(first)) is None:
             first = 0
             self._make_room(model)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         if self._index == len(self._micro):
             reduce_gradients(model, self.model)
         return losses[-1]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the base class; `reset_optimizer` gives each LPA step the optimiser as it is made here.
+
+        Raises:
+            ValueError: it keeps other weights for evaluation than for training.
+        """
+        made = super().create_optimizer(model)
+        check_made(made)
+        if self._fresh is None:  # before a checkpoint's state is loaded into it
+            self._fresh = Fresh(made)
+        return made
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count the tokens of both completions' texts, as the base class does those of one text."""
+        how = self.args.include_num_input_tokens_seen
+        if how == "no":
+            return
+        kinds = ("rejected", "chosen")
+        if how == "all":
+            count = sum(inputs[f"{kind}_ids"].numel() for kind in kinds)
+        else:
+            count = sum(text_tokens(inputs[f"{kind}_mask"].bool()) for kind in kinds)
+        found = self.accelerator.gather(torch.tensor([count], device=self.args.device))
+        self.state.num_input_tokens_seen += int(found.sum())
 
     def _attempt(self, first: int) -> list[Tensor] | None:
         """Attack and add up gradients, from micro-batch `first` on; None where memory ran out on some rank."""
@@ -392,23 +462,84 @@ class LPATrainer(DurableTrainer):
             return
         self._metrics = self._record.metrics(self.accelerator, self.lpa_step)
         self._record, self._micro = None, []
-        if self.args.reset_optimizer:
-            self.optimizer.state.clear()
+        if self.args.reset_optimizer and self._fresh is not None:
+            self._fresh.restore(self.optimizer)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """What the model says of pairs now, clean and under the run's attack.
+
+        Args:
+            eval_dataset: pairs, or a mapping of names to pairs; by default those that the trainer was given, else the
+                shipped held-out statements.
+            metric_key_prefix: of the numbers' names; a set's name follows it.
+
+        Returns:
+            with "eval_" before their names: "loss", what the defence minimises of pairs, under the attack, and its
+            terms; "preferred", the share of pairs whose chosen completion is likelier; "margin", their mean log-odds in
+            nats; both with "_attacked" too; "runtime" in seconds.
+
+        Raises:
+            ValueError: the pairs are empty, malformed or too long.
+        """
+        sets = self._eval_sets
+        if eval_dataset is not None or sets is None:
+            sets = eval_sets(eval_dataset, self.model, self.processing_class, self.args, self._eval_collator)
+            if eval_dataset is None:
+                self._eval_sets = sets
+        metrics: dict[str, float] = {}
+        for name, (rows, collator) in sets.items():
+            begin, prefix = time.perf_counter(), f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            found = evaluate_pairs(self, rows, collator) | {"runtime": time.perf_counter() - begin}
+            self.leave_out(found["runtime"])
+            metrics |= {f"{prefix}_{key}": value for key, value in found.items()}
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *args: Any, **options: Any) -> Any:
+        """Not there: a pair has no labels to predict."""
+        raise ValueError("LPATrainer has no predict(): a pair has no labels; use evaluate(pairs), or lpa evaluate")
+
+    def reference(self, batch: PairBatch, objective: Objective) -> Tensor | None:
+        """[B] log-probability gaps of the base model, for an objective that needs them."""
+        if not objective.needs_reference:
+            return None
+        with torch.no_grad(), self._base_model() as base:
+            return reference_gap(self.pgd, base, batch, objective)
 
     # ---- the loop's joints -----------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As the base class, with saving and stopping put off to the end of the LPA step."""
+        if not self._compared and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            check_same_weights(self.accelerator, self.model)
+            self._compared = True
         if self._update:
+            self.put_off(self.control)
             self._save_later |= self.control.should_save
-            self._stop_later |= self.control.should_training_stop or self.control.should_epoch_stop
-            self.control.should_save = self.control.should_training_stop = self.control.should_epoch_stop = False
+            self._evaluate_later |= self.control.should_evaluate
+            self.control.should_save = self.control.should_evaluate = False
         else:
             self.control.should_save |= self._save_later
+            self.control.should_evaluate |= self._evaluate_later
             self.control.should_training_stop |= self._stop_later
-            self._save_later = self._stop_later = False
+            self._save_later = self._stop_later = self._evaluate_later = False
             self._end_lpa_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def put_off(self, control: Any) -> None:
+        """Let a stop that a callback asks for within an LPA step wait for its end."""
+        self._stop_later |= control.should_training_stop or control.should_epoch_stop
+        control.should_training_stop = control.should_epoch_stop = False
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """As the base class; what puts stops off stays behind those that ask for them."""
+        super().add_callback(callback)
+        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, WholeSteps))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the base class, with the LPA step's numbers added to those of the update that ends it."""
@@ -423,12 +554,23 @@ class LPATrainer(DurableTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
         """As the base class. A stop leaves an attack at its end, and updates where the LPA step's last one is made."""
-        self._save_later = self._stop_later = False
+        self._save_later = self._stop_later = self._evaluate_later = self._compared = False
         self._record, self._micro = None, []
+        from_main(self.accelerator, lambda: rehearse_saving(self))
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._record, self._micro = None, []
+
+    def kept_settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps, since a resumed run must have the same."""
+        columns = PAIR_COLUMNS & set(getattr(self.train_dataset, "column_names", ()))
+        data = data_hash(self.train_dataset, tuple(sorted(columns))) if columns == PAIR_COLUMNS else None
+        return self.args.bound_settings | {
+            "pairs an LPA step": self.batch_size,
+            "rows": len(self.lengths),
+            "data": data,
+        }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Only at the ends of LPA steps, where nothing of a begun step has to be kept."""

@@ -195,7 +195,7 @@ def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
         ("attack_sites: []", "sets attack_sites to []; name at least one"),
         ("dtype: bf16", "sets dtype to 'bf16'; use one of auto, float32"),
         ("resume: true", "sets resume, which belongs on the command line"),
-        ("output: here", "sets output, which belongs on the command line"),
+        ("overwrite: true", "sets overwrite, which belongs on the command line"),
         ("attack_epsilon:", "sets attack_epsilon to nothing; leave it out"),
         ("epsilon: 2.0", "sets 'epsilon', which is called 'attack_epsilon' now"),
         ("learning_rate: [1, 2]", "sets learning_rate to [1, 2], a list; it takes one value"),
@@ -252,7 +252,7 @@ def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -
     for words, _ in cases:
         assert train(*words) == 0
     assert [tuple(values[name] for name in names) for values in seen] == [wanted for _, wanted in cases]
-    keep_settings(run, asked(seen[0]), "lpa train")
+    keep_settings(run, asked(seen[0]), ["lpa train"])
     for words in (["--resume", "--output", str(run)], ["--config", str(run / "settings.yaml")]):
         assert train(*words) == 0
         assert tuple(seen[-1][name] for name in names) == demo
@@ -428,3 +428,32 @@ def test_every_command_takes_underscores(capsys: Any) -> None:
 def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, capsys: Any) -> None:
     assert main(["plan", "--model", str(tmp_path / "none"), "--use_cpu"]) == 1
     assert f"the configuration of '{tmp_path / 'none'}' cannot be read" in capsys.readouterr().err
+
+
+def test_a_yaml_names_the_output_folder_too(model: str, tmp_path: Path) -> None:
+    file, output = tmp_path / "run.yaml", tmp_path / "out"
+    file.write_text(f"output: {output}\nmodel: {model}\nlpa_steps: 1\n")
+    small = [word for word in SMALL if word not in ("--lpa_steps", "2")]
+    assert train("--config", str(file), "--no_measure", *small) == 0
+    assert (output / "metrics.json").is_file()
+    assert "output" not in (output / "settings.yaml").read_text().partition("\n")[2]
+
+
+def test_a_run_resumed_with_other_settings_tells_those_in_force(model: str, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out"
+    small = [word for word in SMALL if word not in ("--lpa_steps", "2")]
+    assert train("--model", model, "--no_measure", "--output", str(output), *small, "--lpa_steps", "1") == 0
+    again = ["--resume", "--output", str(output)]
+    assert train(*again, "--attack_epsilon", "2") == 1
+    assert "was made with attack_epsilon=6.0, now 2.0" in capsys.readouterr().err
+    assert "attack_epsilon" not in (output / "settings.yaml").read_text(), "what was refused is not in force"
+    assert train(*again, "--lpa_steps", "2", "--save_total_limit", "5") == 0
+    record, card = json.loads((output / "metrics.json").read_text()), (output / "README.md").read_text()
+    assert (record["settings"]["lpa_steps"], record["settings"]["save_total_limit"]) == (2, 5)
+    assert record["command"].endswith("--lpa_steps 1")
+    assert [command.rpartition("--output")[0] for command in record["resumed"]] == ["lpa train --resume "]
+    assert record["resumed"][0] in card
+    assert record["command"] in card
+    text = (output / "settings.yaml").read_text()
+    assert "lpa_steps: 2" in text
+    assert text.count("# ") == 2

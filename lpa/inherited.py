@@ -1,0 +1,176 @@
+"""What becomes of every setting of `TrainingArguments` and every option of `Trainer`: used, harmless, or refused.
+
+A new release of transformers may bring others. They are refused where they are set, and a test names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+# They do what transformers' documentation says of them.
+_USED = """
+output_dir per_device_train_batch_size gradient_accumulation_steps max_steps max_grad_norm
+learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay
+optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon
+tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps
+logging_strategy logging_steps logging_first_step log_on_each_node include_num_input_tokens_seen
+log_level log_level_replica disable_tqdm report_to run_name
+project trackio_space_id trackio_bucket_id trackio_static_space_id
+eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+load_best_model_at_end metric_for_best_model greater_is_better
+save_only_model save_strategy save_steps save_on_each_node save_total_limit restore_callback_states_from_checkpoint
+push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+full_determinism seed data_seed use_cpu debug skip_memory_metrics
+dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+dataloader_multiprocessing_context dataloader_in_order
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout fsdp fsdp_config
+"""
+USED = frozenset(_USED.split())
+# They change nothing here, and nobody would expect them to.
+HARMLESS = {
+    "do_train": "for scripts",
+    "do_eval": "for scripts",
+    "do_predict": "for scripts",
+    "local_rank": "the launcher's environment says it",
+    "remove_unused_columns": "the collator gets every column",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+}
+_SAMPLING = "each LPA step shuffles, and cuts its batch by length"
+_METRICS = "evaluate() gathers no predictions; it tells eval_loss, eval_preferred and eval_margin"
+_COMPILED = "a compiled model does not see the hooks that perturb it"
+_DTYPE = "the model runs in the dtype that it is loaded in (lpa train --dtype)"
+# Refused where they are set to something else than their default: why, and what to use.
+REFUSED = {
+    "num_train_epochs": "a run's length is lpa_steps",
+    "average_tokens_across_devices": "normaliser says what a loss is a mean of",
+    "label_smoothing_factor": "the losses are those of a pair's completions; see sft_coef and kl_coef",
+    "bf16": f"there is no autocast; {_DTYPE}",
+    "fp16": f"there is no autocast; {_DTYPE}",
+    "bf16_full_eval": _DTYPE,
+    "fp16_full_eval": _DTYPE,
+    "torch_compile": _COMPILED,
+    "torch_compile_backend": _COMPILED,
+    "torch_compile_mode": _COMPILED,
+    "neftune_noise_alpha": "its noise would add to the attack on the embedding; attack_random_start draws at random",
+    "auto_find_batch_size": "it starts anew with another batch; auto_micro_batch goes on with the same one",
+    "prediction_loss_only": _METRICS,
+    "eval_do_concat_batches": _METRICS,
+    "eval_use_gather_object": _METRICS,
+    "eval_accumulation_steps": _METRICS,
+    "include_for_metrics": _METRICS,
+    "batch_eval_metrics": _METRICS,
+    "label_names": _METRICS,
+    "enable_jit_checkpoint": "request_stop() saves the last whole LPA step, and lpa train calls it on SIGTERM",
+    "ignore_data_skip": "a resumed run takes up its batches where it left them",
+    "parallelism_config": "use DDP, or FSDP2 to share the weights (fsdp=True)",
+    "deepspeed": "use DDP, or FSDP2 to share the weights (fsdp=True)",
+    "dataloader_drop_last": "no row is dropped: epochs follow one another without a border",
+    "train_sampling_strategy": _SAMPLING,
+    "length_column_name": _SAMPLING,
+    "ddp_static_graph": "DDP would not exchange all gradients, and the ranks would train different models",
+    "resume_from_checkpoint": "give it to train(); lpa train has --resume",
+    "accelerator_config": f"accelerate does not make the batches here: {_SAMPLING}",
+}
+_OPTIONS_USED = """
+model args data_collator train_dataset eval_dataset processing_class callbacks optimizers optimizer_cls_and_kwargs
+"""
+OPTIONS_USED = frozenset(_OPTIONS_USED.split())
+OPTIONS_REFUSED = {
+    "model_init": "give the model, or its name",
+    "compute_loss_func": "the losses are LPA's; LPAConfig has their weights (toward_coef, sft_coef, ...)",
+    "compute_metrics": _METRICS,
+    "preprocess_logits_for_metrics": _METRICS,
+}
+_UNKNOWN = "this release does not know what it would do here"
+_OF_ACCELERATOR = {"split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking",
+                   "gradient_accumulation_kwargs"}  # fmt: skip
+
+
+def check_settings(config: TrainingArguments) -> None:
+    """Refuse settings of `TrainingArguments` that would not do what they say.
+
+    Raises:
+        ValueError: there is one; the message names it, its value and what to use.
+    """
+    inherited = {field.name for field in fields(TrainingArguments)}
+    for field in fields(config):
+        if field.name not in inherited or field.name in USED or field.name in HARMLESS:
+            continue
+        value = getattr(config, field.name)
+        if not (_accelerator_as_usual(value) if field.name == "accelerator_config" else _as_usual(field, value)):
+            raise ValueError(
+                f"{field.name}={getattr(value, 'value', value)!r} cannot be used with LPA: "
+                f"{REFUSED.get(field.name, _UNKNOWN)}"
+            )
+    _check_effect(config)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """The same for the options of `Trainer`."""
+    for name, value in options.items():
+        if value is not None and name not in OPTIONS_USED:
+            raise ValueError(f"{name} cannot be used with LPA: {OPTIONS_REFUSED.get(name, _UNKNOWN)}")
+
+
+def _as_usual(field: Field[Any], value: Any) -> bool:
+    usual = field.default_factory() if field.default_factory is not MISSING else field.default
+    return bool(value == usual) or not (value or usual)
+
+
+def _accelerator_as_usual(value: Any) -> bool:
+    """Whether an accelerator_config (None, a dict, a file or an object) says nothing of what is not done here."""
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    if not value:
+        return True
+    usual = vars(AcceleratorConfig())
+    given = value if isinstance(value, dict) else vars(value) if isinstance(value, AcceleratorConfig) else None
+    if given is None:
+        given = vars(AcceleratorConfig.from_json_file(value))
+    return all(given.get(name, usual[name]) == usual[name] for name in _OF_ACCELERATOR & usual.keys())
+
+
+def _check_effect(config: Any) -> None:
+    """Refuse settings that depend on another one, which is not set.
+
+    Raises:
+        ValueError: there is one.
+    """
+    optimiser = str(getattr(config.optim, "value", config.optim))
+    schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+    checkpoints = config.gradient_checkpointing or getattr(config, "activation_checkpointing", False)
+    evaluates = str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
+    saves = str(getattr(config.save_strategy, "value", config.save_strategy))
+    needs = (
+        ("warmup_steps", schedule != "constant",
+         "lr_scheduler_type='constant' has no warm-up; use constant_with_warmup"),
+        ("lr_scheduler_kwargs", schedule not in ("constant", "constant_with_warmup"),
+         f"lr_scheduler_type={schedule!r} takes none"),
+        ("optim_target_modules", optimiser.startswith(("galore", "apollo")), "only galore and apollo use it"),
+        ("liger_kernel_config", config.use_liger_kernel, "it needs use_liger_kernel=True"),
+        ("gradient_checkpointing_kwargs", checkpoints, "it needs gradient_checkpointing=True"),
+        ("activation_checkpointing_kwargs", checkpoints, "it needs activation_checkpointing=True"),
+        ("load_best_model_at_end", evaluates, "nothing is evaluated; set eval_strategy, or canary_steps"),
+        ("dataloader_persistent_workers", config.dataloader_num_workers, "it needs dataloader_num_workers"),
+        ("dataloader_multiprocessing_context", config.dataloader_num_workers, "it needs dataloader_num_workers"),
+    )  # fmt: skip
+    for name, holds, why in needs:
+        if (value := getattr(config, name, None)) and not holds:
+            raise ValueError(f"{name}={value!r} would have no effect: {why}")
+    if saves == "best" and not evaluates:
+        raise ValueError("save_strategy='best' would never save: nothing is evaluated; set eval_strategy")
+    if optimiser.startswith("schedule_free"):
+        raise ValueError(
+            f"optim={optimiser!r} averages the weights of a whole run, and LPA begins the optimiser anew in each LPA "
+            "step; use adamw_torch"
+        )
+    if "lomo" in optimiser or optimiser.endswith("layerwise"):
+        raise ValueError(
+            f"optim={optimiser!r} updates weights within the backward pass, before all micro-batches are added up; use "
+            f"{optimiser.removesuffix('_layerwise') if 'layerwise' in optimiser else 'adamw_torch'}"
+        )

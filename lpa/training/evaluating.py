@@ -1,0 +1,71 @@
+"""What `LPATrainer.evaluate` tells of pairs: the defence's losses, and which completion is likelier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lpa_kernels.attack import Objective, PairBatch
+from lpa_kernels.model import frozen_eval
+
+from ..data import load_pairs
+from ..evaluation.measure import completion_log_probs
+from .losses import pair_terms
+from .prepare import pairs_as_tokens
+
+PAIR_COLUMNS = {"prompt", "rejected", "chosen"}
+EvalSet = tuple[Any, Callable[..., Any]]  # rows of tokens, and what makes a batch of them
+
+
+def eval_sets(
+    given: Any, model: Any, tokenizer: Any, config: Any, collator: Callable[..., Any] | None
+) -> dict[str, EvalSet]:
+    """The sets of an evaluation by name, "" for a single one.
+
+    Args:
+        given: pairs, a mapping of names to pairs, or None for the shipped held-out statements of both kinds.
+        collator: of the training pairs, where it is not LPA's own.
+    """
+    if isinstance(given, Mapping) and not set(given) >= PAIR_COLUMNS:
+        return {str(name): eval_sets(part, model, tokenizer, config, collator)[""] for name, part in given.items()}
+    if given is None:
+        given, collator = load_pairs(kind="both", split="heldout"), None
+    rows, made, _ = pairs_as_tokens(given, model, tokenizer, config, collator)
+    return {"": (rows, made)}
+
+
+def evaluate_pairs(trainer: Any, rows: Any, collator: Callable[..., Any]) -> dict[str, float]:
+    """The numbers of one set at the model's present weights; model and random state are left as they were.
+
+    Every rank runs all of it, as the ranks may hold the model together.
+
+    Returns:
+        "loss": what the defence minimises of pairs, under the run's attack, and its terms by name; "preferred": the
+        share of pairs whose chosen completion is likelier than the rejected one; "margin": their mean log-odds in nats;
+        both with "_attacked" under the attack.
+    """
+    args, pgd, device = trainer.args, trainer.pgd, trainer.args.device
+    objective = trainer.objective or Objective({"toward": 0.5, "away": 0.5})
+    size = args.per_device_eval_batch_size
+    parts = [[rows[i] for i in range(at, min(at + size, len(rows)))] for at in range(0, len(rows), size)]
+    batches = [PairBatch.from_dict(collator(part)) for part in parts]
+    counts = (float(sum(b.counts[0] for b in batches)), float(sum(b.counts[1] for b in batches)))
+    sums: dict[str, float] = {}
+    margins: dict[str, list[torch.Tensor]] = {}
+    for number, batch in enumerate(each.to(device) for each in batches):
+        seed = torch.Generator().manual_seed(args.seed + number) if args.attack_random_start else None
+        attack = pgd.attack(batch, generator=seed) if args.attack_steps else None
+        share = len(batch) / len(rows) if objective.preference else 1.0
+        with torch.no_grad(), frozen_eval(trainer.model):
+            total, terms = pair_terms(pgd, batch, attack, objective, counts, trainer.reference(batch, objective))
+        for name, value in {"loss": total, **terms}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * share
+        for key, used in (("", None), *((("_attacked", attack),) if attack is not None else ())):
+            rejected, chosen = completion_log_probs(pgd, batch, used).unbind(1)
+            margins.setdefault(key, []).append((chosen - rejected).cpu())
+    for key, found in margins.items():
+        values = torch.cat(found)
+        sums |= {f"preferred{key}": float((values > 0).float().mean()), f"margin{key}": float(values.mean())}
+    return sums
