@@ -432,17 +432,15 @@ def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, capsys: Any) ->
 
 def test_a_yaml_names_the_output_folder_too(model: str, tmp_path: Path) -> None:
     file, output = tmp_path / "run.yaml", tmp_path / "out"
-    file.write_text(f"output: {output}\nmodel: {model}\nlpa_steps: 1\n")
-    small = [word for word in SMALL if word not in ("--lpa_steps", "2")]
-    assert train("--config", str(file), "--no_measure", *small) == 0
+    file.write_text(f"output: {output}\nmodel: {model}\n")
+    assert train("--config", str(file), "--no_measure", *SMALL) == 0
     assert (output / "metrics.json").is_file()
     assert "output" not in (output / "settings.yaml").read_text().partition("\n")[2]
 
 
 def test_a_run_resumed_with_other_settings_tells_those_in_force(model: str, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out"
-    small = [word for word in SMALL if word not in ("--lpa_steps", "2")]
-    assert train("--model", model, "--no_measure", "--output", str(output), *small, "--lpa_steps", "1") == 0
+    assert train("--model", model, "--no_measure", "--output", str(output), *SMALL, "--lpa_steps", "1") == 0
     again = ["--resume", "--output", str(output)]
     assert train(*again, "--attack_epsilon", "2") == 1
     assert "was made with attack_epsilon=6.0, now 2.0" in capsys.readouterr().err
