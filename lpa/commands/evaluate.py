@@ -46,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     }
     if "limit" in chosen:
         chosen.setdefault("benign_limit", chosen["limit"])
+        chosen.setdefault("utility_limit", chosen["limit"])
     for name in ("limit", "benign_limit", "utility_limit"):
         if chosen.get(name) == 0:
             chosen[name] = None
@@ -108,9 +109,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set-filter", action="extend", nargs="+", metavar="COLUMN=VALUE", help="take only these rows of a set")
     add("--set-split", help="split of sets on the hub (default: train)")
     add("--set-config", help="configuration of sets on the hub")
-    add("--limit", type=int, help="prompts of each set (default: 100 harmful, 300 benign; 0 for all)")
+    add(
+        "--limit",
+        type=int,
+        help="prompts of each set, and rows of every suite (default: 100 harmful, 300 benign; 0: all)",
+    )
     add("--benign-limit", type=int, help="benign requests, where --limit is for the harmful sets alone")
-    add("--utility-limit", type=int, help="MMLU questions, LAMBADA passages, lm-eval samples (default: 200; 0: all)")
+    add("--utility-limit", type=int, help="MMLU questions, LAMBADA passages, lm-eval samples (default: --limit, else "
+        "200; 0: all)")  # fmt: skip
     add("--task", dest="tasks", action="extend", nargs="+", metavar="TASK", help="lm-eval tasks: gsm8k, hellaswag, ...")
     add("--attack", dest="attacks", action="extend", nargs="+", metavar="ATTACK",
         help="direct, prefix, template, latent, embedding (by default these), vector, ablate, random")  # fmt: skip
@@ -169,7 +175,7 @@ class _Progress:
 
     def __init__(self, console: Any) -> None:
         self.status = console.status("loading") if console.is_terminal else None
-        self.what, self.at = "", 0.0
+        self.what, self.begun, self.first, self.told = "", 0.0, 0, 0.0  # the phase, since when and from where
 
     def __enter__(self) -> _Progress:
         if self.status is not None:
@@ -181,9 +187,24 @@ class _Progress:
             self.status.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        line = f"{what} {done}/{total}"
+        now, new = time.monotonic(), what != self.what
+        if new:
+            self.what, self.begun, self.first = what, now, done
+        line = f"{what} {done}/{total}{time_left(now - self.begun, done - self.first, total - done)}"
         if self.status is not None:
             self.status.update(line)
-        elif what != self.what or time.monotonic() - self.at > 30:
+        elif new or now - self.told > 30:
             print(line, flush=True)
-            self.what, self.at = what, time.monotonic()
+            self.told = now
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """ ", about ... left", by the pace of what was done in so many seconds; "" where nothing is known or left.
+
+    >>> time_left(30.0, 10, 20)
+    ', about 1:00 left'
+    """
+    if not done or not left:
+        return ""
+    minutes, rest = divmod(round(seconds / done * left), 60)
+    return f", about {minutes}:{rest:02} left"

@@ -37,6 +37,15 @@ def canary_line(found: Mapping[str, float]) -> str:
     return f"canaries at LPA step {int(found['lpa_step'])}  {'  '.join(told)}  {found['seconds']:.1f} s"
 
 
+def eval_line(logs: Mapping[str, float], name: str) -> str:
+    """One evaluated set in a line."""
+    parts = [f"{name}  loss {logs[f'{name}_loss']:.3f}"]
+    for key, label in (("", ""), ("_attacked", " attacked")):
+        if f"{name}_preferred{key}" in logs:
+            parts.append(f"{logs[f'{name}_preferred{key}']:.0%} preferred ({logs[f'{name}_margin{key}']:+.2f}){label}")
+    return "  ".join([*parts, f"{logs[f'{name}_runtime']:.1f} s"])
+
+
 class LPAProgress(TrainerCallback):
     """Counts LPA steps and the passes in them; on a terminal as a bar, elsewhere as lines."""
 
@@ -96,6 +105,7 @@ class LPAProgress(TrainerCallback):
         lines = [canary_line(found) for found in entries_of([logs])]
         if "lpa_step" in logs:
             lines.append(step_line(logs, args.lpa_steps))
+        lines += [eval_line(logs, key.removesuffix("_preferred")) for key in logs if key.endswith("_preferred")]
         console = self.bar.console if self.bar is not None else self.console
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)

@@ -92,11 +92,11 @@ def check_same_weights(accelerator: Any, model: nn.Module, tolerance: float = 1e
     Raises:
         RankError: on every rank, where they differ.
     """
-    trained = [(name, p.double()) for name, p in model.named_parameters() if p.requires_grad]
-    own = torch.stack([torch.stack((p.sum(), p.abs().sum())) for _, p in trained]).to(torch.float64)
-    every = accelerator.gather(own[None].contiguous())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = [(p.sum(dtype=torch.float64), p.abs().sum(dtype=torch.float64)) for p in trained.values()]
+    every = accelerator.gather(torch.stack([torch.stack(pair) for pair in sums])[None])  # [ranks, tensors, 2]
     apart = (every[:, :, 0] - every[:1, :, 0]).abs().amax(0)
-    for (name, _), difference, size in zip(trained, apart.tolist(), every[0, :, 1].tolist(), strict=True):
+    for name, difference, size in zip(trained, apart.tolist(), every[0, :, 1].tolist(), strict=True):
         if not difference <= tolerance * size:
             raise RankError(
                 f"after the first update the ranks hold different weights: the sums of {name} are {difference:.2g} "

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ class LPATrainer(DurableTrainer):
         if not args.disable_tqdm:
             self.add_callback(LPAProgress())
         self.add_callback(WholeSteps(self))
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.get_optimizer_cls_and_kwargs(args, self.model)  # now, for what it says of packages that are missing
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
         warn_if_small(len(dataset), self.batch_size)
         check_engine(self)
@@ -564,13 +567,18 @@ class LPATrainer(DurableTrainer):
 
     def kept_settings(self) -> dict[str, Any]:
         """What a checkpoint keeps, since a resumed run must have the same."""
-        columns = PAIR_COLUMNS & set(getattr(self.train_dataset, "column_names", ()))
-        data = data_hash(self.train_dataset, tuple(sorted(columns))) if columns == PAIR_COLUMNS else None
         return self.args.bound_settings | {
             "pairs an LPA step": self.batch_size,
             "rows": len(self.lengths),
-            "data": data,
+            "data": self._data_hash,
         }
+
+    @cached_property
+    def _data_hash(self) -> str | None:
+        columns = sorted(PAIR_COLUMNS)
+        if not set(getattr(self.train_dataset, "column_names", ())) >= PAIR_COLUMNS:
+            return None
+        return data_hash(self.train_dataset.select_columns(columns), tuple(columns))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Only at the ends of LPA steps, where nothing of a begun step has to be kept."""

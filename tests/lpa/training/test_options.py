@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from lpa import LPATrainer
 from lpa.training.optimisers import Fresh
+from lpa.training.progress import eval_line
 from lpa.training.ranks import RankError
 from tests.support import jobs, ranks
 from tests.support.tiny import rows, tiny_config, tiny_model
@@ -178,6 +179,7 @@ def test_evaluate_tells_of_held_out_statements_and_of_pairs(tmp_path: Path, obje
     trainer = trainer_of(tmp_path, **objective)
     before = weights(trainer)
     found = trainer.evaluate()
+    assert "preferred" in eval_line(found, "eval")
     assert all(math.isfinite(value) for value in found.values())
     assert {"eval_loss", "eval_preferred", "eval_margin", "eval_preferred_attacked", "eval_margin_attacked"} <= set(
         found

@@ -435,3 +435,10 @@ def test_a_set_of_prompts_that_is_not_there_is_named(tmp_path: Path) -> None:
     sets = [str(tmp_path / "some.txt"), str(tmp_path / "none.txt")]
     with pytest.raises(ValueError, match=r"the set '.*none.txt' is unavailable"):
         trainer_of(tmp_path, attack_adversary="vector", attack_direction=sets)
+
+
+def test_the_published_radius_is_no_news_and_ones_own_is(tmp_path: Path, caplog: Any) -> None:
+    trainer_of(tmp_path / "default", lpa_steps=1).train()
+    assert "never binds" not in caplog.text
+    trainer_of(tmp_path / "own", lpa_steps=1, attack_epsilon=5.0).train()
+    assert "epsilon=5 never binds" in caplog.text
