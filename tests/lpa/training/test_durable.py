@@ -68,10 +68,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path, pl
 
 
 def test_one_seed_is_one_result(whole: Path, tmp_path: Path) -> None:
-    jobs.train(tmp_path, RUN)  # in this process, which has its own past
-    assert same(whole, tmp_path)
-    jobs.train(tmp_path, RUN | {"seed": 43})
-    assert not same(whole, tmp_path)
+    one, other = tmp_path / "one", tmp_path / "other"
+    jobs.train(one, RUN)  # in this process, which has its own past
+    assert same(whole, one)
+    jobs.train(other, RUN | {"seed": 43})
+    assert not same(whole, other)
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(whole: Path, tmp_path: Path) -> None:
