@@ -129,10 +129,10 @@ def base_and_adapters(model: str | None, adapters: Sequence[str]) -> tuple[str, 
         base = adapter_base(model)
         return (model, list(adapters)) if base is None else (base, [model, *adapters])
     paths = [path if Path(path).exists() else path.rpartition("=")[2] for path in adapters]
-    bases = dict.fromkeys(base for path in paths if (base := adapter_base(path)) is not None)
-    if len(bases) > 1:
-        raise ModelError(f"the adapters are of several base models ({', '.join(bases)}); give one as --model")
-    return next(iter(bases), DEFAULT_MODEL), list(adapters)
+    named = dict.fromkeys(base for path in paths if (base := adapter_base(path)) is not None)
+    if len({resolve(base) for base in named}) > 1:  # a run's checkpoints name an asset's folder, its adapter the asset
+        raise ModelError(f"the adapters are of several base models ({', '.join(named)}); give one as --model")
+    return next(iter(named), DEFAULT_MODEL), list(adapters)
 
 
 def _with_adapter(model: Any, tokenizer: Any, where: str, known: dict[str, Any]) -> tuple[Any, Any]:
