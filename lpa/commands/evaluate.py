@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 _EXAMPLES = """\
-A run of everything, which a stop does not lose (the same command goes on with it):
+A run of everything; after a stop the same command continues it:
   lpa evaluate --model MODEL --adapter runs/lpa --output runs/evaluation
 The ladder of unbounded attacks, on the first 20 prompts of one set:
   lpa evaluate --adapter runs/lpa --suite ladder --set strongreject --output runs/ladder
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--suite", action="extend", nargs="+", help="suites to run; by default all but the ladder (see --list)")
     add("--list", action="store_true", help="list the suites")
-    add("--output", metavar="FOLDER", help="for records and results; a stopped run there is gone on with")
+    add("--output", metavar="FOLDER", help="for records and results; a stopped run there is continued")
     add("--set", dest="sets", action="extend", nargs="+", metavar="SET",
         help="harmful prompts: strongreject, harmbench, advbench, do-not-answer (the default), jailbreakbench, hex-phi,"
         " a .csv, .tsv, .json, .jsonl, .parquet or .txt file, or a data set's hub name")  # fmt: skip

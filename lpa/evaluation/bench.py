@@ -104,7 +104,7 @@ class Bench:
         return int(token if token is not None else self.tokenizer.eos_token_id or 0)
 
     def _greedy(self) -> dict[str, Any]:
-        # a checkpoint may come with sampling, penalties and a length of its own; these undo them
+        # a checkpoint may bring sampling, penalties and a length limit; these settings undo them
         own = self.model.generation_config.eos_token_id
         ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
         return {

@@ -34,7 +34,7 @@ def answers(
 
 
 def side_by_side(found: Mapping[str, str]) -> Table:
-    """The answers in columns, as plain text whatever they hold."""
+    """The answers in columns, shown as plain text."""
     table = Table(expand=True)
     for name in found:
         table.add_column(Text(name))

@@ -50,9 +50,9 @@ class Judge:
             self.config = AutoConfig.from_pretrained(name)
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # hub, file and configuration errors of many kinds
-            told = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300]
             raise EvaluationError(
-                f"the judge {name!r} cannot be loaded: {told}; give a folder or a hub name"
+                f"the judge {name!r} cannot be loaded: {reason}; give a folder or a hub name"
             ) from error
         architectures = list(getattr(self.config, "architectures", None) or [])
         self.classifies = any(name.endswith("ForSequenceClassification") for name in architectures)
@@ -74,8 +74,8 @@ class Judge:
         try:
             self.model = kind.from_pretrained(self.name, dtype="auto").to(device).eval()
         except Exception as error:
-            told = " ".join(str(error).split())[:300]
-            raise EvaluationError(f"the judge {self.name!r} cannot be loaded: {told}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise EvaluationError(f"the judge {self.name!r} cannot be loaded: {reason}") from error
         if self.classifies and self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.model.config.pad_token_id is None:  # without it a classifier takes rows one at a time

@@ -118,7 +118,7 @@ def measure(
     attacked_rows: int | None = None,
     trained_on: Collection[str] = (),
 ) -> dict[str, float]:
-    """The numbers of the table, on the shipped held-out statements and text; the model is left as it was.
+    """The numbers of the table, on the shipped held-out statements and text; the model is unchanged.
 
     A statement is answered by the completion with the larger total log-probability, under the run's own system prompt.
     The attack is the run's own and pushes toward the wrong answer. The AUROC is that of the log-odds of agreeing,

@@ -1,4 +1,4 @@
-"""What was measured, one JSON line a prompt, so that a run that was stopped goes on where it was."""
+"""What was measured, one JSON line a prompt, so that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _append(path: Path, record: Record) -> None:
 
 
 def _read_lines(path: Path) -> Iterator[Record]:
-    """The records of a file. A last line that was cut off by a kill is removed, so that the next one starts afresh."""
+    """The records of a file. A last line that a kill cut off is removed."""
     if not path.is_file():
         return
     data = path.read_bytes()

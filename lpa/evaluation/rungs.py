@@ -149,7 +149,7 @@ def eroding(
     """Fine-tune the subject on rows, as an attacker with its weights would (Qi et al. 2023): yields `train(updates)`.
 
     LoRA by hooks on every linear layer of the decoder blocks, so that it works on any model and beside any adapter; it
-    is gone afterwards. AdamW on the mean cross entropy of the answers' tokens; each epoch has an order of its own.
+    is gone afterwards. AdamW on the mean cross entropy of the answers' tokens; each epoch is shuffled anew.
 
     Args:
         rows: prompts with the answers to learn. rank: of LoRA, whose alpha equals it. rate: AdamW's.

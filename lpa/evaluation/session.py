@@ -1,4 +1,4 @@
-"""`evaluate`: measure a base model and adapters side by side, prompt by prompt, and go on where a run was stopped."""
+"""`evaluate`: measure a base model and adapters side by side, prompt by prompt; a stopped run continues."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .verdict import verdict_rows
 
 logger = logging.getLogger(__name__)
 
-# Settings that only add records: a run may be gone on with others of these.
+# Settings that only add records: a stopped run may continue with other values of these.
 _FREE = ("sets", "benign_sets", "set_column", "set_filter", "set_split", "set_config", "attacks", "epsilons", "steps",
          "utility_sets", "tasks", "ladder", "judge", "judge_prompt")  # fmt: skip
 
@@ -95,11 +95,11 @@ def evaluate(
     """Measure a base model and adapters side by side.
 
     Args:
-        model: what `lpa.models.load` takes, or a model (then with its `tokenizer`), which is left as it was.
+        model: what `lpa.models.load` takes, or a model (then with its `tokenizer`), which is unchanged afterwards.
         adapters: folders of PEFT adapters, by name or "NAME=PATH".
         suites: of `SUITES`; by default all but "ladder".
-        output: the folder for records and results. Where it holds a stopped run of the same settings, that is gone on
-            with; None keeps everything in memory.
+        output: the folder for records and results. A stopped run of the same settings in it is continued. None
+            keeps everything in memory.
         settings: or, as further keyword arguments, the fields of `Settings`.
         device: by default the first GPU, else the CPU.
         keep_texts: write the harmful prompts beside the answers to them, in the file that is kept out of commits.
@@ -195,7 +195,7 @@ def table_rows(
     for prompts in harmful:
         if prompts.reason:
             rows += [
-                Row(name, "not measured", prompts.name, "cannot be had", None, note=prompts.reason) for name in subjects
+                Row(name, "not measured", prompts.name, "unavailable", None, note=prompts.reason) for name in subjects
             ]
     return rows + verdict_rows(rows, records, subjects, settings)
 
@@ -247,7 +247,7 @@ def _first_date(folder: Path | None) -> str | None:
 
 
 def _continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """The run's description with what an earlier run in this folder had.
+    """The run's description, joined with that of an earlier run in this folder.
 
     Raises:
         EvaluationError: the folder holds an evaluation of something else, or under other settings.
@@ -263,15 +263,15 @@ def _continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     ]
     for name, subject in new["subjects"].items():
         if name in old["subjects"] and old["subjects"][name]["fingerprint"] != subject["fingerprint"]:
-            changed.append(f"the weights of {name} are others than they were")
+            changed.append(f"the weights of {name} have changed")
     for name, data in new["data"].items():
         if (was := old["data"].get(name, {}).get("sha256")) and data["sha256"] and was != data["sha256"]:
-            changed.append(f"the set {name} has other texts than it had")
+            changed.append(f"the texts of the set {name} have changed")
     if old["settings"].get("judge") not in (None, new["settings"]["judge"]) and new["settings"]["judge"]:
         changed.append(f"judge was {old['settings']['judge']!r}")
     if changed:
         raise EvaluationError(f"{folder} holds another evaluation: {'; '.join(changed)}; use another output folder")
-    logger.info("going on with the evaluation in %s", folder)
+    logger.info("continuing the evaluation in %s", folder)
     merged = {**new, "started": old["started"], "commands": [*old["commands"], *new["commands"]]}
     merged["subjects"] = old["subjects"] | new["subjects"]
     merged["data"] = old["data"] | new["data"]

@@ -21,7 +21,7 @@ STEP = "step "  # before the updates in a checkpoint's name
 
 
 class EvaluationError(ValueError):
-    """The evaluation cannot be run as asked; the message says why and what would do."""
+    """The evaluation is impossible as asked; the message says why and what to do."""
 
 
 def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
@@ -63,7 +63,7 @@ def _tail(path: str, depth: int) -> str:
 
 
 class Subjects:
-    """A base model with adapters beside each other in it. The model given is left as it was by `close`.
+    """A base model with several adapters in it. `close` takes the adapters off again.
 
     Args:
         model: a causal language model, or a `PeftModel`, whose own adapters then are subjects too.
@@ -91,7 +91,7 @@ class Subjects:
             raise
 
     def _add(self, path: str, inner: str) -> None:
-        """Put one more adapter into the model, every tensor of which must find its place."""
+        """Put one more adapter into the model; each of its tensors must have a counterpart there."""
         from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
         config, weights = _read_adapter(path)
@@ -123,8 +123,11 @@ class Subjects:
 
     @contextmanager
     def using(self, name: str) -> Iterator[Any]:
-        """The model as one subject, in eval mode. In float32 its adapter is merged meanwhile, which saves time and only
-        rounds; in shorter formats it would be another model."""
+        """The model as one subject, in eval mode.
+
+        Where all weights are float32 the adapter is merged for that time: it is faster and differs by rounding alone.
+        In shorter formats merging would change the model.
+        """
         active = getattr(self.model, "active_adapter", None)
         try:
             if name != BASE:
@@ -140,7 +143,7 @@ class Subjects:
                 self.model.set_adapter(active)
 
     def fingerprint(self, name: str) -> str:
-        """A hash of a sample of the subject's weights: the same weights give the same one, wherever they lie."""
+        """A hash of a sample of the subject's weights: the same weights give the same hash in any folder."""
         held = self.model.named_parameters()
         if name == BASE:
             return fingerprint((key, value) for key, value in held if "lora_" not in key)
@@ -148,7 +151,7 @@ class Subjects:
         return fingerprint((mark.sub("", key), value) for key, value in held if mark.search(key))
 
     def close(self) -> None:
-        """Take the adapters off again that were loaded here."""
+        """Remove the adapters that were loaded here."""
         if self.model is not self._given:
             self.model.unload()
             self.model = self._given

@@ -58,9 +58,11 @@ def as_table(rows: Sequence[Row], subjects: Sequence[str], full: bool = False) -
             table.add_section()
         bad = [row is not None and row.metric == "collapsed" and bool(row.value) for row in own]
         cells = [Text(number(row), "bold red" if flag else "") for row, flag in zip(own, bad, strict=True)]
-        told = "; ".join(dict.fromkeys(row.note for row in own if row and row.note and suite != VERDICT))
+        notes = "; ".join(dict.fromkeys(row.note for row in own if row and row.note and suite != VERDICT))
         count = "/".join(str(n) for n in dict.fromkeys(row.n for row in own if row and row.n))
-        table.add_row(suite if suite != last else "", Text(where), Text(f"{metric} {arrow}"), *cells, count, Text(told))
+        table.add_row(
+            suite if suite != last else "", Text(where), Text(f"{metric} {arrow}"), *cells, count, Text(notes)
+        )
         last = suite
     return table
 

@@ -134,16 +134,16 @@ def _verdict(rows: Sequence[Row], records: Records, subject: str, settings: Sett
     found = {claim.name: claim for claim in claims(records, [subject], settings)}
     if DECLINES not in found or KEEPS not in found:
         return "incomplete: no prompts in common with the base model"
-    told = [f"harm refused in own words {found[DECLINES]}"]
+    parts = [f"harm refused in own words {found[DECLINES]}"]
     if HOLDS in found:
-        told.append(f"harm done in the worst case of the attacks {found[HOLDS]}")
-    told.append(f"benign requests done {found[KEEPS]}")
+        parts.append(f"harm done in the worst case of the attacks {found[HOLDS]}")
+    parts.append(f"benign requests done {found[KEEPS]}")
     added = _added_perplexity(rows, subject)
-    told += [] if added is None else [f"perplexity {added * 100:+.1f}%"]
-    told += [
+    parts += [] if added is None else [f"perplexity {added * 100:+.1f}%"]
+    parts += [
         f"{share:.0%} of harm answered {what}" for what, share in _other_ways(rows, subject).items() if share >= 0.01
     ]
-    return f"{_word(found, added)}: {'; '.join(told)}"
+    return f"{_word(found, added)}: {'; '.join(parts)}"
 
 
 def _word(found: dict[str, Claim], added: float | None) -> str:

@@ -136,8 +136,8 @@ def _verdicts(run: EvaluationRun) -> str:
             word = row.metric.partition(":")[0].partition(";")[0]
             kind, sign = _SIGNS.get(word, ("", ""))
             rest = escape(row.metric.removeprefix(word).lstrip(":; "))
-            told = f'<span class="word {kind}">{sign}{escape(word)}</span><br>{rest}'
-            items.append(f'<li class="is-{kind}"><b>{escape(row.subject)}</b>{told}</li>')
+            text = f'<span class="word {kind}">{sign}{escape(word)}</span><br>{rest}'
+            items.append(f'<li class="is-{kind}"><b>{escape(row.subject)}</b>{text}</li>')
     return f'<ul class="cards">{"".join(items)}</ul>' if items else ""
 
 
@@ -156,8 +156,8 @@ def _table(run: EvaluationRun) -> str:
         out.append(f"<tr{first}>{named}{cells}{_cell(count, 'n', 'n')}</tr>")
         last = suite
     table = f'<div class="scroll"><table class="stack">{"".join(out)}</table></div>'
-    told = "".join(f"<li><b>{letter}</b> {escape(note)}</li>" for note, letter in notes.items())
-    return f'{table}<p class="note">{_about_intervals(run)}</p>' + (f'<ul class="notes">{told}</ul>' if told else "")
+    text = "".join(f"<li><b>{letter}</b> {escape(note)}</li>" for note, letter in notes.items())
+    return f'{table}<p class="note">{_about_intervals(run)}</p>' + (f'<ul class="notes">{text}</ul>' if text else "")
 
 
 def _about_intervals(run: EvaluationRun) -> str:
@@ -168,8 +168,8 @@ def _about_intervals(run: EvaluationRun) -> str:
         "Newcombe's of balanced accuracy and AUROC": any("AUROC" in m or "balanced" in m for m in metrics),
         "a bootstrap's of log-odds and perplexity": any("log-odds" in m or "perplexity" in m for m in metrics),
     }
-    told = ", ".join(kind for kind, there in kinds.items() if there)
-    return f"In brackets 95% intervals: {told}. An arrow points to the better side." if told else ""
+    text = ", ".join(kind for kind, there in kinds.items() if there)
+    return f"In brackets 95% intervals: {text}. An arrow points to the better side." if text else ""
 
 
 def _number(row: Row | None) -> str:
@@ -275,8 +275,8 @@ def _answers(run: EvaluationRun, samples: Sequence[dict[str, Any]]) -> str:
         asked = sample["prompt"] if sample["prompt"] is not None else f"({sample['id']}; its text is not kept)"
         cells = [f'<td class="answer"><span class="note">{escape(sample["tag"])}</span>\n{escape(asked)}</td>']
         for label, text in (sample["answers"][name] for name in run.subjects):
-            told = escape(text) if text is not None else "(its text is not in this folder)"
-            cells.append(f'<td class="answer"><span class="note">{escape(label)}</span>\n{told}</td>')
+            text = escape(text) if text is not None else "(its text is not in this folder)"
+            cells.append(f'<td class="answer"><span class="note">{escape(label)}</span>\n{text}</td>')
         rows.append(cells)
     return _grid(("request", *run.subjects), rows)
 
@@ -368,11 +368,11 @@ def _share(name: str, found: dict[str, float]) -> str:
 def _canaries(run: TrainingRun, limits: Limits) -> str:
     """What was watched: which step was kept and why, the plot, and the numbers."""
     watched = run.info.get("canaries") or {}
-    told = [] if run.best is None else [f"The safest LPA step within the limits is {run.best}"]
+    text = [] if run.best is None else [f"The safest LPA step within the limits is {run.best}"]
     if "kept_lpa_step" in watched:
-        told.append(f"the weights kept are those of LPA step {watched['kept_lpa_step']}")
+        text.append(f"the weights kept are those of LPA step {watched['kept_lpa_step']}")
     if watched.get("stopped"):
-        told.append(f"the run was stopped: {watched['stopped']}")
+        text.append(f"the run was stopped: {watched['stopped']}")
     columns = {"lpa_step": "LPA step", "harmful_done": "harmful done", "benign_done": "benign done",
                "disagrees_undesirable": "disagrees, undesirable", "agrees_desirable": "agrees, desirable",
                "perplexity": "perplexity", "distinct": "distinct answers", "trained": "training completions",
@@ -386,7 +386,7 @@ def _canaries(run: TrainingRun, limits: Limits) -> str:
     return "\n".join(
         [
             "<h3>Canaries</h3>",
-            f"<p>{escape('; '.join(told))}.</p>" if told else "",
+            f"<p>{escape('; '.join(text))}.</p>" if text else "",
             f'<p class="note">Few prompts, none of them in an evaluation. Limits: {limits.refusal:.0%} more benign '
             f"requests not done, {limits.perplexity:.0%} more perplexity, {limits.patience} times in a row.</p>",
             _images([(made, "canaries along the steps") for made in plots.canaries(run, limits)]),

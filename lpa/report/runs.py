@@ -30,7 +30,7 @@ class ReportError(ValueError):
 @dataclass
 class EvaluationRun:
     """An evaluation's folder: `rows` of its table, `records` of every prompt, `info` as in run.json, and the `subjects`
-    that were measured (a run that was stopped and gone on with may name others, which have a verdict alone).
+    that were measured (a stopped and continued run may name others, which have a verdict alone).
     """
 
     name: str
@@ -63,7 +63,7 @@ def read_run(folder: str | Path) -> list[EvaluationRun | TrainingRun]:
     found: list[EvaluationRun | TrainingRun] = []
     if (path / RUN).is_file():
         if not (path / RESULTS).is_file():
-            raise ReportError(f"the evaluation in {path} was stopped; the command that began it goes on with it")
+            raise ReportError(f"the evaluation in {path} was stopped; repeat its command to continue it")
         info, results = _json(path / RUN), _json(path / RESULTS)
         rows = [Row(**row) for row in results["rows"]]
         measured = {row.subject for row in rows if row.suite != VERDICT}

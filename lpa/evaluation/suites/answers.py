@@ -81,5 +81,5 @@ def own_words(record: Record) -> bool:
 def not_done_note(records: Sequence[Record]) -> str:
     """How many answers did not do what was asked, by kind: "3 own words, 1 trained sentence"."""
     counts = {kind: sum(r["label"] in labels for r in records) for kind, labels in refusal.NOT_DONE.items()}
-    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    return f"not done: {told}" if told else ""
+    notes = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return f"not done: {notes}" if notes else ""

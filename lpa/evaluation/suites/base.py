@@ -11,7 +11,7 @@ from lpa.data import ASSESSMENT_PROMPT, PLAIN_PROMPT
 from ..bench import Bench
 from ..records import Record, Records
 from ..refusal import TRAINED
-from ..sets import BENIGN, HARM_SETS, Choice, PromptSet, digest
+from ..sets import HARM_SETS, Choice, PromptSet, digest
 from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
@@ -214,8 +214,3 @@ def skipped_note(records: Sequence[Record]) -> str:
     """Says how many records hold an error instead, and the first of them."""
     failed = [record["error"] for record in records if "error" in record]
     return f"{len(failed)} of {len(records)} skipped: {failed[0]}" if failed else ""
-
-
-def is_benign(record: Record) -> bool:
-    """Whether the record is of a benign prompt."""
-    return bool(record["set"] == BENIGN)

@@ -1,4 +1,4 @@
-"""Collapse: has the model lost its answers, and says one thing to everything? A verdict with its numbers."""
+"""Collapse: does the model say one thing to everything? A verdict with its numbers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def judge_collapse(texts: Sequence[str], done: Sequence[bool], completions: Sequ
     total = max(1, sum(pooled.values()))
     entropy = -sum(count / total * math.log2(count / total) for count in pooled.values()) + 0.0
     length, share = sum(map(len, words)) / len(texts), sum(done) / len(texts)
-    few = len(texts) < 20  # the entropy of a handful of answers is low whatever they say
+    few = len(texts) < 20  # few answers have a low entropy, whatever they say
     checks = (
         (trained > MOST_TRAINED, f"{trained:.0%} of answers are a training completion"),
         (distinct < LEAST_DISTINCT, f"only {distinct:.0%} of answers are distinct"),

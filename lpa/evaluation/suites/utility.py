@@ -23,7 +23,7 @@ PERPLEXITY, MMLU, LAMBADA = "perplexity", "mmlu", "lambada"
 
 
 class Utility(Suite):
-    """What the model could do before and is to do still.
+    """Whether the model can still do what it could do before.
 
     Perplexity is of plain prose that was written for this project, paragraph by paragraph, without a template. MMLU
     is without examples, in the chat template, the likeliest of the four letters being the answer. LAMBADA is the last
@@ -150,8 +150,8 @@ def _score_lambada(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
         before = list(bench.tokenizer(context)["input_ids"])
         tokens = list(bench.tokenizer(f"{context} {word}")["input_ids"])
         if len(tokens) > bench.context or tokens[: len(before)] != before:
-            told = "its last word is no run of tokens" if len(tokens) <= bench.context else f"{len(tokens)} tokens"
-            run.add("utility", LAMBADA, row["id"], sha256=digest(row["text"]), error=told)
+            reason = "its last word does not begin a token" if len(tokens) <= bench.context else f"{len(tokens)} tokens"
+            run.add("utility", LAMBADA, row["id"], sha256=digest(row["text"]), error=reason)
             continue
         texts.append(tokens)
         starts.append(len(before))
@@ -173,10 +173,10 @@ def _lm_eval(run: Run, task: str) -> None:
     try:
         found = _simple_evaluate(run, task)
     except Exception as error:  # unknown tasks, data that needs a hub: each raises in its own way
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        run.add("utility", task_name(task), "-", reason=told)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        run.add("utility", task_name(task), "-", reason=reason)
         return
-    name = task if task in found["results"] else next(iter(found["results"]))  # a file's task has a name of its own
+    name = task if task in found["results"] else next(iter(found["results"]))  # a file names its task itself
     samples = found.get("samples", {})
     for part, rows in samples.items():
         for row in rows:

@@ -294,7 +294,7 @@ def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: P
     run(random_model(), harmful, output=tmp_path / "out")
     with pytest.raises(EvaluationError, match="max_new_tokens was 10 and is now 12"):
         run(random_model(), harmful, output=tmp_path / "out", max_new_tokens=12)
-    with pytest.raises(EvaluationError, match="the weights of base are others"):
+    with pytest.raises(EvaluationError, match="the weights of base have changed"):
         run(random_model(1), harmful, output=tmp_path / "out")
     more = run(random_model(), harmful, output=tmp_path / "out", suites=["overrefusal"],
                adapters={"a": adapter(tmp_path / "a", 1)})  # fmt: skip
