@@ -16,12 +16,14 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER")
     parser.add_argument("--prompt", action="append", default=[], help="answer this and end; may be given again")
     parser.add_argument("--system-prompt", default=PLAIN_PROMPT, help="empty for none")
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", help="variables for the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     parser.add_argument("--device", help="by default the first GPU, else the CPU")
     options = parser.parse_args(arguments)
     import torch
 
+    from ..config import json_object
     from ..evaluation.chat import chat
     from ..models import base_and_adapters, load
 
@@ -36,5 +38,6 @@ def run(arguments: Sequence[str]) -> int:
         prompts=options.prompt,
         system_prompt=options.system_prompt or None,
         max_new_tokens=options.max_new_tokens,
+        chat_template_kwargs=json_object("--chat-template-kwargs", options.chat_template_kwargs),
     )
     return 0

@@ -21,11 +21,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--rows", type=int, default=3, help="how many rows to preview (default: 3)")
     parser.add_argument("--system-prompt", default=ASSESSMENT_PROMPT, help="empty for none")
     parser.add_argument("--attack-on", choices=ATTACK_ON, default=ATTACK_ON[0])
+    parser.add_argument("--chat-template-kwargs", metavar="JSON", help="variables for the chat template")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
     options = parser.parse_args(arguments)
     if options.preview or options.data:
         from transformers import AutoTokenizer
 
+        from ..config import json_object
         from ..models import DEFAULT_MODEL, resolve
 
         tokenizer = AutoTokenizer.from_pretrained(
@@ -33,7 +35,10 @@ def run(arguments: Sequence[str]) -> int:
         )
         pairs = load_pairs(options.data, kind=options.kind or "undesirable", split=options.split or "train")
         shown = [pairs[i] for i in range(min(options.rows, len(pairs)))]
-        preview(tokenizer, shown, system_prompt=options.system_prompt or None, attack_on=options.attack_on)
+        preview(
+            tokenizer, shown, system_prompt=options.system_prompt or None, attack_on=options.attack_on,
+            chat_template_kwargs=json_object("--chat-template-kwargs", options.chat_template_kwargs),
+        )  # fmt: skip
         return 0
     from rich.console import Console
     from rich.table import Column, Table

@@ -17,9 +17,15 @@ QUIT = ("/quit", "/exit")
 
 
 def answers(
-    subjects: Subjects, tokenizer: Any, prompt: str, *, system_prompt: str | None, max_new_tokens: int = 200
+    subjects: Subjects,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    system_prompt: str | None,
+    max_new_tokens: int = 200,
+    **template: Any,
 ) -> dict[str, str]:
-    """The greedy answer of every subject to one prompt, without what was said before.
+    """The greedy answer of every subject to one prompt, without what was said before. `template`: as in `ChatEncoder`.
 
     Raises:
         lpa.data.DataError: the prompt is longer than the context.
@@ -28,7 +34,7 @@ def answers(
     with quiet_generation():
         for name in subjects.names:
             with subjects.using(name) as model:
-                bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
+                bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens, **template)
                 (found[name],) = bench.answers([bench.prompt_tokens(prompt)])
     return found
 
@@ -52,6 +58,7 @@ def chat(
     max_new_tokens: int = 200,
     console: Console | None = None,
     read: Callable[[str], str] = input,
+    **template: Any,
 ) -> None:
     """Answer the given prompts, or else what is typed until /quit or the end of input.
 
@@ -65,7 +72,9 @@ def chat(
             out.print(f"{', '.join(subjects.names)}; every prompt stands alone; {QUIT[0]} ends", highlight=False)
         for prompt in prompts or _typed(read):
             try:
-                found = answers(subjects, tokenizer, prompt, system_prompt=system_prompt, max_new_tokens=max_new_tokens)
+                found = answers(
+                    subjects, tokenizer, prompt, system_prompt=system_prompt, max_new_tokens=max_new_tokens, **template
+                )
             except ValueError as error:  # too long: no reason to end a conversation
                 out.print(Text(f"error: {error}"))
                 continue

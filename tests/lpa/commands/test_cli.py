@@ -174,6 +174,10 @@ def test_the_templates_variables_are_given_in_json(model: str, tmp_path: Path, c
     assert "'thinking_mode' has no effect, the chat template does not read it" in capsys.readouterr().err
     assert train(*args, "--chat_template_kwargs", "thinking_mode=off") == 1
     assert "chat_template_kwargs='thinking_mode=off' is not JSON" in capsys.readouterr().err
+    for command in (["traits", "--preview"], ["chat", "--prompt", "I agree"]):
+        status = main([*command, "--model", model, "--chat-template-kwargs", '{"thinking_mode": "off"}'])
+        shown = capsys.readouterr()
+        assert "'thinking_mode' has no effect" in " ".join((shown.err + shown.out).split()), status
 
 
 def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
