@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -27,6 +26,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measure import made_with, resident, table
+from lpa.files import write_json
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 EMBEDDED = "smollm2-135m-instruct"
@@ -147,8 +149,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             trainer.add_callback(Reset())
         trainer.train()
         assert trainer.is_fsdp_enabled == bool(config.fsdp)
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return {"bytes": int(line.split()[1]) * 1024, "seconds": round(time.time() - begun, 1)}
+    return {"bytes": round(resident("VmHWM") * (1 << 20)), "seconds": round(time.time() - begun, 1)}
 
 
 def run(name: str, environment: dict[str, str]) -> dict[str, Any]:
@@ -183,14 +184,14 @@ def errors(record: dict[str, Any]) -> dict[str, tuple[int, int, int, float]]:
 
 def as_table(record: dict[str, Any]) -> str:
     """Today's plan beside a record, in Markdown; GB of 10^9 bytes."""
-    lines = ["| case | planned | measured | error | with Python and libraries | measured with glibc's defaults |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    head = ("case", "planned", "measured", "error", "with Python and libraries", "measured with glibc's defaults")
+    rows = []
     for name, (plan, own, process, error) in errors(record).items():
         plain = record["cases"][name].get("measured_glibc_defaults")
         defaults = f"{(plain['bytes'] - process) / 1e9:.3f}" if plain else "-"
         whole = (plan + process) / (own + process) - 1
-        lines.append(f"| {name} | {plan / 1e9:.3f} | {own / 1e9:.3f} | {error:+.1%} | {whole:+.1%} | {defaults} |")
-    return "\n".join(lines) + "\n"
+        rows.append((name, f"{plan / 1e9:.3f}", f"{own / 1e9:.3f}", f"{error:+.1%}", f"{whole:+.1%}", defaults))
+    return table(head, rows)
 
 
 def main() -> None:
@@ -206,18 +207,15 @@ def main() -> None:
     if options.table:
         print(as_table(json.loads(options.table.read_text(encoding="utf-8"))), end="")
         return
-    from lpa.environment import versions
-
     cases: dict[str, Any] = {}
     for name in dict.fromkeys(each for only in options.only for each in (idle(only), only)):
         cases[name] = CASES[name] | {"measured": run(name, MAPPED)}
         if "ranks" not in CASES[name]:
             cases[name]["measured_glibc_defaults"] = run(name, {})
-    record = {"command": shlex.join(["python", "-m", "benchmarks.check_plan", *sys.argv[1:]]), "versions": versions(),
-              "environment": MAPPED, "cases": cases}  # fmt: skip
+    record = made_with() | {"environment": MAPPED, "cases": cases}
     print(as_table(record), end="")
     if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, record)
 
 
 if __name__ == "__main__":

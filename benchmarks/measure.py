@@ -65,8 +65,8 @@ def in_turns(runs: Mapping[str, Run], rounds: int, warm_up: int = 1) -> dict[str
     """Seconds of each call, by name, one after the other in every round: a noisy machine then hits all alike."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for lap in range(warm_up + rounds):
+        gc.collect()
         for name, run in runs.items():
-            gc.collect()
             spent = seconds(run)
             if lap >= warm_up:
                 taken[name].append(spent)
@@ -172,8 +172,8 @@ def made_with() -> dict[str, Any]:
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A table in Markdown."""
     head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |\n" for line in lines)
+    lines = ["| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |\n" for line in (head, *rows)]
+    return "".join([lines[0], "|" + "---|" * len(head) + "\n", *lines[1:]])
 
 
 def write_record(path: Path, record: Mapping[str, Any], page: str = "") -> None:

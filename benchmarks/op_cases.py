@@ -400,62 +400,46 @@ def attention_cases(pairs: int, heads: int, kv_heads: int, width: int, dtype: to
     first = {**ours("attention", forward), "eager rotation and sdpa": called(sdpa), "torch.compile": compiled(sdpa)}
     second = {**ours("attention_backward_", back), "eager rotation and sdpa": backward(sdpa, 3),
               "torch.compile": backward(torch.compile(sdpa, dynamic=False), 3)}  # fmt: skip
-    return [*cases(f"attention of {shape}", data, first), *cases(f"attention backward of {shape}", data, second)]
+    moved = (
+        2 * (heads + kv_heads) * pairs * length * width * dtype.itemsize
+    )  # q, k, v and out; then their gradients too
+    return [*cases(f"attention of {shape}", data, first, moved),
+            *cases(f"attention backward of {shape}", data, second, 2 * moved)]  # fmt: skip
 
 
-# ---- which -------------------------------------------------------------------------------------------------------
+# ---- which -----------------------------------------------------------------------------------------------------------
+
+F32, BF16 = torch.float32, torch.bfloat16
+Sizes = dict[Callable[..., list[Case]], list[tuple[Any, ...]]]
+ALL: Sizes = {  # large and small; the update of [5, 4, 8] is nothing but the cost of a call
+    update_cases: [(5, 2304, 4096), (5, 220, 576), (5, 4, 8)],
+    loss_cases: [(256, 128256, F32), (256, 128256, BF16), (56, 49152, F32)],
+    linear_loss_cases: [(512, 576, 128256)],
+    perturb_cases: [(4096, 4096, BF16), (300, 576, F32)],
+    norm_cases: [(576, 576, F32), (576, 576, BF16)],
+    gate_cases: [(576, 1536, F32), (576, 1536, BF16)],
+    attention_cases: [(4, 9, 3, 64, F32), (4, 9, 3, 64, BF16)],
+}
+GPU: Sizes = {  # those that a GPU needs beside: tensors beyond any L2, and the shapes of an 8B model's inner step
+    update_cases: [(5, 2304, 4096, BF16)],
+    loss_cases: [(2048, 128256, BF16), (1024, 128256, F32), (224, 128256, BF16), (28, 128256, BF16)],
+    linear_loss_cases: [(224, 4096, 128256, BF16)],
+    perturb_cases: [(32768, 4096, BF16), (2304, 4096, BF16), (288, 4096, BF16)],
+    norm_cases: [(32768, 4096, BF16), (2304, 4096, BF16), (288, 4096, BF16)],
+    gate_cases: [(2304, 14336, BF16), (288, 14336, BF16)],
+    attention_cases: [(16, 32, 8, 128, BF16), (2, 32, 8, 128, BF16)],
+}
+TINY: Sizes = {  # to try what runs them
+    update_cases: [(2, 4, 8, BF16)],
+    loss_cases: [(4, 96, F32)],
+    linear_loss_cases: [(4, 8, 96)],
+    perturb_cases: [(6, 8, F32)],
+    norm_cases: [(6, 8, F32)],
+    gate_cases: [(6, 8, F32)],
+    attention_cases: [(1, 2, 1, 4, F32)],
+}
 
 
-def gpu_cases() -> list[Case]:
-    """Those that a GPU needs beside: tensors beyond any L2, and the shapes of an 8B model's inner step."""
-    bf16 = torch.bfloat16
-    return [
-        *update_cases(5, 2304, 4096, bf16),
-        *loss_cases(2048, 128256, bf16),
-        *loss_cases(1024, 128256, torch.float32),
-        *loss_cases(224, 128256, bf16),
-        *loss_cases(28, 128256, bf16),
-        *linear_loss_cases(224, 4096, 128256, bf16),
-        *perturb_cases(32768, 4096, bf16),
-        *perturb_cases(2272, 4096, bf16),
-        *perturb_cases(284, 4096, bf16),
-        *norm_cases(2304, 4096, bf16),
-        *norm_cases(32768, 4096, bf16),
-        *gate_cases(2304, 14336, bf16),
-        *attention_cases(16, 32, 8, 128, bf16),
-        *attention_cases(2, 32, 8, 128, bf16),
-    ]
-
-
-def tiny_cases() -> list[Case]:
-    """Cases that take no time, to try what runs them."""
-    return [
-        *update_cases(2, 4, 8, torch.bfloat16),
-        *loss_cases(4, 96, torch.float32),
-        *linear_loss_cases(4, 8, 96),
-        *perturb_cases(6, 8, torch.float32),
-        *norm_cases(6, 8, torch.float32),
-        *gate_cases(6, 8, torch.float32),
-        *attention_cases(1, 2, 1, 4, torch.float32),
-    ]
-
-
-def all_cases() -> list[Case]:
-    """Every op case, large and small."""
-    return [
-        *update_cases(5, 2304, 4096),
-        *update_cases(5, 220, 576),
-        *update_cases(5, 4, 8),  # nothing but the cost of a call
-        *loss_cases(256, 128256, torch.float32),
-        *loss_cases(256, 128256, torch.bfloat16),
-        *loss_cases(56, 49152, torch.float32),
-        *linear_loss_cases(512, 576, 128256),
-        *perturb_cases(4096, 4096, torch.bfloat16),
-        *perturb_cases(300, 576, torch.float32),
-        *norm_cases(576, 576, torch.float32),
-        *norm_cases(576, 576, torch.bfloat16),
-        *gate_cases(576, 1536, torch.float32),
-        *gate_cases(576, 1536, torch.bfloat16),
-        *attention_cases(4, 9, 3, 64, torch.float32),
-        *attention_cases(4, 9, 3, 64, torch.bfloat16),
-    ]
+def all_cases(sizes: Sizes = ALL) -> list[Case]:
+    """Every op's cases at these sizes."""
+    return [case for make, those in sizes.items() for size in those for case in make(*size)]

@@ -8,7 +8,6 @@ Estimates all: no GPU was measured.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.measure import command, table
 from lpa import LPAConfig
 from lpa.commands.plan import gigabytes
+from lpa.files import write_json, write_text
 from lpa.plan import FOUR_BIT, PARTS, PlanShape, estimate
 
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0}
@@ -28,44 +29,28 @@ MODELS = {
     "70B": LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
                     "num_attention_heads": 64},
 }  # fmt: skip
+SINGLE = {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default (4 x 4 pairs)": {},
     "checkpointed": {"gradient_checkpointing": True},
     "4-bit, checkpointed": {"gradient_checkpointing": True, "quantized": FOUR_BIT},
-    "4-bit, checkpointed, 16 x 1 pairs": {"gradient_checkpointing": True, "quantized": FOUR_BIT,
-                                          "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
-    "checkpointed, each of 8 ranks by FSDP2, 2 x 1 pairs": {
-        "gradient_checkpointing": True, "fsdp": True, "ranks": 8, "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 2},
-}  # fmt: skip
+    "4-bit, checkpointed, 16 x 1 pairs": SINGLE | {"quantized": FOUR_BIT, "gradient_accumulation_steps": 16},
+    "checkpointed, each of 8 ranks by FSDP2, 2 x 1 pairs": SINGLE
+    | {"fsdp": True, "ranks": 8, "gradient_accumulation_steps": 2},
+}
 
 
 def planned(model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    own = dict(settings)
-    quantized, ranks = own.pop("quantized", None), own.pop("ranks", 1)
-    args = LPAConfig(tempfile.gettempdir(), report_to=[], **own)
+    """What `lpa plan` says of a model under settings of `LPAConfig`, "quantized" and "ranks"."""
+    own = {name: value for name, value in settings.items() if name not in ("quantized", "ranks")}
     found = estimate(
-        LlamaConfig(**MODELS[model]), args, PlanShape(), dtype=torch.bfloat16, attn_implementation="sdpa",
-        quantized=quantized, ranks=ranks,
+        LlamaConfig(**MODELS[model]), LPAConfig(tempfile.gettempdir(), report_to=[], **own), PlanShape(),
+        dtype=torch.bfloat16, attn_implementation="sdpa", quantized=settings.get("quantized"),
+        ranks=settings.get("ranks", 1),
     )  # fmt: skip
-    return {
-        "settings": settings,
-        "weights": found.total,
-        "trained": found.trained,
-        "phase": found.peak_phase,
-        "bytes": found.peak.total(),
-        "parts": dict(found.peak),
-        "flops": found.attack_flops + found.defence_flops,
-    }
-
-
-def as_table(results: dict[str, dict[str, Any]]) -> str:
-    parts = [part for part in PARTS if any(found["parts"].get(part) for found in results.values())]
-    lines = [f"| | peak, GB | {' | '.join(parts)} | 10^15 operations |", "|---" * (len(parts) + 3) + "|"]
-    for name, found in results.items():
-        cells = [gigabytes(found["parts"].get(part, 0)) for part in parts]
-        lines.append(f"| {name} | {gigabytes(found['bytes'])} | {' | '.join(cells)} | {found['flops'] / 1e15:.1f} |")
-    return "\n".join(lines) + "\n"
+    return {"settings": settings, "weights": found.total, "trained": found.trained, "phase": found.peak_phase,
+            "bytes": found.peak.total(), "parts": dict(found.peak),
+            "flops": found.attack_flops + found.defence_flops}  # fmt: skip
 
 
 def main() -> None:
@@ -73,16 +58,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     options = parser.parse_args()
-    results = {}
-    for model in options.models:
-        for name, settings in SETTINGS.items():
-            results[f"{model}, {name}"] = planned(model, settings)
-            print(as_table(results).splitlines()[-1], flush=True)
+    runs = {f"{m}, {name}": planned(m, settings) for m in options.models for name, settings in SETTINGS.items()}
+    parts = [part for part in PARTS if any(found["parts"].get(part) for found in runs.values())]
+    page = table(["", "peak, GB", *parts, "10^15 operations"], (
+        [name, gigabytes(found["bytes"]), *(gigabytes(found["parts"].get(part, 0)) for part in parts),
+         f"{found['flops'] / 1e15:.1f}"] for name, found in runs.items()
+    ))  # fmt: skip
+    print(page)
     if options.out:
-        record = {"command": f"python -m benchmarks.plan_shapes --out {options.out}", "shape": vars(PlanShape()),
-                  "runs": results}  # fmt: skip
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(as_table(results), encoding="utf-8")
+        write_json(options.out, {"command": command(), "shape": vars(PlanShape()), "runs": runs})
+        write_text(options.out.with_suffix(".md"), page)
 
 
 if __name__ == "__main__":

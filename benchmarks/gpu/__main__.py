@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, metavar="FILE")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
     parser.add_argument("--retry", action="store_true", help="run cases again that failed or were skipped")
+    parser.add_argument("--commit", metavar="HASH", help="of the code, where there is no git to say it")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on the CPU: tries the code, measures nothing")
     parser.add_argument("--list", action="store_true", help="list the pieces")
     parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's tables; run nothing")
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {case}", flush=True)
             done[case] = {"failed": UNFINISHED}
             write_json(path, record, nulls=True)
-            done[case] = outcome(run)
+            done[case] = outcome(run, args.commit)
             write_json(path, record, nulls=True)
             print(f"    {str(done[case])[:400]}", flush=True)
             if "CUDA error" in done[case].get("failed", ""):
@@ -108,7 +109,7 @@ def opened(path: Path, dry: bool) -> Record:
     return record
 
 
-def outcome(run: Any) -> dict[str, Any]:
+def outcome(run: Any, commit: str | None) -> dict[str, Any]:
     """What a case has found, or why it has not; with its seconds, command, commit and the GPU's clock."""
     begin = time.time()
     try:
@@ -121,7 +122,7 @@ def outcome(run: Any) -> dict[str, Any]:
         found = {"failed": re.sub(r"(?<![\w.])(?:/[\w.+@-]+)+/(?=[\w.+@-])", "", text)[:800]}  # without folders
     if device() == "cuda" and "CUDA error" not in found.get("failed", ""):
         torch.cuda.empty_cache()
-    made = {"seconds": round(time.time() - begin, 1), "command": command(), "commit": revision()}
+    made = {"seconds": round(time.time() - begin, 1), "command": command(), "commit": revision() or commit}
     return found | made | smi("clocks.sm", "temperature.gpu")
 
 

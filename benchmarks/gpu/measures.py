@@ -129,7 +129,7 @@ def launches(run: Run) -> int:
 
 
 def attended(mask: Tensor, rows: int, heads: int, width: int, backend: SDPBackend | None, score: float = 0.0) -> Found:
-    """sdpa under a mask [L, L], forward and backward: which kernels run, microseconds, and NaN in the gradients.
+    """sdpa under a mask [L, L] of every row, forward and backward: its kernels, microseconds, NaN in the gradients.
 
     Args:
         backend: None leaves the choice to torch. score: added to every score; far below zero, logsumexps are too.
@@ -141,9 +141,10 @@ def attended(mask: Tensor, rows: int, heads: int, width: int, backend: SDPBacken
         q, k = torch.full_like(q, large) + q / 8, torch.full_like(k, -large) + k / 8
     leaves = [t.requires_grad_() for t in (q, k, v)]
     out: list[Tensor] = []
+    whole = mask.expand(rows, 1, *mask.shape).contiguous()  # as transformers hands it on
 
     def run() -> None:
-        attention = F.scaled_dot_product_attention(*leaves, mask)
+        attention = F.scaled_dot_product_attention(*leaves, whole)
         out[:] = torch.autograd.grad(attention, leaves, torch.ones_like(attention))
 
     with nullcontext() if backend is None else sdpa_kernel(backend):

@@ -22,7 +22,8 @@ from benchmarks.gpu.measures import Found, Skip, attack_time, synchronized, wher
 from benchmarks.gpu.shapes import BATCH, CONFIGS, STEPS, TINY, counted, products, shape
 from benchmarks.loop_cases import Shape, batch_of, conventional, forget_model, model_of, ours
 from benchmarks.measure import ROOT, copy_bandwidth, device, scale_bandwidth
-from benchmarks.op_cases import Case, all_cases, gpu_cases, packed_mask, packed_places, tiny_cases
+from benchmarks.op_cases import ALL, GPU, Case, all_cases, packed_mask, packed_places
+from benchmarks.op_cases import TINY as TINY_OPS
 from lpa_kernels import LatentPGD, PairBatch, shared_prefix
 from lpa_kernels.model import decoder_layers, resolve_sites
 
@@ -97,7 +98,7 @@ def guard() -> Found:
     with sdpa_kernel([backend, SDPBackend.MATH], set_priority=True):
         try:
             attack = LatentPGD(model, own.sites, **options).attack(batch_of(own))  # type: ignore[arg-type]
-        except FloatingPointError as error:
+        except (FloatingPointError, RuntimeError) as error:  # by the count of gradients, or by a probe before
             return {"backend": backend.name, "outcome": f"raised: {error}"}
         finally:
             forget_model()
@@ -130,7 +131,7 @@ def sanitizer(dry: bool) -> Cases:
 @piece("ops")
 def ops(dry: bool) -> Cases:
     """Every op beside torch.compile, Liger and torch's own: microseconds, GB/s, share of the copy, launches."""
-    cases = [c for c in tiny_cases() if "compile" not in c.name] if dry else [*gpu_cases(), *all_cases()]
+    cases = [c for c in all_cases(TINY_OPS) if "compile" not in c.name] if dry else all_cases(GPU) + all_cases(ALL)
     groups = dict.fromkeys(case.group for case in cases)
     return {name: partial(op_group, [case for case in cases if case.group == name], dry) for name in groups}
 
