@@ -2,13 +2,15 @@
 
     python -m benchmarks.plan_shapes --out benchmarks/results/plan-shapes.json
 
-Estimates all: no GPU was measured.
+The last rows are one LPA step of the 8B model beside the published code's, by the same closed forms. Estimates all: no
+GPU was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from benchmarks.measure import command, table
 from lpa import LPAConfig
 from lpa.commands.plan import gigabytes
 from lpa.files import write_json, write_text
-from lpa.plan import FOUR_BIT, PARTS, PlanShape, estimate
+from lpa.plan import FOUR_BIT, PARTS, Pass, PlanShape, Run, estimate, on_meta
 
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 MODELS = {
@@ -38,6 +40,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpointed, each of 8 ranks by FSDP2, 2 x 1 pairs": SINGLE
     | {"fsdp": True, "ranks": 8, "gradient_accumulation_steps": 2},
 }
+
+
+class Published(Run):
+    """A run as aengusl/latent-adversarial-training makes it: one completion's texts after the other, the head on every
+    token. Only the last micro-batch keeps its perturbations, as `offload_attacks` plans."""
+
+    def _pairs(self, shape: PlanShape) -> Pass:
+        pairs, text = self.args.per_device_train_batch_size, shape.prompt + shape.completion
+        return Pass(pairs, text, pairs * shape.completion, 2 * pairs * text)  # of `headed` a half are there at once
+
+
+def beside(prompt: int, micro: int) -> dict[str, dict[str, Any]]:
+    """An LPA step of 16 pairs on the 8B model: ours, and the published code's."""
+    batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 16 // micro, "report_to": []}
+    own, theirs = (LPAConfig(tempfile.gettempdir(), **batch, **more) for more in (
+        {}, {"attack_engine": "reference", "offload_attacks": True}))  # fmt: skip
+    shape = PlanShape(prompt=prompt)
+    config = LlamaConfig(**MODELS["8B"])
+    found = estimate(config, own, shape, dtype=torch.bfloat16, attn_implementation="sdpa")
+    run = Published(on_meta(config, theirs, torch.bfloat16, "sdpa", False), theirs, shape, None, 1)
+    peak = max([*run.attack_moments(), *run.defence_moments()], key=Counter.total)
+    flops = run.attack_flops() * theirs.inner_steps + run.defence_flops() * theirs.defence_steps
+    flops *= 2 * theirs.lpa_steps * run.micro  # a pass for each completion
+    name = f"8B, prompt {prompt}, {16 // micro} x {micro} pairs"
+    return {
+        f"{name}: here": {"bytes": found.peak.total(), "parts": dict(found.peak),
+                          "flops": found.attack_flops + found.defence_flops},
+        f"{name}: published": {"bytes": peak.total(), "parts": dict(peak), "flops": flops},
+    }  # fmt: skip
 
 
 def planned(model: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +90,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     options = parser.parse_args()
     runs = {f"{m}, {name}": planned(m, settings) for m in options.models for name, settings in SETTINGS.items()}
+    for prompt, micro in ((64, 2), (64, 16), (512, 2), (512, 16)) if "8B" in options.models else ():
+        runs |= beside(prompt, micro)
     parts = [part for part in PARTS if any(found["parts"].get(part) for found in runs.values())]
     page = table(["", "peak, GB", *parts, "10^15 operations"], (
         [name, gigabytes(found["bytes"]), *(gigabytes(found["parts"].get(part, 0)) for part in parts),

@@ -266,8 +266,8 @@ def estimate(
         raise ValueError(f"ranks={ranks} must be at least {2 if args.fsdp else 1}{' with fsdp' if args.fsdp else ''}")
     if context and longest > context:
         raise ValueError(f"rows of {longest} tokens are longer than the model's context of {context}; shorten them")
-    model = _on_meta(config, args, dtype or getattr(config, "dtype", None), attn_implementation, trust_remote_code)
-    run = _Run(model, args, shape, quantized, ranks)
+    model = on_meta(config, args, dtype or getattr(config, "dtype", None), attn_implementation, trust_remote_code)
+    run = Run(model, args, shape, quantized, ranks)
     phases = {"weights": run.static()}
     if args.inner_steps:
         phases["attack"] = max(run.attack_moments(), key=Counter.total)
@@ -284,7 +284,7 @@ def estimate(
     )
 
 
-def _on_meta(config: Any, args: LPAConfig, dtype: torch.dtype | None, attention: str | None, trusted: bool) -> Any:
+def on_meta(config: Any, args: LPAConfig, dtype: torch.dtype | None, attention: str | None, trusted: bool) -> Any:
     """The model to train: shapes without memory."""
     from transformers import AutoModelForCausalLM
 
@@ -295,7 +295,7 @@ def _on_meta(config: Any, args: LPAConfig, dtype: torch.dtype | None, attention:
         return add_adapters(model, args)
 
 
-class _Run:
+class Run:
     """One rank's memory (bytes) and work (operations of a micro-batch's pass, two for a product and its sum)."""
 
     def __init__(self, model: Any, args: LPAConfig, shape: PlanShape, quantized: str | None, ranks: int) -> None:

@@ -1,0 +1,105 @@
+"""Compare adversaries on one budget of passes: LAT, ER-CAT, a direction ablated, a direction added, and noise.
+
+    python examples/rivals.py --output runs/rivals [--seeds 3]
+
+Every arm trains LoRA on the same harmful requests (AdvBench, declined) with 4 updates an LPA step, and as many LPA
+steps as its inner steps leave of the same number of forward and backward passes:
+
+  lat       16 inner steps of AdamW at embedding and layers (arXiv 2407.15549)
+  er-cat    10 normalised steps at the embedding, radius 0.05, without the singular-value term (ICLR 2026)
+  ablate    the refusal direction projected out at half of the tokens and layers (ReFAT, arXiv 2409.20089)
+  vector    the direction from refusal to compliance added (preventative steering, arXiv 2507.21509)
+  random    noise of the size that lat's attack reaches
+
+Directions lie between the training requests and benign ones that are never evaluated. What is measured: StrongREJECT
+and benign requests, asked directly and under a latent attack, and perplexity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from lpa.evaluation import Settings, evaluate, load_set
+from lpa.evaluation.sets import benign_prompts
+from lpa.evaluation.suites.attacks import DECLINE, TARGET
+from lpa.models import DEFAULT_MODEL
+
+PASSES, UPDATES = 160, 4  # forward and backward passes of a batch; of which updates, an LPA step
+INNER = {"lat": 16, "er-cat": 10, "ablate": 0, "vector": 0, "random": 0}
+SETTINGS = Settings(sets=("strongreject",), limit=40, benign_limit=40, attacks=("direct", "latent"), max_new_tokens=24,
+                    epsilons=(), steps=(), utility_sets=())  # fmt: skip
+
+
+def flags(arm: str, data: Path, passes: int = PASSES) -> list[str]:
+    """The options of `lpa train` that make an arm."""
+    harmful, benign = str(data / "harmful.txt"), str(data / "benign.txt")
+    adversary = {
+        "lat": [],
+        "er-cat": ["--attack_sites", "embedding", "--attack_on", "prompt", "--attack_rule", "normalised",
+                   "--attack_epsilon", "0.05", "--attack_step_size", "1e-2", "--attack_away_coef", "0"],
+        "ablate": ["--attack_adversary", "ablate", "--attack_share", "0.5", "--attack_direction", harmful, benign],
+        "vector": ["--attack_adversary", "vector", "--attack_norm", "none", "--attack_direction", benign, harmful],
+        "random": ["--attack_adversary", "random", "--attack_epsilon", "0.4"],
+    }[arm]  # fmt: skip
+    steps = max(1, round(passes / (INNER[arm] + UPDATES)))
+    return [
+        "--data", str(data / "harmful.jsonl"), "--lpa_steps", str(steps), "--defence_steps", str(UPDATES),
+        "--attack_steps", str(INNER[arm] or 1), *adversary,
+    ]  # fmt: skip
+
+
+def write_data(folder: Path) -> Path:
+    """The requests of training, and two sets to find directions between. The folder is not for commits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    found = load_set("advbench", limit=64)
+    if found.reason:
+        raise SystemExit(f"the harmful requests cannot be had: {found.reason}")
+    rows = [{"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in found.prompts]
+    (folder / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name, prompts in (("harmful", found.prompts), ("benign", benign_prompts("benign_canary.jsonl"))):
+        lines = [" ".join(prompt.text.split()) for prompt in prompts]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/rivals"), metavar="FOLDER")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--arms", nargs="+", choices=list(INNER), default=list(INNER))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=PASSES)
+    options = parser.parse_args()
+    data = write_data(options.output / "data")
+    adapters = {}
+    for seed in range(options.seeds):
+        for arm in options.arms:
+            folder = options.output / "train" / f"{arm}-{seed}"
+            adapters[f"{arm}-{seed}"] = str(folder)
+            if (folder / "metrics.json").is_file():
+                continue
+            command = ["train", "--model", options.model, "--output", str(folder), "--seed", str(seed), "--measure",
+                       "false", *flags(arm, data, options.passes)]  # fmt: skip
+            print(shlex.join(["lpa", *command]), flush=True)
+            subprocess.run([sys.executable, "-m", "lpa", *command], check=True)
+    shown = shlex.join(["python", *sys.argv])
+    found = evaluate(
+        options.model, adapters, suites=("attacks", "overrefusal", "utility"), settings=SETTINGS,
+        output=options.output / "evaluation", command=shown,
+    )  # fmt: skip
+    record = {"command": shown, "passes": options.passes, "rows": [asdict(row) for row in found.rows]}
+    (options.output / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for row in found.rows:
+        print(row.subject, row.suite, row.set, row.metric, row.value)
+
+
+if __name__ == "__main__":
+    main()
