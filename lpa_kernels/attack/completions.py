@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..model.facts import known, model_key, remembered, say_once
+from ..model.facts import known, model_key, remembered, say_once, text_config
 from ..model.head import logits_of, output_head, plain_head, selected_rows
 from ..model.sharding import is_sharded
 from ..model.sites import language_model
+from ..model.walk import modules_of, parameters_of
 from ..ops import token_loss
 from .batch import PairBatch
 from .layout import PADDING, PREFIX, Layout, text_lengths
@@ -24,6 +25,8 @@ from .verdicts import way_of
 
 CHUNK_FROM = 1 << 27  # logits (rows x vocabulary) from which the head is run in chunks
 _CHUNK = 1 << 25  # logits of a chunk
+# Products take about 24 width^2 operations a token and layer; causal attention 2 width x length, at a lower rate.
+_ATTENTION = 5  # widths of a row over which its attention takes as long as its products; measured on a CPU
 
 
 @dataclass(frozen=True)
@@ -144,15 +147,18 @@ def _starts(mask: Tensor) -> Tensor:
     return torch.where(mask, _columns(mask), mask.shape[1]).amin(1)
 
 
-def pack_completions(texts: Completions, share: bool = True) -> Layout:
+def pack_completions(texts: Completions, share: bool = True, width: int | None = None) -> Layout:
     """One row for some or all completions of a prompt: the prompt once, then what each has of its own.
 
     A group's common prefix is the longest that all of its texts have. How many completions stand in a row is chosen for
-    the fewest places (rows x length of the longest), and of equal numbers the shorter rows. Labels come in row-major
-    order of the mask; `Layout.example` is the text, its `branch` 0 in the prefix and 1, 2, ... in completions.
+    the least work, and of equal work the shorter rows: the places (rows x length of the longest), and what attention
+    takes of each, which grows with the row and is twice as much where a mask keeps its kernel from skipping what is
+    not causal. Labels come in row-major order of the mask; `Layout.example` is the text, its `branch` 0 in the prefix
+    and 1, 2, ... in completions.
 
     Args:
         share: False gives every text a row of its own.
+        width: of the model's hidden states, by which attention counts; None leaves it out.
     """
     lengths, groups, lead = text_lengths(texts.mask), texts.groups, texts.leads
     same = (texts.ids == texts.ids[lead]) & (_columns(texts.ids) < torch.minimum(lengths, lengths[lead])[:, None])
@@ -160,17 +166,18 @@ def pack_completions(texts: Completions, share: bool = True) -> Layout:
     common = torch.full_like(common, texts.ids.shape[1]).scatter_reduce_(0, groups, common, "amin")[groups]
     rank = _rank_in(groups)
     own = lengths - common
-    best: tuple[int, Tensor] | None = None
+    best: tuple[float, Tensor, int] | None = None
     for several in range(1, int(rank.max()) + 2 if share else 2):
         _, row = torch.unique(groups * len(groups) + rank // several, return_inverse=True)
         length = torch.zeros_like(lengths).index_copy_(0, row, common).index_add_(0, row, own)
-        places = (int(row.max()) + 1) * max(1, int(length.max()))
-        if best is None or places < best[0]:
-            best = places, row
+        longest = max(1, int(length.max()))
+        attention = 0.0 if width is None else longest / (_ATTENTION * width) * (1 if several == 1 else 2)
+        work = (int(row.max()) + 1) * longest * (1 + attention)
+        if best is None or work < best[0]:
+            best = work, row, longest
     assert best is not None
-    places, row = best
-    rows = int(row.max()) + 1
-    return _lay_out(texts, lengths, common, row, rows, places // rows)
+    _, row, longest = best
+    return _lay_out(texts, lengths, common, row, int(row.max()) + 1, longest)
 
 
 def _rank_in(groups: Tensor) -> Tensor:
@@ -234,7 +241,9 @@ def shared_layout(model: nn.Module, texts: Completions) -> tuple[Layout | None, 
     Raises:
         RuntimeError: the model is not causal, or puts virtual tokens before a text.
     """
-    layout = pack_completions(texts)
+    layout = pack_completions(texts, width=getattr(text_config(model), "hidden_size", None))
+    if sharded(model):  # each pass is one of all ranks, and which are made here goes by this rank's texts
+        return pack_completions(texts, share=False), "its weights are sharded over ranks"
     way = way_of(model, texts.pairs(), packing=layout.packed)
     if way.engine == "alone":
         return None, way.reason
@@ -244,6 +253,13 @@ def shared_layout(model: nn.Module, texts: Completions) -> tuple[Layout | None, 
     if way.engine == "packed" and verdict:
         return replace(layout, first_position=way.first_position), ""
     return pack_completions(texts, share=False), way.reason or verdict.reason
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether FSDP of either kind, or DeepSpeed's third stage, shards the model's weights."""
+    classes = {type(module).__name__ for module in modules_of(model)}
+    by_deepspeed = any(hasattr(p, "ds_id") for p in parameters_of(model))
+    return is_sharded(model) or "FullyShardedDataParallel" in classes or by_deepspeed
 
 
 def shared_prefix(model: nn.Module, batch: Completions | PairBatch | Mapping[str, Any]) -> Tensor:
@@ -296,7 +312,7 @@ def _log_probs(model: nn.Module, inner: nn.Module, layout: Layout) -> Tensor:
     """[n] float32: log p of a layout's labels, from one pass."""
     head: Any = output_head(inner)
     size = len(layout.labels) * getattr(head, "out_features", 0)
-    chunked = size >= CHUNK_FROM and model is inner and not is_sharded(inner)
+    chunked = size >= CHUNK_FROM and model is inner and not sharded(inner)
     chunked = chunked and remembered(inner, "plain head", model_key(inner), partial(plain_head, inner))
     with (
         layout_pass(inner, layout) as inputs,

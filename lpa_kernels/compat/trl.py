@@ -122,7 +122,10 @@ def _sharing(theirs: MethodType) -> Callable[..., Any]:
 
 
 def _texts(model: Any, kwargs: dict[str, Any]) -> Completions | None:
-    """The texts of a call, moved to the left where they are padded there; None where the call asks for more."""
+    """The texts of a call, moved to the left where they are padded there.
+
+    None where the call asks for more, or no two texts have a prompt in common.
+    """
     given = {name for name, value in kwargs.items() if value is not None} - {"fused_lm_head", "labels"}
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
     if given - _SHARED or labels is None or ids is None or ids.dim() != 2 or labels.shape != ids.shape:
@@ -140,11 +143,12 @@ def _texts(model: Any, kwargs: dict[str, Any]) -> Completions | None:
     if not bool(one_piece.all()) or bool((scored & ~(there & (columns > first))).any()):
         return None
     index = (columns + first) % ids.shape[1]
-    return Completions(ids.gather(1, index), scored.gather(1, index))
+    texts = Completions(ids.gather(1, index), scored.gather(1, index))
+    return texts if len(texts.groups.unique()) < len(ids) else None
 
 
 def _layout(model: nn.Module, theirs: MethodType, texts: Completions, kwargs: dict[str, Any]) -> Layout | None:
-    """How to run the texts with shared prompts; None where they are run as TRL runs them."""
+    """How to run the texts: prompts shared where that is less work; None where they are run as TRL runs them."""
     with known(model):
         try:
             layout, reason = shared_layout(model, texts)
@@ -152,14 +156,14 @@ def _layout(model: nn.Module, theirs: MethodType, texts: Completions, kwargs: di
             raise
         except RuntimeError as error:
             layout, reason = None, str(error)
-        if not reason and layout is not None and layout.packed:
+        if not reason and layout is not None:
             held = layout
             reason = remembered(
                 model, "trl", model_key(model), lambda: _difference(model, theirs, held, kwargs["labels"], kwargs)
             )
     if reason:
         say_once(model, f"{type(model).__name__} runs prompts once for each of their completions: {reason}")
-    return layout if layout is not None and layout.packed and not reason else None
+    return None if reason else layout
 
 
 def _difference(model: nn.Module, theirs: MethodType, layout: Layout, labels: Tensor, kwargs: dict[str, Any]) -> str:

@@ -126,6 +126,13 @@ def test_a_prompt_is_run_once() -> None:
     assert pack_completions(texts, share=False).shape == (3, 15)
 
 
+def test_a_short_prompt_is_not_shared_where_attention_costs_more() -> None:
+    long, short = completions([(512, (64, 64))]), completions([(64, (256, 256))])
+    assert [pack_completions(texts, width=576).packed for texts in (long, short)] == [True, False]
+    assert pack_completions(short, width=4096).packed
+    assert pack_completions(short).packed
+
+
 def test_groups_are_found_in_the_tokens() -> None:
     texts = completions()
     found = Completions(texts.ids, texts.mask)
@@ -146,6 +153,20 @@ def test_a_large_head_runs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", 5 * VOCAB)
     assert_same(tiny("llama"), completions())
     assert_same(tiny("granite"), completions())  # its scale follows the head, so that it cannot be chunked
+
+
+def test_sharded_weights_are_not_asked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from lpa_kernels.attack import completions as module
+
+    monkeypatch.setattr(module, "sharded", lambda model: True)
+    with caplog.at_level(logging.WARNING, "lpa_kernels"):
+        assert_same(tiny("llama"), completions())
+    assert "sharded over ranks" in caplog.text
+    monkeypatch.undo()
+    model = tiny("llama")
+    assert not module.sharded(model)
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks them
+    assert module.sharded(model)
 
 
 def test_gradients_can_be_left_out() -> None:
