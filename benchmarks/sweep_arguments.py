@@ -72,7 +72,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "eval_delay": EVALUATES, "per_device_eval_batch_size": EVALUATES, "save_steps": {"save_strategy": "steps"},
     "save_total_limit": {"save_strategy": "steps"}, "save_only_model": {"save_strategy": "steps"},
     "load_best_model_at_end": EVALUATES | {"save_strategy": "steps", "save_steps": 1},
-    "metric_for_best_model": EVALUATES | {"save_strategy": "best"},
+    "metric_for_best_model": EVALUATES | {"save_strategy": "best", "metric_for_best_model": "loss"},
     "greater_is_better": EVALUATES | {"save_strategy": "best", "metric_for_best_model": "margin"},
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},
@@ -247,11 +247,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     found = results(args.names)
-    if args.names:
-        before = [Result(**each) for each in json.loads(args.out.read_text())]
-        again = {name: [each for each in found if each.name == name] for name in args.names}
-        kept = dict.fromkeys(each.name for each in before)
-        found = [each for name in kept for each in again.get(name) or [one for one in before if one.name == name]]
+    if args.names and args.out.exists():
+        kept = [Result(**each) for each in json.loads(args.out.read_text()) if each["name"] not in args.names]
+        order = [*(field.name for field in fields(TrainingArguments)), *options()]
+        found = sorted([*kept, *found], key=lambda each: order.index(each.name))
     args.out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
     args.out.with_suffix(".md").write_text(table(found))
 

@@ -44,10 +44,12 @@ def run(arguments: Sequence[str]) -> int:
     chosen: dict[str, Any] = {
         field.name: held[field.name] for field in fields(Settings) if held.get(field.name) is not None
     }
+    limits = ("limit", "benign_limit", "trait_limit", "utility_limit")
     if "limit" in chosen:
-        chosen.setdefault("benign_limit", chosen["limit"])
-        chosen.setdefault("utility_limit", chosen["limit"])
-    for name in ("limit", "benign_limit", "utility_limit"):
+        chosen = dict.fromkeys(limits, chosen["limit"]) | chosen
+        if chosen["limit"]:
+            chosen.setdefault("ladder_limit", min(chosen["limit"], Settings.ladder_limit))
+    for name in limits:
         if chosen.get(name) == 0:
             chosen[name] = None
     if options.system_prompt == "":

@@ -36,6 +36,7 @@ class Settings:
             `attack_steps`: steps of the former two.
         epsilons, steps: radii and step counts of the robustness curves; `trait_epsilon`, `trait_steps` are held fixed
             while the other changes, and while the sites do. With neither, no trait is attacked.
+        trait_limit: statements of each kind, spread over the traits; None for all.
         sites: attacked; by default LPA's, scaled to the model's depth.
         completions: what an adapter was trained to say; answers that begin with one do nothing that was asked.
         judge: a classifier's hub name or folder, for answers to harmful prompts; `judge_prompt` its question.
@@ -67,6 +68,7 @@ class Settings:
     steps: tuple[int, ...] = (1, 4, 16, 32)
     trait_epsilon: float = 0.3
     trait_steps: int = 16
+    trait_limit: int | None = None
     sites: tuple[str, ...] | None = None
     completions: tuple[str, ...] = TRAINED
     ladder: tuple[str, ...] = RUNGS[:4]
@@ -96,7 +98,7 @@ class Settings:
         for name in ("max_new_tokens", "attack_steps", "trait_steps", *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("limit", "benign_limit", "utility_limit"):
+        for name in ("limit", "benign_limit", "trait_limit", "utility_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or None for all")
         if list(self.erosion_steps) != sorted(set(self.erosion_steps)) or min(self.erosion_steps, default=1) < 1:

@@ -56,11 +56,12 @@ class Traits(Suite):
     about = "agreement with held-out statements, clean and under latent attack"
 
     def data(self, settings: Settings) -> dict[str, dict[str, Any]]:
-        return {f"{name} statements": described(source, pairs["prompt"]) for name, (source, pairs) in _sets().items()}
+        sets = _sets(settings.trait_limit)
+        return {f"{name} statements": described(source, pairs["prompt"]) for name, (source, pairs) in sets.items()}
 
     def measure(self, run: Run) -> None:
         collate = PairCollator(run.bench.tokenizer, system_prompt=run.settings.trait_prompt, **run.bench.chat)
-        for name, (_, dataset) in _sets().items():
+        for name, (_, dataset) in _sets(run.settings.trait_limit).items():
             pairs = [dict(row) for row in dataset]
             self._clean(run, name, pairs, collate)
             if name == "undesirable":
@@ -71,8 +72,9 @@ class Traits(Suite):
     def _clean(self, run: Run, kind: str, pairs: list[dict[str, Any]], collate: PairCollator) -> None:
         pgd = LatentPGD(run.model, "embedding", epsilon=1.0, step_size=1.0)  # for its passes alone
         todo = [row for row in pairs if not run.has(self.name, kind, row["id"], CLEAN)]
-        for chunk in batches(todo, run.bench.batch_size):
+        for number, chunk in enumerate(batches(todo, run.bench.batch_size), 1):
             _keep(run, kind, chunk, CLEAN, _scores(pgd, _batch(run, collate, chunk, kind), None))
+            run.tick(f"traits {kind}", number * run.bench.batch_size, len(todo))
 
     def _attacked(
         self, run: Run, kind: str, pairs: list[dict[str, Any]], collate: PairCollator, condition: Condition
@@ -122,12 +124,19 @@ class Traits(Suite):
         return rows
 
 
-def _sets() -> dict[str, tuple[str, Any]]:
-    """Name -> (source, pairs) of what is asked: the shipped held-out statements, and the inventory's where cached."""
+def _sets(limit: int | None) -> dict[str, tuple[str, Any]]:
+    """Name -> (source, pairs) of what is asked: the shipped held-out statements, and the inventory's where cached.
+
+    They are sorted by their traits, so `limit` of them are taken at even distances.
+    """
     found = {kind: ("lpa/data/statements.jsonl, heldout", load_pairs(kind=kind, split="heldout")) for kind in SETS[:2]}
     if assets.is_cached("ipip-neo-120"):
         found |= {name: ("ipip-neo-120", load_pairs(kind=name.replace(" ", "-"))) for name in SETS[2:]}
-    return found
+    return {name: (source, _spread(pairs, limit or len(pairs))) for name, (source, pairs) in found.items()}
+
+
+def _spread(pairs: Any, limit: int) -> Any:
+    return pairs if limit >= len(pairs) else pairs.select([i * len(pairs) // limit for i in range(limit)])
 
 
 def log_odds(records: Sequence[Record]) -> list[float]:

@@ -155,3 +155,25 @@ def test_an_option_by_its_former_name_is_answered_with_the_new_one(former: str, 
     with pytest.raises(SystemExit):
         evaluate_command([former, "1"])
     assert f"{former} is called {now} now" in capsys.readouterr().err
+
+
+def test_a_limit_bounds_every_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lpa.commands.evaluate import time_left
+    from lpa.evaluation.suites.traits import Traits
+
+    seen: list[Any] = []
+
+    def stop(*args: Any, settings: Any, **kwargs: Any) -> None:
+        seen.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("lpa.evaluation.evaluate", stop)
+    for words in ([], ["--limit", "3"], ["--limit", "3", "--utility-limit", "9"], ["--limit", "0"]):
+        with pytest.raises(ValueError, match="enough"):
+            evaluate_command(["--model", "none", *words])
+    limits = [(s.limit, s.benign_limit, s.trait_limit, s.utility_limit, s.ladder_limit) for s in seen]
+    assert limits == [(100, 300, None, 200, 20), (3, 3, 3, 3, 3), (3, 3, 3, 9, 3), (None, None, None, None, 20)]
+    asked = Traits().data(seen[1])
+    assert {found["rows"] for found in asked.values()} == {3}
+    assert time_left(30.0, 10, 20) == ", about 1:00 left"
+    assert time_left(30.0, 0, 20) == time_left(30.0, 20, 0) == ""
