@@ -135,7 +135,7 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
 
 
 def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, float]:
-    """The table's first column: measured, or in a resumed run as it was; filled in later where weights are sharded."""
+    """The table's first column. A resumed run takes the kept one; where weights are sharded, it is filled in later."""
     from transformers import TrainerCallback
 
     from ..training.ranks import from_main
@@ -148,7 +148,7 @@ def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, floa
             folder.keep_before(output, found, options.measure_attacked)
 
     class Measuring(TrainerCallback):
-        """No device holds the model before training begins, and each then has a part of it."""
+        """Measures once training has begun and each device has its part of the model; before that none has it."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             fill()

@@ -32,9 +32,9 @@ class WholeSteps(TrainerCallback):
 class CanaryCallback(TrainerCallback):
     """Asks the canaries before training, every `canary_steps` LPA steps and at the end.
 
-    All that is decided follows from the numbers in the trainer's log, which checkpoints hold, so a resumed run decides
-    as an uninterrupted one. Every rank asks, since the ranks hold the model together, and goes by the first one's
-    numbers. The best step so far is a checkpoint that rotation spares, and its weights are the model's after training.
+    Decisions follow from the numbers in the trainer's log, which checkpoints hold. So a resumed run decides as an
+    uninterrupted one does. Every rank asks, because under FSDP2 each holds a part of the model, and all use rank 0's
+    numbers. Rotation spares the checkpoint of the best step, and the model has its weights after training.
 
     Args:
         trainer: an `LPATrainer`, which the callback is added to.

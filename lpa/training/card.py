@@ -24,7 +24,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _kept(run: Mapping[str, Any]) -> list[str]:
-    """What the canaries had to do with it."""
+    """Which step the canaries kept, and whether they stopped the run."""
     if not (found := run.get("canaries")):
         return []
     told = [f"- kept: LPA step {found['kept_lpa_step']}; the best by {len(found['measured'])} measurements of canaries "

@@ -23,7 +23,7 @@ class CheckpointError(ValueError):
 
 
 def publish(written: Path, target: Path) -> None:
-    """Seal a checkpoint and give it its name, once all of it is on the disk. What had that name before goes."""
+    """Add the list of files to a checkpoint, sync it and give it its name. It replaces one of the same name."""
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
     listed = {str(p.relative_to(written).as_posix()): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
     write_json(written / MANIFEST, listed)
@@ -111,7 +111,7 @@ def remove_old(run: Path, keep: int | None, best: str | None = None) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """What has lost its name, or never got one since the process that wrote it was killed."""
+    """Remove checkpoints without a name: those being deleted, and those of a writer that was killed."""
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 

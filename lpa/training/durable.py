@@ -1,4 +1,4 @@
-"""DurableTrainer: transformers' Trainer that loses nothing to a kill, a full disk, a stop or another rank's failure."""
+"""DurableTrainer: a Trainer that loses no finished step to a kill, a full disk, a stop or another rank's failure."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class StopTraining(Exception):
 class DurableTrainer(Trainer):
     """A `Trainer` with checkpoints that are whole or not there, and with ranks that stop and fail together.
 
-    A checkpoint is written beside its place, put on the disk, and then given its name; with it goes a list of its files
-    and their hashes, by which a damaged one is found when a run is resumed. `resume_from_checkpoint=True` takes the
-    newest good one. Rank 0 alone names, lists and removes.
+    A checkpoint is written beside its place, synced, and then renamed. It holds a list of its files and their hashes,
+    so that a resumed run finds damage. `resume_from_checkpoint=True` takes the newest good one. Only rank 0 names,
+    lists and removes checkpoints.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

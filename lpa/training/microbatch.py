@@ -87,13 +87,13 @@ class MicroBatch:
 
 
 class MemoryLimit:
-    """How many pairs run at once, on every rank. Halved whenever memory runs out, and never raised again in a run.
+    """How many pairs run at once, on every rank. It is halved when memory runs out, and stays so for the run.
 
     Args:
         size: to begin with, the micro-batch's.
         why_not: why a run's micro-batches cannot be split; "" where they can.
-        awaited: whether the other ranks wait for this one's weights in every pass (FSDP2), so that they do not hear of
-            one that has broken off.
+        awaited: whether the other ranks wait for this one's weights in every pass (FSDP2). They then cannot learn that
+            a pass has failed here.
     """
 
     def __init__(self, accelerator: Any, size: int, why_not: str = "", awaited: bool = False) -> None:
@@ -104,10 +104,10 @@ class MemoryLimit:
     def attempt(
         self, doing: str, work: Callable[[Sequence[MicroBatch]], T], micro: Sequence[Sequence[MicroBatch]]
     ) -> list[T] | None:
-        """What `work` gives for each micro-batch, given its parts, once every rank has done it; None where memory ran
-        out on one of them, and the limit is now half of what was too much there.
+        """The results of `work` for each micro-batch's parts, or None where memory ran out on some rank.
 
-        Ranks meet at the end alone, so that none waits for one that has broken off.
+        After None, the limit is half of the size that was too much. Ranks meet only at the end, so that none waits for
+        a rank that has failed.
 
         Args:
             doing: in words, for messages.
@@ -135,7 +135,7 @@ class MemoryLimit:
         return None
 
     def _too_many(self, error: Exception, parts: Sequence[MicroBatch], doing: str) -> int:
-        """How many pairs at once were more than memory holds; raises an error that says something else again."""
+        """The number of pairs that memory could not hold. An error about anything else is raised again."""
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise error
         largest = max(len(part.pairs) for part in parts)
@@ -159,5 +159,5 @@ class MemoryLimit:
 
 
 def free_memory() -> None:
-    """Give back what earlier passes hold, as far as nobody uses it."""
+    """Return unused memory of earlier passes to the device."""
     clear_device_cache(garbage_collection=True)

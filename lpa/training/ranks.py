@@ -1,4 +1,4 @@
-"""How the ranks of a run stay together: what they agree on, DDP's gradients, and what FSDP2 rules out."""
+"""How the ranks of a run stay together: agreement, DDP's gradients, and the engines that are refused."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def from_main(accelerator: Any, find: Callable[[], T]) -> T:
 
 
 def reduce_gradients(wrapper: nn.Module, module: nn.Module) -> None:
-    """Average what has been added up in the gradients over DDP's ranks; under FSDP2 and on one rank nothing is left to.
+    """Average the summed gradients over DDP's ranks. FSDP2 has done so already, and one rank has nothing to average.
 
-    Backward passes of the inner module go past DDP, so that a rank which breaks one off leaves no other waiting. Here
-    one whose gradients are all 0 goes through it: DDP averages what a weight's `grad` holds once all of it is there.
+    The backward passes of micro-batches bypass DDP, so that no rank waits for one whose pass fails. This pass goes
+    through DDP with gradients of 0, and DDP averages what each weight's `grad` holds.
     """
     if wrapper is module:
         return
@@ -105,7 +105,7 @@ def check_same_weights(accelerator: Any, model: nn.Module, tolerance: float = 1e
 
 
 def check_engine(trainer: Any) -> None:
-    """Refuse what of accelerate a latent attack cannot run under, and tell where FSDP is not used though asked for.
+    """Refuse the parts of accelerate that a latent attack cannot run under. Warn where FSDP was asked for and is off.
 
     Raises:
         ValueError: ranks that do not know of each other, a compiled model, an engine other than DDP and FSDP2, or

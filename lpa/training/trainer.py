@@ -192,7 +192,7 @@ class LPATrainer(DurableTrainer):
         return Canaries(self.processing_class, self.args, [text for name in names for text in self.train_dataset[name]])
 
     def leave_out(self, seconds: float) -> None:
-        """Take seconds that were spent on something else out of the LPA step's time."""
+        """Subtract seconds spent on something else from the LPA step's time."""
         if self._record is not None:
             self._record.start += seconds
 
@@ -292,9 +292,9 @@ class LPATrainer(DurableTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch of one update: attacked first where it is new, then forward and backward under its attack.
 
-        Where memory runs out, on any rank, this and all later micro-batches are run in halves, on every rank, and the
-        update's gradients are made again from its first one on: a backward pass that was broken off has left some of
-        its own. Ranks meet after each phase; within one, none waits for another, but for FSDP2's to have its weights.
+        Where memory runs out on any rank, every rank runs this and all later micro-batches in halves. The update then
+        starts again from its first micro-batch, because a failed backward pass leaves partial gradients. Ranks meet
+        after each phase. Within a phase they wait for each other only under FSDP2, for weights.
         """
         first, self._index = self._index, self._index + 1
         while (losses := self._attempt(first)) is None:
