@@ -74,7 +74,7 @@ def wrong_gradients(
 
     silent = [] if sharded else [i for i, norm in enumerate(norms) if not norm]  # sharded, ranks make the same passes
     for i in silent:
-        if abs(moved(*(float(i == k) for k in range(len(norms)))) - float(start)) > (0.1 if half else 1e-4):
+        if abs(moved(*(float(i == k) for k in range(len(norms)))) - float(start.detach())) > (0.1 if half else 1e-4):
             return (
                 f"{name} passes no gradient on to {sites[i].name!r}, though its losses depend on it; what may be the "
                 f"cause: {kinds}"
