@@ -4,10 +4,10 @@
     python benchmarks/compat/run_latent_at.py CLONE --parts builds --builds CHECKOUT . --repeats 9
 
 Parts: "closeness", each scenario of `latent_at_training` with the public code as it is and patched; "cost", CPU
-seconds of both inner loops, in turn in one process, and the peak resident set of each in a process of its own, above
-what it held before; "builds", the same seconds of several checkouts of this repository, a process each, in turn. The
-public code is a copy of the clone in which `dim=4096` (or another number) reads the model's width; its missing imports
-are stubbed.
+seconds of both inner loops, in turn in one process; "memory", which "cost" has too, the peak resident set of each in a
+process of its own, above what it held before; "builds", the seconds of several checkouts of this repository, a process
+each, in turn. The public code is a copy of the clone in which `dim=4096` (or another number) reads the model's width;
+its missing imports are stubbed.
 """
 
 from __future__ import annotations
@@ -181,10 +181,11 @@ def main() -> None:
     report: dict[str, Any] = {"lines_changed": changed, "stubs": stubs}
     if "closeness" in arguments.parts:
         report["closeness"] = {f: {name: compare(package, f, name) for name in SCENARIOS} for f in families}
-    if "cost" in arguments.parts or "builds" in arguments.parts:
+    if arguments.parts != "closeness":
         report["size"] = SPEED
     if "cost" in arguments.parts:
         report["time"] = {family: cost(package, family, arguments.repeats) for family in families}
+    if "cost" in arguments.parts or "memory" in arguments.parts:
         clone, it = str(arguments.clone.resolve()), "benchmarks.compat.run_latent_at"
         report["memory"] = {
             family: peaks(it, {side: f"alone({clone!r}, {package!r}, {family!r}, {side == 'fused'})"
