@@ -189,8 +189,10 @@ def page(record: Record) -> str:
             plain[case] = {
                 key: value for key, value in found.items() if key not in rows and not isinstance(value, list)
             }
-            if rows and case != "machine":
-                parts.append(f"**{case}**\n\n{_rows(rows)}\n")
+            deeper = {key: value for key, value in rows.items() if all(isinstance(v, dict) for v in value.values())}
+            if rows != deeper and case != "machine":
+                parts.append(f"**{case}**\n\n{_rows({k: v for k, v in rows.items() if k not in deeper})}\n")
+            parts += [f"**{case}: {key}**\n\n{_rows(value)}\n" for key, value in deeper.items()]
         parts.append(_rows({case: row for case, row in plain.items() if row}))
     return "".join(parts)
 

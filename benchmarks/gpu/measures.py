@@ -202,7 +202,7 @@ def attack_time(make: Callable[[], Run], own: Shape, steps: int, rounds: int) ->
 def where_time_goes(run: Run, steps: int) -> Found:
     """Shares of an attack's time on the device by kind of kernel, milliseconds of the longest kernels a step."""
     wall, spent, calls = profiled(run)
-    longest = {name[:100]: round(ms / steps, 4) for name, ms in spent.most_common(30)}
+    longest = {name[:100]: {"ms": round(ms / steps, 4)} for name, ms in spent.most_common(30)}
     return {"wall ms": wall / steps, "busy ms": spent.total() / steps, "kernels": calls.total() // steps,
             **{name: round(share, 4) for name, share in shares(spent).items()}, "longest": longest}  # fmt: skip
 
