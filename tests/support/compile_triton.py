@@ -1,6 +1,8 @@
 """Compiles every Triton launch of an 8B model's attack ahead of time, with no GPU, and prints what it costs.
 
-    python -m tests.support.compile_triton            # a table; fails where a kernel spills registers
+    python -m tests.support.compile_triton            # a table; fails where a kernel spills registers, or needs others
+                                                      # than the table in compile_triton.txt says, of the same Triton
+    python -m tests.support.compile_triton --record   # writes that table
     python -m tests.support.compile_triton --asm DIR  # keeps PTX, SASS and AMD assembly too
     python -m tests.support.compile_triton --corners  # odd shapes, strides and dtypes instead: that they compile at all
 
@@ -11,11 +13,13 @@ that run. TRITON_INTERPRET must not be set.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +50,7 @@ TARGETS = {
 }
 ON_REQUEST = ("gfx1100", "gfx1201")  # RDNA, warps of 32: the kernels run there, but attention spills
 MULTIPROCESSORS = 132
+RECORD = Path(__file__).with_suffix(".txt")
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int32: "i32",
     torch.int64: "i64",
@@ -54,7 +59,8 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kernel needs on one target; `wide` counts its global accesses of 16 bytes among all of them."""
+    """What one kernel needs on one target. `loads` and `stores` count a thread's accesses of global memory by their
+    bytes: "12x16 2x4" are twelve of 16 bytes and two of 4."""
 
     kernel: str
     target: str
@@ -62,7 +68,19 @@ class Cost:
     registers: int
     spills: int  # bytes of local memory a thread on CUDA, spilled vector registers on ROCm
     shared: int
-    wide: str
+    loads: str
+    stores: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:54} {self.target:7} {self.threads:7} {self.registers:5} {self.spills:6} {self.shared:6}  "
+            f"{self.loads:20} {self.stores}".rstrip()
+        )
+
+
+def by_width(widths: Iterable[int]) -> str:
+    """How many there are of each width, widest first."""
+    return " ".join(f"{count}x{width}" for width, count in sorted(Counter(widths).items(), reverse=True))
 
 
 def recorded(call: Callable[[], object], warp: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -194,10 +212,16 @@ def cuda_cost(name: str, target: str, binary: Any, folder: Path) -> Cost:
     path.with_suffix(".ptx").write_text(binary.asm["ptx"])
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     spills = found["STACK"] + found["LOCAL"] + 4 * local
-    accesses = re.findall(r"\b(?:LDG|STG)\.\S+", sass)
-    wide = sum(".128" in access for access in accesses)
-    threads = binary.metadata.num_warps * 32
-    return Cost(name, target, threads, found["REG"], spills, binary.metadata.shared, f"{wide}/{len(accesses)}")
+    bytes_of = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
+
+    def widths(names: str) -> str:
+        kinds = re.findall(rf"\b(?:{names})((?:\.\w+)*)", sass)
+        return by_width(
+            next((n for kind, n in bytes_of.items() if re.search(rf"{kind}\b", kinds_of)), 4) for kinds_of in kinds
+        )
+
+    threads, shared = binary.metadata.num_warps * 32, binary.metadata.shared
+    return Cost(name, target, threads, found["REG"], spills, shared, widths("LDG|LDGSTS"), widths("STG"))
 
 
 def hip_cost(name: str, target: str, binary: Any, folder: Path) -> Cost:
@@ -210,11 +234,16 @@ def hip_cost(name: str, target: str, binary: Any, folder: Path) -> Cost:
         assert match, f"no {key} in the assembly"
         return int(match[1])
 
-    accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
-    wide = sum("dwordx4" in access for access in accesses)
+    bytes_of = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2, "sshort": 2}
+    bytes_of |= {"b128": 16, "b96": 12, "b64": 8, "b32": 4, "b16": 2, "d16": 2, "u16": 2, "i16": 2}  # as RDNA says it
+
+    def widths(what: str) -> str:
+        kinds = re.findall(rf"\b(?:global|buffer)_{what}_([a-z]+\d*)", text)
+        return by_width(bytes_of.get(kind, 1) for kind in kinds)
+
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    threads = binary.metadata.num_warps * TARGETS[target].warp_size
-    return Cost(name, target, threads, number("vgpr_count"), spills, binary.metadata.shared, f"{wide}/{len(accesses)}")
+    threads, shared = binary.metadata.num_warps * TARGETS[target].warp_size, binary.metadata.shared
+    return Cost(name, target, threads, number("vgpr_count"), spills, shared, widths("load"), widths("store"))
 
 
 def costs(width: int, vocabulary: int, folder: Path, targets: list[str]) -> list[Cost]:
@@ -284,6 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS,
                         default=[name for name in TARGETS if name not in ON_REQUEST])  # fmt: skip
     parser.add_argument("--asm", type=Path, help="keep the assembly in this folder")
+    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
     parser.add_argument("--corners", action="store_true", help="compile odd shapes, strides and dtypes for sm_90")
     options = parser.parse_args(argv)
     if launch.INTERPRETED:
@@ -291,18 +321,28 @@ def main(argv: list[str] | None = None) -> int:
     if options.corners:
         print(f"{corners()} kernels compiled")
         return 0
-    print(f"width {options.width}, vocabulary {options.vocabulary}, bf16, triton {triton.__version__}")
-    print(f"{'kernel':54} {'target':7} {'threads':>7} {'regs':>5} {'spills':>6} {'shared':>6} {'16-byte':>8}")
+    title = f"width {options.width}, vocabulary {options.vocabulary}, bf16, triton {triton.__version__}"
+    columns = f"{'kernel':54} {'target':7} {'threads':>7} {'regs':>5} {'spills':>6} {'shared':>6}  {'loads':20} stores"
+    print(title, columns, sep="\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.asm or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         found = costs(options.width, options.vocabulary, folder, options.targets)
-    for c in found:
-        print(f"{c.kernel:54} {c.target:7} {c.threads:7} {c.registers:5} {c.spills:6} {c.shared:6} {c.wide:>8}")
+    lines = [str(cost) for cost in found]
+    print(*lines, sep="\n")
+    if options.record:
+        RECORD.write_text("\n".join([title, columns, *lines]) + "\n")
+    recorded_title, _, *expected = RECORD.read_text().splitlines()
+    changed = []
+    if recorded_title == title:
+        own = [line for line in expected if line.split(": ")[1].split()[1] in options.targets]
+        now = [str(cost) for cost in found if cost.target not in ON_REQUEST]
+        changed = [line for line in difflib.ndiff(own, now) if line[0] in "+-"]
+        print(*(["not as in", RECORD.name, *changed] if changed else []), sep="\n")
     spilling = [f"{c.kernel} on {c.target}" for c in found if c.spills]
     if spilling:
         print("registers spill to memory:", "; ".join(spilling))
-    return bool(spilling)
+    return bool(spilling or changed)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def test_under_the_interpreter(file, least):
 @pytest.mark.slow
 @pytest.mark.skipif(launch.INTERPRETED, reason="compiled by the process that started this one")
 def test_compiled_ahead_of_time():
-    """In the shapes of an 8B model, without spills, which the command checks; `.ci/run` does so for every target."""
+    """In the shapes of an 8B model: without spills, and with the registers, loads and stores of compile_triton.txt. The
+    command checks both; `.ci/run` has it do so for every target."""
     targets = ("sm_90", "gfx942")
     out = python("-m", "tests.support.compile_triton", "--targets", *targets)
     print(out)
