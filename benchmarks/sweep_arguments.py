@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -55,11 +56,13 @@ VALUES: dict[str, list[Any]] = {
     "save_strategy": ["steps", "epoch", "best"], "save_steps": [3, 0.9], "save_total_limit": [1],
     "hub_token": ["token"], "hub_model_id": ["name"], "hub_strategy": ["end"], "hub_revision": ["main"],
     "metric_for_best_model": ["margin"], "accelerator_config": [{"split_batches": True}, {"dispatch_batches": True},
-    {"even_batches": False}, {"gradient_accumulation_kwargs": {"num_steps": 2}}], "parallelism_config": [object()],
+    {"even_batches": False}, {"gradient_accumulation_kwargs": {"num_steps": 2}}],
+    "parallelism_config": [{"tp_size": 2}],
     "dataloader_num_workers": [1], "dataloader_prefetch_factor": [1, 3], "seed": [7], "data_seed": [7],
     "dataloader_multiprocessing_context": ["fork"], "label_names": [["labels"]],
     "train_sampling_strategy": ["sequential", "group_by_length"], "length_column_name": ["size"],
-    "ddp_backend": ["gloo"], "fsdp": ["full_shard"], "fsdp_config": [{"version": 2}], "deepspeed": [{"stage": 2}],
+    "ddp_backend": ["gloo"], "ddp_bucket_cap_mb": [10],
+    "fsdp": ["full_shard"], "fsdp_config": [{"version": 2}], "deepspeed": [{"stage": 2}],
     "debug": ["underflow_overflow"], "resume_from_checkpoint": ["here"],
     "per_device_train_batch_size": [1], "gradient_accumulation_steps": [1],
     "learning_rate": [1e-2], "label_smoothing_factor": [0.1], "output_dir": [None],
@@ -149,7 +152,7 @@ def result(name: str, value: Any, kind: str, settings: dict[str, Any], options: 
     try:
         trained(settings, options, seen)
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        told = re.sub(r"https?://\S+", "(address)", " ".join(f"{type(error).__name__}: {error}".split())[:300])
         return Result(name, shown, kind, "late" if "built" in seen else "refused", told)
     differs = [key for key, found in seen.items() if key != "built" and found != beside[key]]
     return Result(name, shown, kind, "trained", ", ".join(differs) or "nothing of it shows here")
@@ -228,7 +231,7 @@ def table(found: list[Result]) -> str:
     lines = [
         "# Settings of transformers: refused, harmless or used", "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, CPU. {len(found)} cases of {every} "
-        "settings and options; `python -m benchmarks.sweep_arguments`.", "",
+        "settings and options; `python -m benchmarks.sweep_arguments`. Weights differ by any bit.", "",
         *(f"- {kind}: {n} {verdict}" for (kind, verdict), n in sorted(count.items())), "",
         "| setting or option | set to | it is | came to | told, or what differs |", "|---|---|---|---|---|",
     ]  # fmt: skip

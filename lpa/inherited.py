@@ -5,6 +5,7 @@ A new release of transformers may bring others. They are refused where they are 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
@@ -146,6 +147,7 @@ def _check_effect(config: Any) -> None:
     checkpoints = config.gradient_checkpointing or getattr(config, "activation_checkpointing", False)
     evaluates = str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
     saves = str(getattr(config.save_strategy, "value", config.save_strategy))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     needs = (
         ("warmup_steps", schedule != "constant",
          "lr_scheduler_type='constant' has no warm-up; use constant_with_warmup"),
@@ -156,6 +158,7 @@ def _check_effect(config: Any) -> None:
         ("gradient_checkpointing_kwargs", checkpoints, "it needs gradient_checkpointing=True"),
         ("activation_checkpointing_kwargs", checkpoints, "it needs activation_checkpointing=True"),
         ("load_best_model_at_end", evaluates, "nothing is evaluated; set eval_strategy, or canary_steps"),
+        ("ddp_backend", several, "this is one process; start several with torchrun or accelerate launch"),
         ("dataloader_persistent_workers", config.dataloader_num_workers, "it needs dataloader_num_workers"),
         ("dataloader_multiprocessing_context", config.dataloader_num_workers, "it needs dataloader_num_workers"),
     )  # fmt: skip

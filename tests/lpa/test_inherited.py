@@ -69,6 +69,7 @@ def test_a_setting_of_a_later_release_is_refused_where_it_is_set(monkeypatch: py
         ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "it needs gradient_checkpointing=True"),
         ({"dataloader_persistent_workers": True}, "it needs dataloader_num_workers"),
         ({"dataloader_multiprocessing_context": "spawn"}, "it needs dataloader_num_workers"),
+        ({"ddp_backend": "gloo"}, "ddp_backend='gloo' would have no effect: this is one process"),
         ({"save_strategy": "best"}, "save_strategy='best' would never save: nothing is evaluated"),
         ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' averages the weights of a whole run"),
         ({"optim": "lomo"}, "optim='lomo' updates weights within the backward pass"),
