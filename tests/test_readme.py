@@ -128,7 +128,8 @@ def test_a_pages_commands_run_as_printed_in_order(page, tmp_path, monkeypatch):
         return tmp_path
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "resolve", lambda name: str(tmp_path / "tiny"))
+    # a folder is what it is, every other name the tiny model
+    monkeypatch.setattr(models, "resolve", lambda name: str(name if Path(name).is_dir() else tmp_path / "tiny"))
     monkeypatch.setenv("LPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets, "fetch", fetch)
     monkeypatch.setattr(

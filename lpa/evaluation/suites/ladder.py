@@ -100,7 +100,12 @@ def _reason(run: Run, prompts: PromptSet, modes: Sequence[str], reason: str) -> 
 def _enough(run: Run, prompts: PromptSet, modes: Sequence[str], material: Sequence[Any]) -> bool:
     """Whether there is enough to learn from; else the reason is recorded."""
     if len(material) < _LEAST_MATERIAL:
-        _reason(run, prompts, modes, f"{len(material)} other prompts to learn from, {_LEAST_MATERIAL} are needed")
+        _reason(
+            run,
+            prompts,
+            modes,
+            f"{len(material)} other prompts to learn from, {_LEAST_MATERIAL} are needed; raise limit",
+        )
     return len(material) >= _LEAST_MATERIAL
 
 
