@@ -124,6 +124,13 @@ def scale_bandwidth(elements: int = 1 << 27) -> float:
     return _bandwidth(lambda: source.mul_(1.0001), source)
 
 
+@cache
+def product_rate(size: int = 1024) -> float:
+    """Floating-point operations a second of a large product in float32: the ceiling of a CPU's products."""
+    a, b = (torch.randn(size, size, device=device()) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(7))
+
+
 def _bandwidth(run: Run, tensor: Tensor) -> float:
     return 2 * tensor.nbytes / min(seconds(run) for _ in range(7))  # a ceiling is the best that was seen
 

@@ -44,17 +44,21 @@ class Case:
         name: how.
         make: allocates, and returns the function to time.
         moved: bytes that this work must read and write at the least, in whichever way (0: not counted).
+        operations: floating-point operations of its matrix products (0: not counted).
     """
 
     group: str
     name: str
     make: Callable[[], Run]
     moved: int = 0
+    operations: int = 0
 
 
-def cases(group: str, data: Callable[[], tuple[Any, ...]], ways: Mapping[str, Way], moved: int = 0) -> list[Case]:
+def cases(
+    group: str, data: Callable[[], tuple[Any, ...]], ways: Mapping[str, Way], moved: int = 0, operations: int = 0
+) -> list[Case]:
     """The ways of one group, each on data of its own."""
-    return [Case(group, name, lambda way=way: way(*data()), moved) for name, way in ways.items()]
+    return [Case(group, name, lambda way=way: way(*data()), moved, operations) for name, way in ways.items()]
 
 
 def called(function: Callable[..., object]) -> Way:
@@ -403,8 +407,9 @@ def attention_cases(pairs: int, heads: int, kv_heads: int, width: int, dtype: to
     moved = (
         2 * (heads + kv_heads) * pairs * length * width * dtype.itemsize
     )  # q, k, v and out; then their gradients too
-    return [*cases(f"attention of {shape}", data, first, moved),
-            *cases(f"attention backward of {shape}", data, second, 2 * moved)]  # fmt: skip
+    work = 2 * pairs * heads * width * int(mask.sum())  # of one product: queries with the keys that they see
+    return [*cases(f"attention of {shape}", data, first, moved, 2 * work),
+            *cases(f"attention backward of {shape}", data, second, 2 * moved, 5 * work)]  # fmt: skip
 
 
 # ---- which -----------------------------------------------------------------------------------------------------------

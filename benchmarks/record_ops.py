@@ -22,13 +22,14 @@ from benchmarks.measure import (
     made_with,
     median_ratio,
     peak_in_a_process,
+    product_rate,
     scale_bandwidth,
     table,
     write_record,
 )
 from benchmarks.op_cases import Case, all_cases
 
-COLUMNS = ("milliseconds", "times_ours", "GB/s", "share_of_copy", "extra_mib")
+COLUMNS = ("milliseconds", "times_ours", "GB/s", "share_of_copy", "GFLOP/s", "share_of_product", "extra_mib")
 
 
 def three_calls(group: str, name: str) -> Run:
@@ -48,6 +49,9 @@ def measure(cases: list[Case], rounds: int, ceiling: float | None = None) -> dic
         if case.moved:
             rate = case.moved / median
             row |= {"GB/s": round(rate / 1e9, 1), "share_of_copy": round(rate / (ceiling or copy_bandwidth()), 2)}
+        if case.operations:
+            rate = case.operations / median
+            row |= {"GFLOP/s": round(rate / 1e9, 1), "share_of_product": round(rate / product_rate(), 2)}
         if device() == "cpu" and "loss" in case.group and "128256" in case.group:
             expression = f"three_calls({case.group!r}, {case.name!r})"
             row["extra_mib"] = round(peak_in_a_process("benchmarks.record_ops", expression), 1)
@@ -57,7 +61,7 @@ def measure(cases: list[Case], rounds: int, ceiling: float | None = None) -> dic
 
 def page(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The results as Markdown."""
-    head = ["", "ms", "times ours", "GB/s", "of the copy", "extra MiB"]
+    head = ["", "ms", "times ours", "GB/s", "of the copy", "GFLOP/s", "of a product", "extra MiB"]
     return "\n".join(
         f"**{group}**\n\n{table(head, [[way, *(row.get(c, '') for c in COLUMNS)] for way, row in ways.items()])}"
         for group, ways in results.items()
@@ -73,12 +77,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cases = [case for case in all_cases() if any(part in case.group for part in args.only)]
-    ceilings = {"copy_GB/s": round(copy_bandwidth() / 1e9, 1), "scale_in_place_GB/s": round(scale_bandwidth() / 1e9, 1)}
+    measured = {
+        "copy_GB/s": copy_bandwidth(),
+        "scale_in_place_GB/s": scale_bandwidth(),
+        "product_GFLOP/s": product_rate(),
+    }
+    ceilings = {name: round(rate / 1e9, 1) for name, rate in measured.items()}
     results = {}
     for group in dict.fromkeys(case.group for case in cases):
         results[group] = measure([case for case in cases if case.group == group], args.rounds)
         print(page({group: results[group]}), flush=True)
-    said = "a large copy moves {copy_GB/s} GB/s, a scaling in place {scale_in_place_GB/s} GB/s".format(**ceilings)
+    said = (
+        "a large copy moves {copy_GB/s} GB/s, a scaling in place {scale_in_place_GB/s} GB/s, a large product runs at "
+        "{product_GFLOP/s} GFLOP/s".format(**ceilings)
+    )
     record = made_with() | ceilings | {"results": results}
     write_record(RESULTS / f"{args.name}-{device()}.json", record, f"{said}\n\n{page(results)}")
 
