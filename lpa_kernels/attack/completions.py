@@ -114,6 +114,8 @@ class Completions:
 
     def to(self, device: torch.device | str) -> Completions:
         """These texts on another device."""
+        if self.ids.device == torch.device(device):
+            return self
         return Completions(self.ids.to(device), self.mask.to(device), self.groups.to(device))
 
     def text(self, index: int) -> Completions:
