@@ -45,6 +45,13 @@ def text_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return logits[row, before]
 
 
+def text_rows(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """`text_logits` with the head on these rows alone."""
+    row, before = mask[:, 1:].nonzero(as_tuple=True)
+    with selected_rows(model, (ids.shape[0], ids.shape[1]), row * ids.shape[1] + before):
+        return logits_of(model(input_ids=ids, use_cache=False))
+
+
 class Texts(NamedTuple):
     """What one plain pass runs over: a completion's texts of all pairs as they are, or a single text up to its end.
 

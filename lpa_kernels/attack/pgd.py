@@ -111,7 +111,7 @@ class LatentPGD:
             inner = settings.adversary == "pgd"
             planned = plan(model, self.sites, settings, pairs.only(*settings.halves), loop=inner)
             if inner:
-                self._check_gradients(pairs)
+                self._check_gradients(pairs, planned)
             state = AttackState(settings, widths, pairs, counts or own, planned.alone)
             if settings.relative:
                 alone = way_of(model, pairs, packing=False).engine == "alone"
@@ -160,12 +160,13 @@ class LatentPGD:
             loop.run(model, settings, state, layout, forward, depth)
         return captured
 
-    def _check_gradients(self, pairs: PairBatch) -> None:
+    def _check_gradients(self, pairs: PairBatch, planned: Plan) -> None:
         """Ask once a model and its sites whether backward passes belong to forward passes."""
         if not sum(pairs.counts) and not is_sharded(self.model):
             return
         key = tuple(id(site.module) for site in self.sites), model_key(self.model)
-        ask = partial(wrong_gradients, self.model, self.sites, self.widths(), pairs, self.settings.backend)
+        few = planned.layout is not None
+        ask = partial(wrong_gradients, self.model, self.sites, self.widths(), pairs, self.settings.backend, few)
         if message := remembered(self.model, "gradients", key, ask):
             raise RuntimeError(message)
 

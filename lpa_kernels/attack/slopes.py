@@ -14,7 +14,7 @@ from ..model.sites import Site
 from ..model.walk import modules_of
 from ..ops import token_loss
 from .batch import PairBatch
-from .passes import text_logits, texts
+from .passes import text_logits, text_rows, texts
 from .verdicts import is_half
 
 _STEPS = (1e-2, 1e-3, 1e-4, 0.1, 1.0)  # what a loss is to be moved by, in nats
@@ -23,8 +23,9 @@ _SMOOTH = 0.02
 
 
 def wrong_gradients(
-    model: nn.Module, sites: Sequence[Site], widths: Sequence[tuple[int, torch.device]], batch: PairBatch, backend: str
-) -> str:
+    model: nn.Module, sites: Sequence[Site], widths: Sequence[tuple[int, torch.device]], batch: PairBatch, backend: str,
+    few: bool = False,
+) -> str:  # fmt: skip
     """Why the model's backward pass does not belong to its forward pass; "" where it does.
 
     Every site of one text is moved along its own gradient, all by one length, and a central finite difference of the
@@ -35,6 +36,7 @@ def wrong_gradients(
 
     Args:
         widths: width and device of each site. backend: of the op that perturbs.
+        few: the head is run on the rows that matter alone, as engines of one pass do; all logits take memory.
     """
     text = max(texts(batch, alone=True), key=lambda one: one.ids.shape[1])
     grid = batch.grid[text.rows, : text.ids.shape[1]]
@@ -45,7 +47,7 @@ def wrong_gradients(
 
     def loss(deltas: Sequence[Tensor]) -> Tensor:
         with kept_for_recompute(model, lambda: perturbed(sites, deltas, grid_rows(grid), backend=backend)):
-            logits = text_logits(model, text.ids, text.mask)
+            logits = (text_rows if few else text_logits)(model, text.ids, text.mask)
         toward = torch.zeros_like(labels, dtype=torch.bool)
         return token_loss(logits, labels, toward, backend="reference")[0].double().mean()
 

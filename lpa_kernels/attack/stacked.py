@@ -160,7 +160,7 @@ def why_not_stacked(
     """Why a packed batch cannot be run by a frozen stack; "" where it can, with the model's own values and gradients.
 
     Hooks are looked for each time. Values and gradients are compared on two pairs of the batch at hand, once for a
-    state of the model, its sites, and each doubling of the rows' length.
+    state of the model, its sites, the ops' backend, and each doubling of the rows' length.
 
     Args:
         layout: the batch's.
@@ -175,12 +175,18 @@ def why_not_stacked(
     for module in modules_of(model):  # hooks of our own may be on it too, which its key does not name
         if hooks_on(module):
             return f"there are hooks on it, on {type(module).__name__} for one"
-    key = state, tuple(site.name for site in sites), settings.merge_adapters, layout.shape[1].bit_length()
+    key = (
+        state,
+        tuple(site.name for site in sites),
+        settings.merge_adapters,
+        settings.backend,
+        (layout.shape[1].bit_length()),
+    )
 
     def compared() -> str:
         few = pack(sample(batch), first_position=layout.first_position)
         try:
-            return _difference(model, sites, few if len(few.row_tokens) else layout)
+            return _difference(model, sites, few if len(few.row_tokens) else layout, settings.backend)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the model does not like about it is a reason not to do it
@@ -193,19 +199,23 @@ def _never(model: nn.Module) -> str:
     return "its weights are sharded over ranks" if is_sharded(model) else spread_over(model)
 
 
-def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout) -> str:
+def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout, backend: str) -> str:
     """How the stack's logits or gradients differ from those of the model's own code; "" if by rounding alone."""
-    stacked = StackForward(model, sites, layout, "auto")
-    plain = HookedForward(model, sites, layout, "auto")
+    stacked = StackForward(model, sites, layout, backend)
+    plain = HookedForward(model, sites, layout, backend)
     draw = torch.Generator().manual_seed(0)
     rows = len(layout.row_tokens)
     width = stacked.head.linear.weight.shape[1]
     deltas = [(torch.randn(rows, width, generator=draw) * 0.01).to(layout.branch.device) for _ in sites]
-    with plain(deltas, False) as theirs, stacked(deltas, False) as ours:
-        if reason := _apart("logits", ours.values, theirs.values.detach()):
+    with plain(deltas, False) as theirs:
+        logits = theirs.values.detach().clone()
+        grad = torch.randn(logits.shape, generator=draw).to(logits)
+        wanted = theirs.gradients(theirs.values, grad.clone())
+    del theirs  # and the activations that it holds
+    with stacked(deltas, False) as ours:
+        if reason := _apart("logits", ours.values, logits):
             return reason
-        grad = torch.randn(theirs.values.shape, generator=draw).to(theirs.values)
-        wanted, found = theirs.gradients(theirs.values, grad), ours.gradients(ours.values, grad.clone())
+        found = ours.gradients(ours.values, grad)
     places = stacked.stack.tokens.places
     for site, one, other in zip(sites, found, wanted, strict=True):
         if reason := _apart(f"gradients at {site.name}", one, other[places]):

@@ -216,7 +216,9 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
     other = ids.clone()
     other[:, kept:] = _others(ids[:, kept:], ids)
     run: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids, use_cache=False).logits[0].float()  # noqa: E731
-    largest: Callable[[Tensor], float] = lambda logits: float(logits.abs().sum(-1).max()) if len(logits) else 0.0  # noqa: E731
+    largest: Callable[[Tensor], float] = lambda logits: (
+        float(torch.linalg.vector_norm(logits, 1, -1).max()) if len(logits) else 0.0
+    )  # noqa: E731
     try:
         with probing(model):
             before = run(ids)
@@ -226,11 +228,11 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
                     "tokens before them, as prompt tuning does, which no engine supports; attack the model without "
                     "them, or use LoRA"
                 ), ""
-            moved, scale = largest((before - run(other))[:kept]), largest(before)
+            moved, scale = largest(run(other).sub_(before)[:kept]), largest(before)
             allowed = scale * (_HALF if is_half(model) else FLOAT32_TOLERANCE)
             if moved > allowed or is_sharded(model):  # where sharded, all ranks make the same passes
                 with _rounded_embeddings(model):
-                    allowed = max(allowed, _ROUNDINGS * largest(before - run(ids)))
+                    allowed = max(allowed, _ROUNDINGS * largest(run(ids).sub_(before)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
