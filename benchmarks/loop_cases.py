@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -32,6 +32,8 @@ class Shape:
         sites: where to attack.
         pairs, prompt, rejected, chosen: how many pairs, and the length of each part in tokens.
         dtype: of the weights; adapters are float32, as peft makes them.
+        ragged: prompts are of lengths from 30 to `prompt`, evenly, instead of all of `prompt`.
+        late: completions alone are attacked, not prompts.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Shape:
     chosen: int
     dtype: torch.dtype = torch.float32
     family: str = "llama"
+    ragged: bool = False
+    late: bool = False
 
 
 SMALL = Shape(
@@ -69,7 +73,10 @@ LONG = Shape(
     },
     ("embedding", "mlp:1"), 4, 64, 256, 256,
 )  # fmt: skip
-SHAPES = {"small": SMALL, "smollm2": SMOLLM2, "long": LONG}
+LATE = replace(SMALL, name=f"{SMALL.name}; completions alone attacked", late=True)
+RAGGED = replace(SMALL, name="hidden 256, 8 layers, vocabulary 32000; 16 pairs of 40 to 200 tokens in a batch",
+                 pairs=16, prompt=190, rejected=8, chosen=10, ragged=True)  # fmt: skip
+SHAPES = {"small": SMALL, "smollm2": SMOLLM2, "long": LONG, "late": LATE, "ragged": RAGGED}
 
 
 def shape_of(shape: str | Shape) -> Shape:
@@ -104,21 +111,28 @@ def forget_model() -> None:
 
 
 def batch_of(name: str | Shape) -> PairBatch:
-    """A random batch of a shape; prompt and completions are attacked."""
+    """A random batch of a shape; prompt and completions are attacked, unless the shape says otherwise."""
     shape = shape_of(name)
     generator = torch.Generator().manual_seed(0)
     vocabulary = shape.config["vocab_size"]
-    prompt = torch.randint(3, vocabulary, (shape.pairs, shape.prompt), generator=generator)
+    first = torch.full((shape.pairs, 1), shape.prompt)  # where completions begin
+    if shape.ragged:
+        first = torch.linspace(30, shape.prompt, shape.pairs).long()[:, None]
+    width = shape.prompt + max(shape.rejected, shape.chosen)
+    index = torch.arange(width)
+    prompt = torch.randint(3, vocabulary, (shape.pairs, width), generator=generator)
 
     def text(length: int) -> tuple[Tensor, Tensor]:
-        completion = torch.randint(3, vocabulary, (shape.pairs, length), generator=generator)
-        ids = torch.cat([prompt, completion], 1)
-        return ids, torch.arange(ids.shape[1]).expand(ids.shape) >= shape.prompt
+        completion = torch.randint(3, vocabulary, (shape.pairs, width), generator=generator)
+        mask = (index >= first) & (index < first + length)
+        end = int((first + length).max())
+        return torch.where(index < first, prompt, completion)[:, :end], mask[:, :end]
 
     rejected_ids, rejected_mask = text(shape.rejected)
     chosen_ids, chosen_mask = text(shape.chosen)
-    width = shape.prompt + max(shape.rejected, shape.chosen)
-    attack_mask = torch.ones(shape.pairs, width, dtype=torch.bool)
+    attack_mask = index < first + max(shape.rejected, shape.chosen)
+    if shape.late:
+        attack_mask &= index >= first
     return PairBatch(rejected_ids, rejected_mask, chosen_ids, chosen_mask, attack_mask).to(device())
 
 

@@ -83,6 +83,20 @@ class PairBatch:
         moved: dict[str, Any] = {name: None if v is None else v.to(device) for name, v in held.items()}
         return PairBatch(**moved)
 
+    def on_host(self) -> PairBatch:
+        """This batch in the host's memory, by one read of the device; itself where it is there."""
+        if self.rejected_ids.device.type == "cpu":
+            return self
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        there: dict[str, Tensor] = {name: value for name, value in held.items() if value is not None}
+        line = torch.cat([value.flatten().long() for value in there.values()]).cpu()
+        parts = line.split([value.numel() for value in there.values()])
+        read: dict[str, Any] = {
+            name: part.view(value.shape).to(value.dtype)
+            for (name, value), part in zip(there.items(), parts, strict=True)
+        }
+        return PairBatch(**read)
+
     def only(self, rejected: bool, chosen: bool) -> PairBatch:
         """This batch with the tokens of a completion that is not wanted left unscored."""
         unwanted = [name for name, wanted in (("rejected", rejected), ("chosen", chosen)) if not wanted]
@@ -134,7 +148,8 @@ class PairBatch:
     @property
     def counts(self) -> tuple[int, int]:
         """How many completion tokens are predicted: (rejected, chosen). Reads from the device."""
-        return int(self.rejected_mask[:, 1:].sum()), int(self.chosen_mask[:, 1:].sum())
+        rejected, chosen = torch.stack([self.rejected_mask[:, 1:].sum(), self.chosen_mask[:, 1:].sum()]).tolist()
+        return rejected, chosen
 
     def labels(self, name: str) -> Tensor:
         """The labels of "rejected" or "chosen", [n] int64, row-major."""

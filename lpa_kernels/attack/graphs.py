@@ -6,7 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -279,7 +279,7 @@ def _record(loop: _Loop, source: InnerStep, rows: int, lower: Replay | None) -> 
     Raises:
         CaptureError: it cannot be. torch.OutOfMemoryError: there is no memory for it.
     """
-    state, layout = source.state.padded(rows), _changed(source.layout, Tensor.clone)
+    state, layout = source.state.padded(rows), source.layout.changed(Tensor.clone)
     step = _step(loop, state, layout, source)
     output = None if lower is None else tree_map(_cloned, lower.output)
     given = _inputs(source, lower)
@@ -307,7 +307,7 @@ def _fill(captured: Captured, state: AttackState, inputs: list[Tensor]) -> None:
 
 def _inputs(step: InnerStep, lower: Replay | None) -> list[Tensor]:
     """Every tensor that a step reads beside its state and that differs between batches, in a fixed order."""
-    found = [*_tensors(step.layout).values(), step.away]
+    found = [*step.layout.tensors.values(), step.away]
     assert isinstance(step.forward, HookedForward)
     found += [tensor for tensor in (step.weights, step.forward.needed) if tensor is not None]
     return found + ([] if lower is None else [leaf for leaf in tree_leaves(lower.output) if isinstance(leaf, Tensor)])
@@ -387,16 +387,6 @@ def padded_layout(layout: Layout) -> Layout:
         rejected=more(layout.rejected, False),
         example=more(layout.example, 0),
     )
-
-
-def _tensors(layout: Layout) -> dict[str, Tensor]:
-    held = {f.name: getattr(layout, f.name) for f in fields(layout)}
-    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
-
-
-def _changed(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
-    changed: dict[str, Any] = {name: change(value) for name, value in _tensors(layout).items()}
-    return replace(layout, **changed)
 
 
 def _cloned(value: Any) -> Any:

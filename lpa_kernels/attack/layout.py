@@ -1,9 +1,13 @@
-"""Where every token of a batch stands in a pass: the prompt once and both completions after it, or text by text."""
+"""Where every token of a batch stands in a pass: the prompt once and both completions after it, or text by text.
+
+A layout is made on the host, from one read of the device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +66,17 @@ class Layout:
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by name, without its masks."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """The same with every tensor changed, without masks."""
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
+        return replace(self, **changed)
+
+    @property
     def places(self) -> Tensor:
         """[N] int64: row * L + index of the hidden state that predicts each label."""
         return self.select_rows * self.shape[1] + self.select_positions
@@ -97,6 +112,7 @@ def pack(batch: PairBatch, bucket: int = 1, first_position: int = 0) -> Layout:
     Raises:
         ValueError: `bucket` is not positive.
     """
+    device, batch = batch.rejected_ids.device, batch.on_host()
     rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
     width = min(batch.rejected_ids.shape[1], batch.chosen_ids.shape[1])
     same = batch.rejected_ids[:, :width] == batch.chosen_ids[:, :width]
@@ -105,7 +121,7 @@ def pack(batch: PairBatch, bucket: int = 1, first_position: int = 0) -> Layout:
     apart = (prefix == 0) & (rejected > 0) & (chosen > 0)
     apart |= _too_long(rejected, chosen, prefix, apart, bucket)
     layout = _lay_out(batch, rejected, chosen, prefix, apart, bucket, packed=True)
-    return replace(layout, first_position=first_position) if first_position else layout
+    return replace(layout, first_position=first_position).changed(lambda t: t.to(device))
 
 
 def unshared(batch: PairBatch, bucket: int = 1) -> Layout:
@@ -119,9 +135,11 @@ def unshared(batch: PairBatch, bucket: int = 1) -> Layout:
     Raises:
         ValueError: `bucket` is not positive.
     """
+    device, batch = batch.rejected_ids.device, batch.on_host()
     rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
     apart = (rejected > 0) & (chosen > 0)
-    return _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), apart, bucket, packed=False)
+    layout = _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), apart, bucket, packed=False)
+    return layout.changed(lambda t: t.to(device))
 
 
 def _arange(like: Tensor) -> Tensor:

@@ -128,9 +128,8 @@ class StackForward:
         self.row_tokens, self.order = streams.row_tokens, streams.order
         with observed(model) as (given, inputs):
             layout_hidden(model, layout)
-        if not torch.equal(decoder.embed(layout.input_ids) * decoder.embedding_scale, inputs[0]):
-            raise UnsupportedStack("the first block is given other than the embeddings")
-        rules = rules_of(given, layout.branch, layout.position_ids)
+        embedded = (decoder.embed(layout.input_ids) * decoder.embedding_scale == inputs[0]).all()
+        rules = rules_of(given, layout.branch, layout.position_ids, embedded)
         before = None if streams.before is None else FrozenStack(decoder, [], streams.before, rules, backend=backend)
         self.names = [_place(model, site) for site in sites]
         self.stack = FrozenStack(decoder, self.names, streams.main, rules, before, backend)

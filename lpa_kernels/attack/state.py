@@ -75,12 +75,12 @@ class AttackState:
         self.settings = settings
         device = batch.attack_mask.device
         self.grid = batch.grid
-        self.row_example = batch.attack_mask.nonzero()[:, 0]
+        self.row_example, position = batch.attack_mask.nonzero().unbind(1)
         self.rows = self.row_example.shape[0]
         self.size = len(batch)
         scored = batch.only(*settings.halves)
         ends = torch.maximum(text_lengths(scored.rejected_mask), text_lengths(scored.chosen_mask))
-        used = batch.attack_mask.nonzero()[:, 1] < (ends + 1 if whole else ends)[self.row_example]
+        used = position < (ends + 1 if whole else ends)[self.row_example]
         self.own_rows = torch.where(used, torch.arange(self.rows, device=device), -1)[:, None]
         self.counts = torch.tensor([max(float(count), 1.0) for count in counts], device=device)
         self.positions = torch.full((), float(batch.attack_mask.numel()), device=device)

@@ -208,6 +208,11 @@ def _rounded_embeddings(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _largest(logits: Tensor) -> float:
+    """The largest sum of a row's absolute values; 0 without rows."""
+    return float(torch.linalg.vector_norm(logits, 1, -1).max()) if len(logits) else 0.0
+
+
 def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
     """(why no attack on this model means anything, why texts can only run alone), "" for no reason."""
     name = type(model).__name__
@@ -216,9 +221,6 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
     other = ids.clone()
     other[:, kept:] = _others(ids[:, kept:], ids)
     run: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids, use_cache=False).logits[0].float()  # noqa: E731
-    largest: Callable[[Tensor], float] = lambda logits: (
-        float(torch.linalg.vector_norm(logits, 1, -1).max()) if len(logits) else 0.0
-    )  # noqa: E731
     try:
         with probing(model):
             before = run(ids)
@@ -228,11 +230,11 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
                     "tokens before them, as prompt tuning does, which no engine supports; attack the model without "
                     "them, or use LoRA"
                 ), ""
-            moved, scale = largest(run(other).sub_(before)[:kept]), largest(before)
+            moved, scale = _largest(run(other).sub_(before)[:kept]), _largest(before)
             allowed = scale * (_HALF if is_half(model) else FLOAT32_TOLERANCE)
             if moved > allowed or is_sharded(model):  # where sharded, all ranks make the same passes
                 with _rounded_embeddings(model):
-                    allowed = max(allowed, _ROUNDINGS * largest(run(ids).sub_(before)))
+                    allowed = max(allowed, _ROUNDINGS * _largest(run(ids).sub_(before)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

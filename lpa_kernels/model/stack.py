@@ -74,14 +74,17 @@ class Rule(NamedTuple):
     rotation: tuple[Tensor, Tensor]
 
 
-def rules_of(given: Sequence[Given], branch: Tensor, position: Tensor) -> list[Rule]:
+def rules_of(given: Sequence[Given], branch: Tensor, position: Tensor, embedded: Tensor | None = None) -> list[Rule]:
     """The rules of a model's blocks, read from what it gives them for rows of known branches and positions, [B, L].
 
     A mask is causal by position, within branches and what comes before them, and perhaps within a window; a rotation
     goes by position alone. Waits for the device once.
 
+    Args:
+        embedded: [] bool, whether the first block is given the embeddings, to be read along.
+
     Raises:
-        UnsupportedStack: a mask or a rotation is another.
+        UnsupportedStack: a mask or a rotation is another, or the first block is given something else.
     """
     masks = {id(each.mask): each.mask for each in given}
     turns = {id(each.cos): (each.cos, each.sin) for each in given}
@@ -101,7 +104,10 @@ def rules_of(given: Sequence[Given], branch: Tensor, position: Tensor) -> list[R
         whole = (torch.cat([t, t], -1)[position] == turn for t, turn in zip(tables[name], (cos, sin), strict=True))
         right = torch.stack([(same.all(-1) | ~there).all() for same in whole]).all().long()
         facts.append(torch.stack([right, right]))
-    found = torch.stack(facts).tolist()  # the one time that this waits
+    right = torch.ones((), dtype=torch.bool, device=branch.device) if embedded is None else embedded
+    *found, (plain, _) = torch.stack([*facts, right.long().expand(2)]).tolist()  # the one time that this waits
+    if not plain:
+        raise UnsupportedStack("the first block is given other than the embeddings")
     if not all(right for right, _ in found[: len(masks)]):
         raise UnsupportedStack("a block's mask is neither causal nor a window of positions")
     if not all(right for right, _ in found[len(masks) :]):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpa_kernels import LatentPGD, PairBatch, ops
-from lpa_kernels.attack import loop, stacked
+from lpa_kernels.attack import loop, plan, stacked, verdicts
 from lpa_kernels.attack.layout import PADDING, pack
 from lpa_kernels.attack.stacked import HookedForward, StackForward, Streams
 from lpa_kernels.model.modes import inner_mode
@@ -257,3 +259,93 @@ def test_an_op_without_a_faster_backend_says_why() -> None:
     found = attack_with(tiny("llama", dtype=torch.float64), pairs(), ["embedding"], "packed", rule="sgd")
     assert "reference (not " in found.kernels["token_loss_"]
     assert found.kernels["token_loss_"] in found.explain()
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a GPU would be waited for. `on_host` is for what works on a copy in the host's memory, one read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.paused = 0, False
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = args[1] if op.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put) else ()
+        waits = op.overloadpacket in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+            torch.ops.aten.is_nonzero, torch.ops.aten.masked_select, torch.ops.aten.unique_dim,
+        )  # fmt: skip
+        waits |= any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        self.count += waits and not self.paused
+        return op(*args, **(kwargs or {}))
+
+    def on_host(self, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self.paused:
+                return function(*args, **kwargs)
+            self.count, self.paused = self.count + 1, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.paused = False
+
+        return counted
+
+
+def test_the_host_reads_ten_times_an_attack_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that was attacked before, however many steps; none of these reads is in the loop."""
+    model, batch, reads = llama(lora=True), pairs(), Reads()
+    pgd = {steps: LatentPGD(model, ["embedding", "mlp:1"], engine="stack", steps=steps) for steps in (2, 5)}
+    found = {steps: one.attack(batch).history["total"] for steps, one in pgd.items()}
+    for module in (plan, verdicts):
+        monkeypatch.setattr(module, "pack", reads.on_host(module.pack))
+    monkeypatch.setattr(stacked, "Streams", reads.on_host(stacked.Streams))
+    monkeypatch.setattr(LatentPGD, "check_counts", lambda *_: None)
+    monkeypatch.setattr(PairBatch, "counts", property(reads.on_host(PairBatch.counts.fget)))
+    for steps, one in pgd.items():
+        reads.count = 0
+        with reads:
+            again = one.attack(batch)
+        assert 1 <= reads.count <= 10, steps
+        assert torch.equal(again.history["total"], found[steps])
+
+
+def test_what_is_large_and_not_saved_is_gone_when_the_pass_is() -> None:
+    """No tensor above 1 MB is alive after a forward pass but what `FrozenStack` saves, nor any after its backward."""
+    model = llama(lora=True, hidden_size=256, intermediate_size=512)
+    batch = pairs([(150, 5, 7, 0)] * 8)
+    layout = pack(batch)
+    seen: list[weakref.ref[Tensor]] = []
+    width: dict[int, int] = {}
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = op(*args, **(kwargs or {}))
+            for out in found if isinstance(found, tuple | list) else (found,):
+                if isinstance(out, Tensor) and out.untyped_storage().nbytes() > 1 << 20:
+                    seen.append(weakref.ref(out))
+            width[len(width)] = len(alive())
+            return found
+
+    def alive() -> set[int]:
+        return {t.untyped_storage().data_ptr() for ref in seen if (t := ref()) is not None}
+
+    def saved(part: Any) -> set[int]:
+        if isinstance(part, Tensor):
+            return {part.untyped_storage().data_ptr()}
+        parts = part.values() if isinstance(part, dict) else part if isinstance(part, tuple | list) else ()
+        return set().union(*(saved(one) for one in parts)) if parts else set()
+
+    with inner_mode(model), torch.no_grad():
+        ours = StackForward(model, resolve_sites(model, ["embedding", "mlp:1"]), layout, "reference")
+        rows = len(layout.row_tokens)
+        deltas = [torch.zeros(rows, 256, device=DEVICE) for _ in range(2)]
+        before = saved(list(ours.stack.start))
+        with Made():
+            scored = ours.stack.forward(dict(zip(ours.names, deltas, strict=True)))
+            kept = saved(ours.stack.saved)
+            assert alive() - before <= kept
+            most = max(width.values())
+            assert most <= len(kept | before) + 8, most  # the workspace: what one op of a block reads and writes
+            gradients = ours.stack.backward(torch.ones_like(scored))
+        assert not ours.stack.saved
+        assert alive() - before <= saved(gradients)
