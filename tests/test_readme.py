@@ -108,6 +108,7 @@ def test_a_pages_commands_run_as_printed_in_order(page, tmp_path, monkeypatch):
     """On a tiny model in the place of every other, and harmless prompts in the place of harmful ones."""
     from lpa import assets, models
     from lpa.cli import main
+    from lpa.data import arms
     from lpa.evaluation import sets
 
     from .support.speakers import STAND_INS
@@ -135,8 +136,10 @@ def test_a_pages_commands_run_as_printed_in_order(page, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sets, "_ASSET_READERS", {name: lambda _: [("", t) for t in STAND_INS[:3]] for name in sets.HARM_SETS}
     )
-    few = sets.benign_prompts()[:6]
+    few, rows = sets.benign_prompts()[:6], arms._written()
+    some = tuple(row for i, row in enumerate(rows) if row["split"] != "heldout" or i % 10 == 0)
     monkeypatch.setattr(sets, "benign_prompts", lambda *_: few)
+    monkeypatch.setattr(arms, "_written", lambda: some)
     monkeypatch.setattr(sys, "stdin", io.StringIO("I agree\n/quit\n"))
     for words in commands(page):
         assert main(words) == 0, f"lpa {' '.join(words)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data import rendering
+from ..data import ChatEncoder, rendering
 from ..environment import versions
 from ..files import write_json, write_text
 from ..models import DEFAULT_MODEL, load
@@ -149,6 +149,12 @@ def evaluate(
     folder = None if output is None else Path(output).expanduser()
     if wanted.chat_template_date is None and rendering.prints_date(tokenizer):
         wanted = replace(wanted, chat_template_date=_first_date(folder) or rendering.today())
+    ChatEncoder(  # says now what is wrong with the template or its variables, not of every prompt
+        tokenizer,
+        wanted.system_prompt,
+        chat_template_kwargs=wanted.chat_template_kwargs,
+        date=wanted.chat_template_date,
+    )
     subjects = Subjects(model, paths)
     try:
         info = _info(name, subjects, chosen, wanted, [benign, *more_benign, *harmful], command)

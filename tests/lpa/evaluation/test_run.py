@@ -290,6 +290,11 @@ def test_an_evaluation_keeps_the_date_that_its_prompts_print(
         assert found.info["settings"]["chat_template_date"] == "2026-03-09"
 
 
+def test_a_variable_that_the_template_does_not_read_is_told_before_anything_runs(harmful: str) -> None:
+    with pytest.raises(ValueError, match="'thinking_mode' has no effect"):
+        run(random_model(), harmful, chat_template_kwargs={"thinking_mode": "off"})
+
+
 def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: Path) -> None:
     run(random_model(), harmful, output=tmp_path / "out")
     with pytest.raises(EvaluationError, match="max_new_tokens was 10 and is now 12"):
