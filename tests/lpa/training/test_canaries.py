@@ -132,7 +132,8 @@ def test_harmful_canaries_are_those_an_evaluation_takes_last(tmp_path: Path) -> 
     assert not taken & {prompt.text for prompt in load_set(str(file), 8).prompts}
     record = trainer.canaries.record()
     assert record["asked"]["harmful"] | {"sha256": ""} == {
-        "set": str(file), "source": "standins.txt", "rows": 12, "used": 4, "sha256": ""}  # fmt: skip
+        "set": str(file), "source": "standins.txt", "rows": 12, "used": 4, "sha256": "",
+        "format": "a prompt a line"}  # fmt: skip
     assert all(0 <= found["harmful_done"] <= 1 for found in record["measured"])
     assert "stand-in" not in json.dumps(record["measured"])
     with pytest.raises(ValueError, match=r"canary_set='gone\.txt' is unavailable: there is no file gone\.txt"):
