@@ -176,8 +176,7 @@ def _update(
             )  # fmt: skip
             tl.store(at + column, d, mask=inside)
             if NORM == "linf":
-                size_of = tl.abs(d)  # not tl.maximum, which loses a NaN under the interpreter of Triton 3.9
-                partial = tl.where((size_of > partial) | (size_of != size_of), size_of, partial)
+                partial = tl.maximum(partial, tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
             else:
                 partial += d * d
         norm = _largest(partial) if NORM == "linf" else tl.sqrt(tl.sum(partial, 1)[:, None])
@@ -217,7 +216,7 @@ def plan(width: int) -> tuple[int, int, int]:
     """Rows of a program, columns that it holds at once, and threads, by the width of a row.
 
     Up to 4096 a row is held whole, 16 elements a thread: delta, both moments and the gradient take 64 registers. The
-    whole kernel takes 80 to 98 (Triton 3.6 to 3.9), so that two or three programs of 256 threads share a
+    whole kernel takes 80 to 102 (Triton 3.6 to 3.9), so that two or three programs of 256 threads share a
     multiprocessor, and one loads while another reduces or writes. Narrow rows share a program of 64 threads. A wider
     row would need 512 threads or more of over 64 registers, one program a multiprocessor with nothing to overlap.
     It goes in chunks, and is read again, from the caches, only where the projection shortens it.

@@ -29,6 +29,8 @@ from tests.support.op_cases import (
 )
 
 pytest.importorskip("triton")
+import triton
+
 from lpa_kernels.ops.triton import launch, token_loss
 
 CUDA = torch.cuda.is_available()
@@ -77,6 +79,10 @@ def test_compiled_ahead_of_time():
     for kernel in names:
         for target in targets:
             assert re.search(rf": {kernel} +{target} +\d+ +\d+", out), f"{kernel} is missing on {target}:\n{out}"
+    registers = re.search(r"update adamw l2: _update +sm_90 +\d+ +(\d+)", out)
+    assert registers
+    minor = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    assert int(registers[1]) <= (80 if minor < (3, 8) else 102)  # three programs a multiprocessor, or two
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="compiled by the process that started this one")
