@@ -55,7 +55,9 @@ def is_public(settings: Mapping[str, Any]) -> bool:
 
 
 def translated(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a lat_config.json by our names. A batch is 16 pairs unless told; KL is the public form.
+    """The settings of a lat_config.json by our names; KL is the public form.
+
+    A batch is 16 pairs unless told. It is divided into equal micro-batches of at most `max_batch_per_acc` pairs.
 
     Raises:
         ValueError: one has no counterpart here.
@@ -76,10 +78,13 @@ def translated(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
         ours = NAMES[name]
         found |= {ours: value} if isinstance(ours, str) else ours(value)
-    if "max_batch_per_acc" in settings:
-        size = settings.get("batch_size", _PAIRS)
-        micro = min(settings["max_batch_per_acc"], size)
-        found |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": max(1, size // micro)}
+    if {"batch_size", "max_batch_per_acc"} & set(settings):
+        size = settings.get("batch_size") or _PAIRS
+        most = settings.get("max_batch_per_acc") or size
+        if any(not isinstance(pairs, int) or pairs < 1 for pairs in (size, most)):
+            raise ValueError(f"{where}: batch_size={size!r}, max_batch_per_acc={most!r} must be whole numbers above 0")
+        micro = next(pairs for pairs in range(min(most, size), 0, -1) if size % pairs == 0)
+        found |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": size // micro}
     if found.get("kl_coef"):
         found |= {"kl": "public", "normaliser": "micro"}
     return found

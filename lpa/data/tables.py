@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ def rows_of(source: Any, split: str = "train", **hub: Any) -> Iterator[tuple[str
 
     Args:
         source: the path of a file with one of `SUFFIXES`, or of a folder of them or saved by `datasets`; the name of a
-            data set for `datasets.load_dataset`; a Dataset, a DatasetDict, a pandas DataFrame, a dict of columns, or an
-            iterable of rows.
+            data set for `datasets.load_dataset`; a Dataset, a DatasetDict, a pandas DataFrame, a dict of columns
+            (lists, arrays, columns of a Dataset), or an iterable of rows.
         split: of a DatasetDict, a named data set, or a folder whose files are named by split (train.csv,
             data/train-00000-of-00001.parquet). Other sources have none.
         hub: further arguments of `load_dataset`: name (of a configuration), revision, ...
@@ -92,12 +92,20 @@ def _in_memory(source: Any, split: str) -> Iterable[Any]:
         if source and all(isinstance(values, (list, tuple)) for values in source.values()):
             return _by_column(source)
         if split not in source:
+            if source and all(map(_is_column, source.values())):
+                return _by_column({name: list(values) for name, values in source.items()})
             raise DataError(f"there is no split {split!r}; there are {', '.join(map(str, source)) or 'none'}")
         rows: Iterable[Any] = source[split]
         return rows
     if not isinstance(source, Iterable):
         raise DataError(f"a {type(source).__name__} holds no rows; give a data set, a path, or a list of rows")
     return source
+
+
+def _is_column(values: Any) -> bool:
+    """Whether values are a column (an array, a Series, a column of a Dataset), not a table of several."""
+    table = isinstance(values, (str, bytes, Mapping)) or hasattr(values, "column_names") or hasattr(values, "iterrows")
+    return isinstance(values, Sized) and not table
 
 
 def _by_column(columns: Mapping[str, Sequence[Any]]) -> list[Row]:

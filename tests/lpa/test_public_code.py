@@ -41,9 +41,20 @@ def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
             translated(FILE | odd, "lat_config.json")
 
 
-def test_a_batch_smaller_than_a_micro_batch() -> None:
-    found = translated({"num_steps": 1, "max_batch_per_acc": 2, "batch_size": 1}, "lat_config.json")
-    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (1, 1)
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [({"max_batch_per_acc": 2, "batch_size": 1}, (1, 1)), ({"batch_size": 12}, (12, 1)),
+     ({"max_batch_per_acc": None}, (16, 1)), ({"max_batch_per_acc": 3}, (2, 8)),
+     ({"max_batch_per_acc": 4, "batch_size": 18}, (3, 6))],
+)  # fmt: skip
+def test_a_batch_keeps_its_size_in_equal_micro_batches(sizes: dict[str, Any], expected: tuple[int, int]) -> None:
+    found = translated({"num_steps": 1} | sizes, "lat_config.json")
+    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == expected
+
+
+def test_a_batch_that_is_no_number_is_named() -> None:
+    with pytest.raises(ValueError, match=r"batch_size=-1, max_batch_per_acc=2 must be whole numbers above 0"):
+        translated({"batch_size": -1, "max_batch_per_acc": 2}, "lat_config.json")
 
 
 def test_every_name_is_a_setting_of_ours_and_in_the_table() -> None:

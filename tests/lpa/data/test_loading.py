@@ -336,6 +336,9 @@ def containers(folder: Path) -> dict[str, object]:
         "frame": frame, "Dataset": splits["train"], "DatasetDict": splits, "iterable": iter(PAIRS),
         "IterableDataset": splits["train"].to_iterable_dataset(),
         "columns": {key: [row[key] for row in PAIRS] for key in PAIRS[0]},
+        "arrays": {key: frame[key].to_numpy() for key in PAIRS[0]},
+        "columns of a Dataset": {key: splits["train"][key] for key in PAIRS[0]},
+        "columns of a frame": {key: frame[key] for key in PAIRS[0]},
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lpa import LPATrainer
 from lpa.cli import main
@@ -65,6 +66,21 @@ def test_lpa_train_goes_on_with_an_adapter(tmp_path: Path, base: str, adapter: s
     record = json.loads((output / "metrics.json").read_text())
     assert (record["model"], record["adapter"]) == (base, adapter)
     assert f"went on with the adapter {adapter}" in (output / "README.md").read_text()
+
+
+def test_a_preview_takes_the_tokenizer_of_an_adapter_or_of_its_base(
+    tmp_path: Path, base: str, adapter: str, capsys: Any
+) -> None:
+    assert main(["traits", "--preview", "--rows", "1", "--model", adapter]) == 0, "it has no tokenizer of its own"
+    of_base = capsys.readouterr().out
+    assert "attacked" in of_base
+    shutil.copytree(adapter, tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ strftime_now('%d.%m.%Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "own")
+    date = ["--chat-template-date", "2024-02-29"]
+    assert main(["traits", "--preview", "--rows", "1", "--model", str(tmp_path / "own"), *date]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > len(of_base.splitlines()), "the date has tokens"
 
 
 def test_export_chat_evaluate_and_plan_take_the_base_that_an_adapter_names(
