@@ -100,10 +100,12 @@ class _Side(NamedTuple):
     Attributes:
         tokens: [B, n], their numbers in the stream. real: [B, n] bool, False past the end of a row; None where every
             row is as long as the longest, so that padding is a view.
+        places: [T], where each token of the stream stands in [B * n].
     """
 
     tokens: Tensor
     real: Tensor | None
+    places: Tensor
 
     def padded(self, x: Tensor) -> Tensor:
         """[B, heads, n, D] of x [T, heads, D]."""
@@ -115,14 +117,17 @@ class _Side(NamedTuple):
         if self.real is None:
             into.copy_(x.flatten(0, 1))
         else:
-            into[self.tokens[self.real]] = x[self.real].to(into.dtype)
+            into.copy_(x.flatten(0, 1)[self.places])  # a mask as an index would wait for a GPU
 
 
 def _side(starts: Tensor, longest: int, tokens: int) -> _Side:
     index = starts[:-1, None] + torch.arange(longest, device=starts.device)
     real = index < starts[1:, None]
+    number = torch.arange(tokens, device=starts.device)
+    row = torch.bucketize(number, starts[1:], right=True)
     whole = index.numel() == tokens
-    return _Side(index if whole else torch.where(real, index, 0), None if whole else real)
+    places = row * longest + number - starts[row]
+    return _Side(index if whole else torch.where(real, index, 0), None if whole else real, places)
 
 
 class _Rows(NamedTuple):
