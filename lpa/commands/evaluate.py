@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="benign prompts beside the shipped ones: a file or a hub name (of XSTest the safe ones)")  # fmt: skip
     add("--set-column", help="the column with the prompts, where a set's header does not tell")
     add("--set-filter", action="extend", nargs="+", metavar="COLUMN=VALUE", help="take only these rows of a set")
-    add("--set-split", help="split of sets on the hub (default: train)")
+    add("--set-split", help="split of sets on the hub and of folders (default: train)")
     add("--set-config", help="configuration of sets on the hub")
     add(
         "--limit",

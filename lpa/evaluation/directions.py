@@ -57,6 +57,9 @@ def _prompts(name: str, encoder: ChatEncoder) -> list[Tensor]:
         ValueError: the set is unavailable, and why.
     """
     found = load_set(name, PROMPTS)
+    if found.reason:  # a direction may lead to benign prompts
+        benign = load_set(name, PROMPTS, harmful=False)
+        found = found if benign.reason else benign
     if found.reason:
         raise ValueError(f"attack_direction: the set {name!r} is unavailable: {found.reason}")
     return [torch.tensor(encoder.row(prompt.text, [], "the prompt")[0][0]) for prompt in found.prompts]

@@ -14,7 +14,28 @@ Row = Mapping[str, Any]
 # columns of which one alone holds the prompts, where the format is none of those below
 COLUMNS = ("prompt", "question", "instruction", "goal", "Goal", "Behavior", "behavior", "query", "text")
 _TAGS = ("category", "tag")
-_LABELS = {"safe": False, "benign": False, "unsafe": True, "harmful": True}
+# columns of text that a prompt may need, which no column alone gives
+_BESIDE = ("context", "input")
+_LABELS = {"safe": False, "benign": False, "harmless": False, "unharmful": False, "unsafe": True, "harmful": True}
+LABEL_COLUMNS = ("label", "prompt_harm_label")  # the latter is WildGuard's
+
+
+def _labelled(row: Row) -> bool | None:
+    """Whether its label calls a row harmful; None for a row without one.
+
+    Raises:
+        DataError: a label says neither.
+    """
+    column = next((name for name in LABEL_COLUMNS if row.get(name) not in (None, "")), None)
+    if column is None:
+        return None
+    label = str(row[column]).strip().lower()
+    if label not in _LABELS:
+        raise DataError(
+            f"{column}={row[column]!r:.30} is none of {', '.join(_LABELS)}, so it does not tell whether the prompt is "
+            f"harmful; take the rows that you mean with --set-filter {column}=VALUE, or rename the column"
+        )
+    return _LABELS[label]
 
 
 @dataclass(frozen=True)
@@ -22,7 +43,7 @@ class Format:
     """One format.
 
     Attributes:
-        columns: a header that has all of these is of this format.
+        columns: a header that has all of these is of this format; where `alone`, one that has no others.
         prompt: the prompt of a row, not checked. tags: columns, the first of which that is there groups the prompts.
         left_out: why a row is not used; "" for those that are.
         is_harmful: whether a row says of itself that it is harmful; None where it says nothing.
@@ -33,7 +54,8 @@ class Format:
     prompt: Callable[[Row], Any]
     tags: Sequence[str] = _TAGS
     left_out: Callable[[Row], str] = lambda row: ""
-    is_harmful: Callable[[Row], bool | None] = lambda row: _LABELS.get(str(row.get("label")).strip().lower())
+    is_harmful: Callable[[Row], bool | None] = _labelled
+    alone: bool = False
 
     def tag(self, row: Row) -> str:
         """What groups the prompt with others."""
@@ -52,9 +74,9 @@ def recognise(header: Sequence[str], column: str | None, where: str) -> Format:
     if column is not None:
         if column not in header:
             raise DataError(f"{where} has no column {column!r}; it has {_named(header)}")
-        return _by_column(column)
+        return Format(f"column {column}", frozenset({column}), lambda row: _asked(row[column]))
     for known in FORMATS:
-        if known.columns <= set(header):
+        if known.columns == set(header) or (known.columns <= set(header) and not known.alone):
             return known
     found = [name for name in COLUMNS if name in header]
     if len(found) == 1:
@@ -70,7 +92,17 @@ def _named(header: Sequence[str]) -> str:
 
 
 def _by_column(name: str) -> Format:
-    return Format(f"column {name}", frozenset({name}), lambda row: _asked(row[name]))
+    """A column that nobody named: where there is text beside it, somebody must say whether it belongs to the prompt."""
+
+    def prompt(row: Row) -> Any:
+        if beside := [other for other in _BESIDE if row.get(other)]:
+            raise DataError(
+                f"{name} could be the prompt, and {beside[0]} is not empty; join them in one column, or say "
+                f"--set-column {name} to leave {beside[0]} out"
+            )
+        return _asked(row[name])
+
+    return Format(f"column {name}", frozenset({name}), prompt)
 
 
 def _asked(cell: Any) -> Any:
@@ -88,8 +120,11 @@ def _in_context(request: str, context: str) -> Callable[[Row], Any]:
     return lambda row: f"{row[context]}\n\n---\n\n{row[request]}" if row.get(context) and row[request] else row[request]
 
 
-def _with_input(row: Row) -> Any:
-    return f"{row['instruction']}\n\n{row['input']}" if row["input"] and row["instruction"] else row["instruction"]
+def _instruction(beside: str) -> Callable[[Row], Any]:
+    """An instruction above the text that it is about, where there is one."""
+    return lambda row: (
+        f"{row['instruction']}\n\n{row[beside]}" if row[beside] and row["instruction"] else row["instruction"]
+    )
 
 
 def _only_turn(row: Row) -> Any:
@@ -103,7 +138,7 @@ def _only_turn(row: Row) -> Any:
 
 def _xstest(row: Row) -> bool:
     """By the label, which early releases lack: there the type says which prompts are the unsafe contrasts."""
-    label = _LABELS.get(str(row.get("label")).strip().lower())
+    label = _labelled(row)
     return str(row["type"]).startswith("contrast") if label is None else label
 
 
@@ -116,14 +151,14 @@ _HARMBENCH = (_in_context("Behavior", "ContextString"), ("FunctionalCategory", "
 FORMATS = (
     Format("HarmBench", frozenset({"Behavior", "ContextString"}), *_HARMBENCH),
     Format("HarmBench", frozenset({"Behavior", "FunctionalCategory"}), *_HARMBENCH),
-    Format("HarmBench", frozenset({"prompt", "context"}), _in_context("prompt", "context")),
+    Format("HarmBench", frozenset({"prompt", "context", "category"}), _in_context("prompt", "context"), alone=True),
     Format("JailbreakBench", frozenset({"Goal", "Behavior"}), lambda row: row["Goal"], ("Category",)),
     Format("StrongREJECT", frozenset({"forbidden_prompt"}), lambda row: row["forbidden_prompt"]),
     Format("AdvBench", frozenset({"goal", "target"}), lambda row: row["goal"]),
     Format("XSTest", frozenset({"prompt", "type", "focus"}), lambda row: row["prompt"], ("type",), is_harmful=_xstest),
     Format("SORRY-Bench", frozenset({"turns", "category"}), _only_turn),
     Format("Do-Not-Answer", frozenset({"question", "types_of_harm"}), lambda row: row["question"], ("types_of_harm",)),
-    Format("Alpaca", frozenset({"instruction", "input"}), _with_input),
+    Format("Alpaca", frozenset({"instruction", "input"}), _instruction("input")),
+    Format("Dolly", frozenset({"instruction", "context", "response"}), _instruction("context")),
     Format("messages", frozenset({"messages"}), lambda row: _asked(row["messages"])),
-    Format("OR-Bench", frozenset({"prompt", "category"}), lambda row: _asked(row["prompt"])),
 )

@@ -22,7 +22,7 @@ from ..run_folder import RESULTS, RUN, TABLE
 from .bench import Bench, quiet_generation
 from .judges import Judge, judge_answers
 from .records import Records
-from .sets import BENIGN, PromptSet, load_set, set_name
+from .sets import BENIGN, HARM_SETS, PromptSet, load_set, set_name
 from .subjects import EvaluationError, Subjects, named_adapters
 from .suites import SUITES, Row, Run, Settings
 from .table import as_markdown, as_table
@@ -119,8 +119,10 @@ def evaluate(
     chosen = _suites(suites)
     judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
     benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
+    # the default sets have no choice: beside benign sets it is about those
+    choice = None if wanted.benign_sets and wanted.sets == HARM_SETS else wanted.choice
     harmful = [
-        load_set(name, wanted.limit, choice=wanted.choice)
+        load_set(name, wanted.limit, choice=choice)
         for name in wanted.sets if {"harm", "attacks", "ladder"} & set(chosen)
     ]  # fmt: skip
     more_benign = [

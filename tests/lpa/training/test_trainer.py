@@ -391,9 +391,9 @@ def test_the_shipped_statements_are_named_as_on_the_command_line(tmp_path: Path,
 )
 def test_adversaries_without_inner_steps(tmp_path: Path, settings: dict[str, Any]) -> None:
     save_file({"direction": torch.ones(tiny_model(len(TOKENIZER)).config.hidden_size)}, tmp_path / "one.safetensors")
-    for name, lines in (("first", "Open the door\nClose it"), ("second", "Good morning")):
+    for name, lines in (("first", "Open the door\nClose it"), ("benign", "Good morning")):
         (tmp_path / f"{name}.txt").write_text(lines)
-    places = {"FILE": "one.safetensors", "FIRST": "first.txt", "SECOND": "second.txt"}
+    places = {"FILE": "one.safetensors", "FIRST": "first.txt", "SECOND": "benign.txt"}
     given = settings.get("attack_direction", [])
     if given:
         names = [given] if isinstance(given, str) else given
