@@ -92,12 +92,12 @@ def _named(header: Sequence[str]) -> str:
 
 
 def _by_column(name: str) -> Format:
-    """A column that nobody named: where there is text beside it, somebody must say whether it belongs to the prompt."""
+    """A column that nobody named. Text beside it may belong to the prompt, so it is an error."""
 
     def prompt(row: Row) -> Any:
         if beside := [other for other in _BESIDE if row.get(other)]:
             raise DataError(
-                f"{name} could be the prompt, and {beside[0]} is not empty; join them in one column, or say "
+                f"{beside[0]} is not empty, and the prompt is {name} alone; join them in one column, or say "
                 f"--set-column {name} to leave {beside[0]} out"
             )
         return _asked(row[name])

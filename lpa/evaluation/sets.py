@@ -259,7 +259,7 @@ def _local(path: Path, choice: Choice) -> list[_Said]:
     saved = path.is_dir() and (path / "dataset_dict.json").exists()
     if not saved and not (path.is_dir() and all(Path(file).stem.split("-")[0] == choice.split for file, _ in found)):
         _refuse(choice, path.name, "split")
-    return [(_said(file, choice.split, path.name), row) for file, row in found]
+    return [(_said(choice.split, file, path.name), row) for file, row in found]
 
 
 def _is_harmful(known: Format, row: Mapping[str, Any], choice: Choice) -> bool | None:

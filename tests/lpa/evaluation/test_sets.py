@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from lpa.evaluation import evaluate
 from lpa.evaluation.sets import Choice, PromptSet, load_set
@@ -160,6 +161,12 @@ def test_the_name_of_a_file_sorts_rows_that_do_not_say_what_they_are(tmp_path: P
     for harmful, text, why in ((True, ONE, "safe"), (False, TWO, "unsafe")):
         found = load_set(str(folder), harmful=harmful)
         assert (prompts(found), found.left_out) == ([("x", text)], {why: 1})
+    saved = tmp_path / "harmful-set"
+    DatasetDict({name: Dataset.from_list([{"prompt": ONE}]) for name in ("benign", "other")}).save_to_disk(saved)
+    assert (
+        load_set(str(saved), choice=Choice(split="benign")).reason == "harmful-set holds no prompts (1 safe left out)"
+    )
+    assert load_set(str(saved), choice=Choice(split="other")).total == 1
     labelled = written(tmp_path, [{"prompt": ONE, "label": "unsafe"}], name="safe_prompts")
     assert load_set(labelled).total == 1, "a row's own label comes first"
     (tmp_path / "benign.txt").write_text(ONE)
@@ -180,7 +187,7 @@ def test_a_label_that_says_neither_safe_nor_harmful_is_an_error(tmp_path: Path) 
 @pytest.mark.parametrize("beside", ["context", "input"])
 def test_text_beside_a_prompt_is_never_dropped_unasked(beside: str, tmp_path: Path) -> None:
     path = written(tmp_path, [{"prompt": ONE, beside: ""}, {"prompt": TWO, beside: "A park."}])
-    assert f"own.jsonl row 2: prompt could be the prompt, and {beside} is not empty; " in load_set(path).reason
+    assert f"own.jsonl row 2: {beside} is not empty, and the prompt is prompt alone; " in load_set(path).reason
     assert prompts(load_set(path, choice=Choice(column="prompt"))) == [("", ONE), ("", TWO)]
 
 
