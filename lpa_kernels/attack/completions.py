@@ -149,7 +149,9 @@ def _starts(mask: Tensor) -> Tensor:
     return torch.where(mask, _columns(mask), mask.shape[1]).amin(1)
 
 
-def pack_completions(texts: Completions, share: bool = True, width: int | None = None) -> Layout:
+def pack_completions(
+    texts: Completions, share: bool = True, width: int | None = None, limit: int | None = None
+) -> Layout:
     """One row for some or all completions of a prompt: the prompt once, then what each has of its own.
 
     A group's common prefix is the longest that all of its texts have. How many completions stand in a row is chosen for
@@ -161,6 +163,7 @@ def pack_completions(texts: Completions, share: bool = True, width: int | None =
     Args:
         share: False gives every text a row of its own.
         width: of the model's hidden states, by which attention counts; None leaves it out.
+        limit: tokens of the longest row that completions may share; None for any number.
     """
     lengths, groups, lead = text_lengths(texts.mask), texts.groups, texts.leads
     same = (texts.ids == texts.ids[lead]) & (_columns(texts.ids) < torch.minimum(lengths, lengths[lead])[:, None])
@@ -173,6 +176,8 @@ def pack_completions(texts: Completions, share: bool = True, width: int | None =
         _, row = torch.unique(groups * len(groups) + rank // several, return_inverse=True)
         length = torch.zeros_like(lengths).index_copy_(0, row, common).index_add_(0, row, own)
         longest = max(1, int(length.max()))
+        if best is not None and limit is not None and longest > limit:
+            continue
         attention = 0.0 if width is None else longest / (_ATTENTION * width) * (1 if several == 1 else 2)
         work = (int(row.max()) + 1) * longest * (1 + attention)
         if best is None or work < best[0]:
@@ -243,10 +248,13 @@ def shared_layout(model: nn.Module, texts: Completions) -> tuple[Layout | None, 
     Raises:
         RuntimeError: the model is not causal, or puts virtual tokens before a text.
     """
-    layout = pack_completions(texts, width=getattr(text_config(model), "hidden_size", None))
+    config = text_config(model)
+    width, limit = (getattr(config, name, None) for name in ("hidden_size", "max_position_embeddings"))
+    # `way_of` compares a row with a text as long, so rows end where positions do
+    layout = pack_completions(texts, width=width, limit=limit if isinstance(limit, int) else None)
     if sharded(model):  # each pass is one of all ranks, and which are made here goes by this rank's texts
         return pack_completions(texts, share=False), "its weights are sharded over ranks"
-    way = way_of(model, texts.pairs(), packing=layout.packed)
+    way = way_of(model, texts.pairs(), packing=layout.packed, length=layout.shape[1])
     if way.engine == "alone":
         return None, way.reason
     if not layout.packed:

@@ -23,7 +23,7 @@ from .probe import FLOAT32_TOLERANCE, Verdict, can_pack
 from .sample import sample
 
 WAYS = ("packed", "unshared", "alone")  # the fastest first
-_HALF = 0.03  # of the logits' root mean square; bf16 rounds to 1e-2
+_HALF = 0.03  # of a row of logits; bf16 rounds to 1e-2
 _ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
 _CHOICES = ("index_topk", "keep_window_size", "indexer_budget")  # how many of all keys an attention chooses
 _LEAK = 0.1  # of the largest logit: a model that sees what it is asked for moves more, inputs quantised together less
@@ -59,7 +59,7 @@ class Judged:
     mixes: str = ""
 
 
-def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
+def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int | None = None) -> Way:
     """The fastest way to run `batch` that gives what every text gives alone in a pass.
 
     A batch whose rows are longer than those judged so far is judged by running two texts of it (`_sample`), without
@@ -72,11 +72,13 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
     - *unshared*: one padded pass over all texts gives the logits of texts alone.
     - *packed*: so do packed rows, and `can_pack` finds nothing against it.
 
-    "The same" is within 2e-4 of the largest logit in float32 and within 3% of their root mean square in half precision,
+    "The same" is within 2e-4 of the largest logit in float32 and within 3% in half precision, by the worst row's
+    root mean square,
     or within four times what one rounding of the embeddings changes: a router near a tie turns in any pass.
 
     Args:
         packing: False asks for plain passes: "unshared" says that padded ones are exact, "alone" that they are not.
+        length: of the longest row that is to be run; None where that is the longest packed pair.
 
     Raises:
         RuntimeError: the model is not causal, or puts virtual tokens before a text.
@@ -86,7 +88,7 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True) -> Way:
     if not is_sharded(model) and not sum(batch.counts):
         return Way("packed" if packing and can_pack(model) else "unshared", "there is nothing to score")
     judged = remembered(model, "ways", (model_key(model), packing), Judged)
-    length = _agreed(model, pack(batch).shape[1])
+    length = _agreed(model, pack(batch).shape[1] if length is None else length)
     for longest, way in judged.ways:
         if length <= longest:
             return _for_tokens(model, batch, way)
@@ -192,7 +194,7 @@ class _Comparison:
     def _size(self, values: Tensor) -> float:
         if not values.numel():
             return 0.0
-        return float(values.square().mean().sqrt() if self.half else values.abs().max())
+        return float(values.square().mean(-1).max().sqrt() if self.half else values.abs().max())
 
 
 @contextmanager

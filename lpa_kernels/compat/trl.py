@@ -157,13 +157,21 @@ def _layout(model: nn.Module, theirs: MethodType, texts: Completions, kwargs: di
         except RuntimeError as error:
             layout, reason = None, str(error)
         if not reason and layout is not None:
-            held = layout
-            reason = remembered(
-                model, "trl", model_key(model), lambda: _difference(model, theirs, held, kwargs["labels"], kwargs)
-            )
+            reason = _compared(model, theirs, layout, kwargs)
     if reason:
         say_once(model, f"{type(model).__name__} runs prompts once for each of their completions: {reason}")
     return None if reason else layout
+
+
+def _compared(model: nn.Module, theirs: MethodType, layout: Layout, kwargs: dict[str, Any]) -> str:
+    """Why shared passes are not TRL's own, "" where they are; asked anew for rows longer than those compared so far."""
+    new: dict[int, str] = {}  # by the longest row, in the order found
+    found = remembered(model, "trl", model_key(model), lambda: new)
+    for longest, reason in found.items():
+        if layout.shape[1] <= longest:
+            return reason
+    found[layout.shape[1]] = _difference(model, theirs, layout, kwargs["labels"], kwargs)
+    return found[layout.shape[1]]
 
 
 def _difference(model: nn.Module, theirs: MethodType, layout: Layout, labels: Tensor, kwargs: dict[str, Any]) -> str:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.tiny_models import build
 from lpa_kernels import Completions, shared_prefix
+from lpa_kernels.attack import shared_layout
 from lpa_kernels.attack.completions import pack_completions
 from tests.support.batches import pairs, with_lora
 from tests.support.models import DEVICE, PACKS, STANDS_APART, VOCAB, implementations, tiny
@@ -138,6 +140,25 @@ def test_groups_are_found_in_the_tokens() -> None:
     found = Completions(texts.ids, texts.mask)
     same = lambda groups: groups[:, None] == groups[None]  # noqa: E731
     assert torch.equal(same(found.groups), same(texts.groups))
+
+
+@pytest.mark.parametrize("positions", [256, 56])  # more than the row is stretched to; fewer
+def test_a_window_binds_in_a_row_of_many_completions(positions: int) -> None:
+    """Two completions of the prompt fill 22 places, all eight 52: only there does a window of 40 by index bind."""
+    model = build("gpt_neo", window_size=40, max_position_embeddings=positions)
+    assert_same(model, completions([(12, (6, 6))]))
+    assert shared_layout(model, completions([(12, (6, 6))]))[0].packed  # type: ignore[union-attr]
+    texts = completions([(12, (6,) * 8)])
+    assert pack_completions(texts).shape == (1, 52)
+    assert_same(model, texts)
+
+
+def test_rows_end_where_positions_do() -> None:
+    texts = completions([(12, (6,) * 8)])
+    assert pack_completions(texts, limit=51).shape == (2, 32)
+    model = build("gpt2", max_position_embeddings=32)
+    assert shared_layout(model, texts)[0].shape == (2, 32)  # type: ignore[union-attr]
+    assert_same(model, texts)
 
 
 def test_texts_without_anything_in_common_stand_alone() -> None:

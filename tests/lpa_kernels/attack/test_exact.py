@@ -20,12 +20,13 @@ from peft import (
 )
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.oracle import CUT_OFF, plain_attack
 from benchmarks.sweep_models import LONG, SHORT, off_by, pairs
-from benchmarks.tiny_models import build
+from benchmarks.tiny_models import VOCAB, build
 from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
+from lpa_kernels.attack.verdicts import way_of
 from lpa_kernels.model.modes import not_repacked
 
 SITES = ["embedding", "block:1"]
@@ -66,6 +67,18 @@ def test_a_window_by_index_binds_in_longer_rows_alone() -> None:
     long = assert_exact(model, pairs(LONG))
     assert (long.engine, "packed logits differ" in long.reason) == ("unshared", True)
     assert assert_exact(model, pairs(SHORT)).engine in SHARED
+
+
+def test_a_window_that_binds_for_a_few_rows_shows_in_half_precision() -> None:
+    """Only the last tokens of the second completion reach beyond it; over all rows that is less than rounding."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=24, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):  # weights as small as they are at the start of training
+        model = GPTNeoForCausalLM(config).to(dtype).eval()
+        assert way_of(model, pairs([(20, 12, 6, 0)])).engine == "unshared"
 
 
 def test_an_alora_is_switched_on_by_each_text_s_own_tokens() -> None:

@@ -204,14 +204,24 @@ def test_refusals() -> None:
         patch_trl(3)  # type: ignore[arg-type]
 
 
-def test_a_forward_that_means_something_else_by_its_arguments_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
-    """shift_labels are shifted once more: the shared pass gives other log-probabilities, and is not taken."""
+@pytest.mark.parametrize("binds", [0, 12])
+def test_a_forward_that_means_something_else_by_its_arguments_is_noticed(
+    binds: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """shift_labels are shifted once more: the shared pass gives other log-probabilities, and is not taken.
+
+    Also where that begins with more than `binds` labels, after a shorter batch without.
+    """
     module = types.ModuleType("shifting")
-    source = inspect.getsource(trl_like).replace("labels = shift_labels", "labels = shift_labels.roll(1, 1)")
+    shifted = f"labels = shift_labels.roll(int(shift_labels.shape[1] > {binds}), 1)"
+    source = inspect.getsource(trl_like).replace("labels = shift_labels", shifted)
     exec(compile(source, "shifting", "exec"), vars(module))
     inputs = batch()
     with patch_trl(module), caplog.at_level(logging.WARNING, "lpa_kernels"):
         trainer = module.PreferenceTrainer(tiny("llama"), ref_model=tiny("llama", seed=1))
+        if binds:
+            trainer.compute_loss({name: value[1::3] for name, value in inputs.items()})  # 10 labels in shorter rows
+            assert not caplog.records
         loss, _ = trainer.compute_loss(inputs)
     theirs, _ = trl_like.PreferenceTrainer(tiny("llama"), ref_model=tiny("llama", seed=1)).compute_loss(inputs)
     assert torch.equal(loss, theirs)
