@@ -18,6 +18,7 @@ from .lean import lean_layers
 from .sharding import at_rest, is_sharded, left_out
 from .walk import modules_of, parameters_of
 
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # a block's flag, by version of transformers
 _REPACKS = "support_avx512bf16_for_cpu"  # what bitsandbytes calls the flag of its 4-bit layers
 KEPT_ON = {"cuda"}  # devices with captured graphs, which find the copies of adapters where they were
 
@@ -32,7 +33,7 @@ def weights_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def _checkpointed(model: nn.Module) -> list[nn.Module]:
-    return [m for m in modules_of(model) if getattr(m, "gradient_checkpointing", False) is True]
+    return [m for m in modules_of(model) if any(getattr(m, flag, False) is True for flag in _CHECKPOINTING)]
 
 
 def _not_reentrant(checkpoint: Any) -> Any:

@@ -143,6 +143,14 @@ def test_dropout_that_prevents_checkpointing_is_told_once(caplog: pytest.LogCapt
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "activation_checkpointing"])
+def test_blocks_that_checkpoint_train_by_either_name_of_their_flag(flag: str) -> None:
+    model = llama()
+    setattr(model.model.layers[1], flag, True)
+    with frozen_eval(model):
+        assert [m for m in model.modules() if m.training] == [model.model.layers[1]]
+
+
 def test_a_model_that_cannot_be_asked_is_not_frozen() -> None:
     model = llama()
     assert can_freeze(model, 2)
