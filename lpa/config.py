@@ -194,6 +194,10 @@ class LPAConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for each in fields(self):  # numbers of numpy, which JSON cannot hold, become Python's
+            value = getattr(self, each.name)
+            if isinstance(value, Real) and not isinstance(value, (int, float)):
+                setattr(self, each.name, int(value) if isinstance(value, Integral) else float(value))
         for name in ("attack_sites", "attack_direction", "lora_targets"):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
@@ -381,9 +385,11 @@ class LPAConfig(TrainingArguments):
     def bound_settings(self) -> dict[str, Any]:
         """Settings that decide what a run's next LPA step is; a resumed run has those of its checkpoint."""
         free = _FREE - ({"lpa_steps"} if self.lr_scheduler_type != "constant" else set())
+        if self.normaliser == "micro":  # the loss depends on how a batch, whose size is kept too, is split
+            free = free - {"per_device_train_batch_size"}
         own = {name: getattr(self, name) for name in LPAConfig.__annotations__ if name not in free}
         own |= {name: getattr(self, name) for name in _BOUND}
-        return {name: getattr(value, "value", value) for name, value in own.items()}
+        return {name: _written(getattr(value, "value", value)) for name, value in own.items()}
 
     @property
     def own_settings(self) -> dict[str, Any]:
@@ -393,10 +399,15 @@ class LPAConfig(TrainingArguments):
         own = {*LPAConfig.__annotations__, "seed"}
         left_out = {"output_dir", "run_name", "logging_nan_inf_filter", "eval_steps", "max_steps"}
         return {
-            name: value
+            name: _written(value)
             for name, value in self.to_dict().items()
             if name not in left_out and (name in own or value != usual[name])
         }
+
+
+def _written(value: Any) -> Any:
+    """A setting as JSON can hold it: an infinite number becomes the word "inf"."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_object(name: str, value: Any) -> Any:

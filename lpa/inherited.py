@@ -149,8 +149,8 @@ def _check_effect(config: Any) -> None:
     saves = str(getattr(config.save_strategy, "value", config.save_strategy))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     needs = (
-        ("warmup_steps", schedule != "constant",
-         "lr_scheduler_type='constant' has no warm-up; use constant_with_warmup"),
+        ("warmup_steps", schedule not in ("constant", "reduce_lr_on_plateau", "greedy"),
+         f"lr_scheduler_type={schedule!r} has no warm-up; use constant_with_warmup"),
         ("lr_scheduler_kwargs", schedule not in ("constant", "constant_with_warmup"),
          f"lr_scheduler_type={schedule!r} takes none"),
         ("optim_target_modules", optimiser.startswith(("galore", "apollo")), "only galore and apollo use it"),

@@ -76,12 +76,13 @@ def load(
 
 
 def resolve(name: str | Path) -> str:
-    """What `from_pretrained` is given for `name`: the folder of an asset's model, made if need be, else `name`."""
+    """What `from_pretrained` is given for `name`: the folder of an asset's model, made if need be, else `name`, where a
+    ~ at its beginning is the home folder."""
     if str(name) in GGUF_MODELS:
         return str(_dequantised(str(name)))
     if str(name) in assets.ASSETS:
         raise ModelError(f"the asset {str(name)!r} is a data set, not a model; the models are {', '.join(GGUF_MODELS)}")
-    return str(name)
+    return str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
 
 
 def adapter_base(name: str | Path, **options: Any) -> str | None:

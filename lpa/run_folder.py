@@ -73,12 +73,30 @@ def check_unused(output: Path) -> None:
     Raises:
         ValueError: there are some; the message names one.
     """
-    found = [path for name in (ADAPTER, METRICS, "config.json") if (path := output / name).is_file()]
-    if left := [*checkpoint_folders(output), *found]:
+    if left := _left(output):
         raise ValueError(
             f"output_dir={str(output)!r} holds an earlier run ({left[0].name}); give another one, remove that, or go "
             "on with it (resume_from_checkpoint=True)"
         )
+
+
+def check_resumable(output: Path) -> None:
+    """Refuse to go on, without a good checkpoint, with a run that has written its model or checkpoints.
+
+    Raises:
+        ValueError: it has; the message names one.
+    """
+    if left := _left(output):
+        raise ValueError(
+            f"--resume: {output} has no good checkpoint to go on from, and it holds what a run has made "
+            f"({left[0].name}); use --overwrite to begin anew, or another --output"
+        )
+
+
+def _left(output: Path) -> list[Path]:
+    """What of a run is in a folder: its checkpoints, its model, its record."""
+    found = [path for name in (ADAPTER, METRICS, "config.json") if (path := output / name).is_file()]
+    return [*checkpoint_folders(output), *found]
 
 
 def clear(output: Path) -> None:

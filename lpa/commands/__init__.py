@@ -7,9 +7,11 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
 def quiet_loading() -> None:
-    """Turn off transformers' bars for loading weights; downloads keep theirs."""
-    from huggingface_hub.utils import enable_progress_bars
+    """Turn off transformers' bars for loading weights; downloads keep theirs, where they have any."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    enable_progress_bars()
+    shown = not are_progress_bars_disabled()
+    disable_progress_bar()  # of the hub too
+    if shown:
+        enable_progress_bars()

@@ -54,7 +54,8 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
     from ..quantization import quantized_loading
     from ..training.card import model_card
     from ..training.checkpoint import check_resumed
-    from ..training.prepare import OWN, benign_source, trained_share
+    from ..training.prepare import OWN, benign_source, fix_date, trained_share
+    from ..training.ranks import from_main
     from ..training.trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -77,13 +78,16 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
     model, tokenizer = load(options.model, **loading)
     if options.benign == OWN and not (config.fsdp or getattr(model, "is_quantized", False)):
         model.to(config.device)
+    fix_date(tokenizer, config, new=not options.resume)
     benign = benign_source(options.benign, model, tokenizer, config)
     trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign)
     main = trainer.is_world_process_zero()
     say = print if main else _silent
     checkpoint = trainer.last_checkpoint() if options.resume else None
     if checkpoint is not None:
-        check_resumed(checkpoint, trainer.kept_settings())
+        from_main(trainer.accelerator, lambda: check_resumed(checkpoint, trainer.kept_settings()))
+    elif options.resume:
+        from_main(trainer.accelerator, lambda: folder.check_resumable(output))
     if main:  # only now: what was wrong with the settings, the data or the model has been told
         if not options.resume:
             folder.clear(output)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..assets import ASSETS
 from ..evaluation.measure import as_text, labels
+
+_HASHED = 64  # values of each weight that tell one model from another
 
 
 def data_hash(dataset: Any, columns: tuple[str, ...]) -> str:
@@ -17,6 +22,20 @@ def data_hash(dataset: Any, columns: tuple[str, ...]) -> str:
     for row in dataset:
         digest.update(json.dumps([row[name] for name in columns], ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+def weights_hash(parameters: Iterable[Tensor]) -> str | None:
+    """SHA-256 of the first values of each floating-point weight; None where there are none.
+
+    Packed weights are left out: two devices may quantise the same model to other ones.
+    """
+    digest, seen = hashlib.sha256(), False
+    for weight in parameters:
+        if weight.is_floating_point():
+            some = weight.detach().reshape(-1)[:_HASHED].cpu().contiguous()
+            digest.update(str(tuple(weight.shape)).encode() + bytes(some.view(torch.uint8).tolist()))
+            seen = True
+    return digest.hexdigest() if seen else None
 
 
 def _data(data: Mapping[str, Any]) -> str:

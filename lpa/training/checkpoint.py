@@ -99,6 +99,16 @@ def check_resumed(checkpoint: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def kept_setting(run: Path, name: str) -> Any:
+    """A setting of a run's newest checkpoint that keeps any; None where there is none."""
+    for checkpoint in checkpoint_folders(run):
+        try:
+            return json.loads((checkpoint / BOUND).read_text(encoding="utf-8")).get(name)
+        except (OSError, ValueError):  # damage is told of where the run is resumed
+            continue
+    return None
+
+
 def remove_old(run: Path, keep: int | None, best: str | None = None) -> None:
     """Leave `keep` checkpoints, all where it is None or 0; the newest and the best always."""
     found = checkpoint_folders(run)

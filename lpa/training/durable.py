@@ -70,7 +70,7 @@ class DurableTrainer(Trainer):
         if checkpoint is None and not self._wrote:
             from_main(self.accelerator, lambda: check_unused(Path(self.args.output_dir)))
         if checkpoint is not None:
-            check_resumed(checkpoint, self.kept_settings())
+            from_main(self.accelerator, lambda: check_resumed(checkpoint, self.kept_settings()))
         number = "" if checkpoint is None else checkpoint.name.rpartition("-")[2]
         self._saved = int(number) if number.isdigit() else None
         if self.is_world_process_zero():
@@ -125,7 +125,7 @@ class DurableTrainer(Trainer):
                 self._name_best(run / UNFINISHED, run)
                 if self.args.should_save:
                     write_json(run / UNFINISHED / target.name / BOUND, self.kept_settings())
-        except OSError as raised:
+        except Exception as raised:  # of any kind: the other ranks must learn of it
             error = raised
             if self.is_fsdp_enabled:  # other ranks wait for this one's shards, and would not hear
                 raise
@@ -137,7 +137,7 @@ class DurableTrainer(Trainer):
                 with writing(target.name, run, self._still_there(step)):
                     publish(run / UNFINISHED / target.name, target)
                     remove_old(run, self.args.save_total_limit, self.state.best_model_checkpoint)
-            except OSError as raised:
+            except Exception as raised:
                 error = raised
         self._settled(error, run)
         self._saved, self._wrote = step, True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,12 @@ import torch
 from lpa_kernels.attack import Objective, PairBatch
 from lpa_kernels.model import frozen_eval
 
-from ..data import load_pairs
+from ..data import SHIPPED, DataError, load_pairs
 from ..evaluation.measure import completion_log_probs
 from .losses import pair_terms
 from .prepare import pairs_as_tokens
+
+logger = logging.getLogger(__name__)
 
 PAIR_COLUMNS = {"prompt", "rejected", "chosen"}
 EvalSet = tuple[Any, Callable[..., Any]]  # rows of tokens, and what makes a batch of them
@@ -25,15 +29,33 @@ def eval_sets(
     """The sets of an evaluation by name, "" for a single one.
 
     Args:
-        given: pairs, a mapping of names to pairs, or None for the shipped held-out statements of both kinds.
+        given: pairs, a mapping of names to pairs, or None for the shipped held-out statements of both kinds. The name
+            of shipped statements ("both", ...) means the held-out ones too, and a mapping of columns one set of pairs.
         collator: of the training pairs, where it is not LPA's own.
     """
-    if isinstance(given, Mapping) and not set(given) >= PAIR_COLUMNS:
+    if isinstance(given, Mapping) and not (set(given) >= PAIR_COLUMNS or (collator is None and _is_columns(given))):
         return {str(name): eval_sets(part, model, tokenizer, config, collator)[""] for name, part in given.items()}
-    if given is None:
-        given, collator = load_pairs(kind="both", split="heldout"), None
+    if given is None or (isinstance(given, str) and given in SHIPPED and not Path(given).exists()):
+        given, collator = _held_out(given or "both"), None
     rows, made, _ = pairs_as_tokens(given, model, tokenizer, config, collator)
     return {"": (rows, made)}
+
+
+def _is_columns(given: Mapping[str, Any]) -> bool:
+    """Whether a mapping holds columns of cells, and not sets of rows."""
+    lists = [values for values in given.values() if hasattr(values, "__len__") and not isinstance(values, (str, bytes))]
+    if len(lists) < len(given) or any(isinstance(v, Mapping) or hasattr(v, "iterrows") for v in lists):
+        return False
+    return all(len(values) and not isinstance(next(iter(values)), Mapping) for values in lists)
+
+
+def _held_out(arm: str) -> Any:
+    """The held-out statements of a shipped arm, else, with a warning, those that it trains on."""
+    try:
+        return load_pairs(arm, split="heldout")
+    except DataError as error:
+        logger.warning("%s: they are evaluated, and a run that trains on them has seen them", error)
+        return load_pairs(arm)
 
 
 def evaluate_pairs(trainer: Any, rows: Any, collator: Callable[..., Any]) -> dict[str, float]:
@@ -55,8 +77,8 @@ def evaluate_pairs(trainer: Any, rows: Any, collator: Callable[..., Any]) -> dic
     sums: dict[str, float] = {}
     margins: dict[str, list[torch.Tensor]] = {}
     for number, batch in enumerate(each.to(device) for each in batches):
-        seed = torch.Generator().manual_seed(args.seed + number) if args.attack_random_start else None
-        attack = pgd.attack(batch, generator=seed) if args.attack_steps else None
+        draws = torch.Generator().manual_seed(args.seed + number)
+        attack = pgd.attack(batch, generator=draws) if args.attack_steps else None
         share = len(batch) / len(rows) if objective.preference else 1.0
         with torch.no_grad(), frozen_eval(trainer.model):
             total, terms = pair_terms(pgd, batch, attack, objective, counts, trainer.reference(batch, objective))

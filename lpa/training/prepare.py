@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from accelerate.utils import broadcast_object_list
 
 from ..config import LORA_TARGETS, LPAConfig
 from ..data import (
@@ -21,6 +24,7 @@ from ..data import (
 )
 from ..models import check_head, context_length
 from ..quantization import is_quantized
+from .checkpoint import kept_setting
 
 logger = logging.getLogger(__name__)
 
@@ -209,11 +213,16 @@ def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> 
     return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None, **config.chat_options)
 
 
-def fix_date(tokenizer: Any, config: LPAConfig) -> None:
-    """Set the config's date to today's where the chat template prints one, so that the run has one and its record says
-    which."""
+def fix_date(tokenizer: Any, config: LPAConfig, *, new: bool = False) -> None:
+    """Set the config's date where the chat template prints one, so that the run has one and its record says which: that
+    of the checkpoints in its output folder, else today's.
+
+    Args:
+        new: the run begins anew, whatever its folder holds.
+    """
     if config.chat_template_date is None and rendering.prints_date(tokenizer):
-        config.chat_template_date = rendering.today()
+        kept = None if new else kept_setting(Path(str(config.output_dir)), "chat_template_date")
+        config.chat_template_date = broadcast_object_list([kept or rendering.today()])[0]  # rank 0's
 
 
 def own_answers(

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..files import PART, WriteError, writing
+from ..files import PART, WriteError, write_json, writing
+from ..run_folder import BOUND
 
 
 def rehearse_saving(trainer: Any) -> None:
@@ -23,7 +24,10 @@ def rehearse_saving(trainer: Any) -> None:
     model, run = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
     run.mkdir(parents=True, exist_ok=True)
     with writing("the run", run), tempfile.TemporaryDirectory(prefix=".try-", suffix=PART, dir=run) as folder:
-        parts: dict[str, Any] = {"settings": partial(torch.save, trainer.args, Path(folder) / "training_args.bin")}
+        parts: dict[str, Any] = {
+            "settings": partial(torch.save, trainer.args, Path(folder) / "training_args.bin"),
+            "settings of a checkpoint": partial(write_json, Path(folder) / BOUND, trainer.kept_settings()),
+        }
         for name, config in getattr(model, "peft_config", {}).items():
             parts[f"adapter {name!r}"] = partial(config.save_pretrained, folder)
         if not hasattr(model, "peft_config"):

@@ -26,7 +26,7 @@ from ..evaluation.measure import attack_of
 from ..inherited import check_options
 from .callbacks import CanaryCallback, WholeSteps
 from .canaries import Canaries
-from .card import data_hash
+from .card import data_hash, weights_hash
 from .durable import DurableTrainer, StopTraining
 from .evaluating import PAIR_COLUMNS, EvalSet, eval_sets, evaluate_pairs
 from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
@@ -162,6 +162,9 @@ class LPATrainer(DurableTrainer):
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             self.get_optimizer_cls_and_kwargs(args, self.model)  # now, for what it says of packages that are missing
         self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
+        # now, as training may share the weights out among ranks
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        self._base_hash = weights_hash([*frozen, *(() if ref_model is None else ref_model.parameters())])
         warn_if_small(len(dataset), self.batch_size)
         check_engine(self)
         # now, for what it says of unknown sites
@@ -477,7 +480,7 @@ class LPATrainer(DurableTrainer):
 
         Args:
             eval_dataset: pairs, or a mapping of names to pairs; by default those that the trainer was given, else the
-                shipped held-out statements.
+                shipped held-out statements. The name of shipped ones ("both", ...) means held-out ones.
             metric_key_prefix: of the numbers' names; a set's name follows it.
 
         Returns:
@@ -571,14 +574,18 @@ class LPATrainer(DurableTrainer):
             "pairs an LPA step": self.batch_size,
             "rows": len(self.lengths),
             "data": self._data_hash,
+            "benign rows": None if self.benign is None else len(self.benign),
+            "benign data": self._benign_hash,
+            "base model": self._base_hash,
         }
 
     @cached_property
     def _data_hash(self) -> str | None:
-        columns = sorted(PAIR_COLUMNS)
-        if not set(getattr(self.train_dataset, "column_names", ())) >= PAIR_COLUMNS:
-            return None
-        return data_hash(self.train_dataset.select_columns(columns), tuple(columns))
+        return _hash_of(self.train_dataset, sorted(PAIR_COLUMNS))
+
+    @cached_property
+    def _benign_hash(self) -> str | None:
+        return _hash_of(self.benign, ["prompt", "response"])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Only at the ends of LPA steps, where nothing of a begun step has to be kept."""
@@ -586,3 +593,10 @@ class LPATrainer(DurableTrainer):
             self._save_later = True
             return
         super()._save_checkpoint(model, trial)
+
+
+def _hash_of(dataset: Any, columns: list[str]) -> str | None:
+    """SHA-256 of a data set's texts; None where it has not these columns, as one with a collator of its own."""
+    if not set(columns) <= set(getattr(dataset, "column_names", ())):
+        return None
+    return data_hash(dataset.select_columns(columns), tuple(columns))

@@ -63,6 +63,8 @@ def test_a_setting_of_a_later_release_is_refused_where_it_is_set(monkeypatch: py
     ("settings", "message"),
     [
         ({"warmup_steps": 3}, "warmup_steps=3 would have no effect: .*constant_with_warmup"),
+        ({"warmup_steps": 3, "lr_scheduler_type": "greedy"}, "lr_scheduler_type='greedy' has no warm-up"),
+        ({"warmup_steps": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "has no warm-up"),
         ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs=.* would have no effect"),
         ({"optim_target_modules": ["q"]}, "optim_target_modules=.* only galore and apollo"),
         ({"liger_kernel_config": {"rope": True}}, "it needs use_liger_kernel=True"),

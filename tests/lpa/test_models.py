@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -62,6 +63,13 @@ def test_a_local_folder_in_eval_mode_with_its_dtype_and_attention(tmp_path: Path
     assert tokenizer.pad_token is None, "a tokenizer without a padding token is left without"
     assert load(tmp_path)[0].dtype == torch.float32
     assert context_length(model) == 128
+
+
+def test_an_adapter_in_the_home_folder(tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = save(llama, tmp_path / "base")
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    assert isinstance(load("~/adapter")[0], PeftModel)
 
 
 def test_context_length_by_other_names() -> None:

@@ -160,12 +160,40 @@ def test_a_run_keeps_the_date_that_its_prompts_print(tmp_path: Path, monkeypatch
     dates, output = [], tmp_path / "out"
     encode = prepare.encode_pairs
     monkeypatch.setattr(prepare, "encode_pairs", lambda *data, **how: dates.append(how["date"]) or encode(*data, **how))
-    for day in ("2026-03-09", "2026-03-10"):
+    new = ["--model", str(folder), "--no_measure", *SMALL]
+    for day, more in (("2026-03-09", new), ("2026-03-10", ["--resume"]), ("2026-03-11", [*new, "--overwrite"])):
         monkeypatch.setattr(rendering, "today", lambda day=day: day)
-        more = ["--model", str(folder), "--no_measure", *SMALL] if day.endswith("09") else ["--resume"]
         assert train("--output", str(output), *more) == 0
-        assert json.loads((output / "metrics.json").read_text())["settings"]["chat_template_date"] == "2026-03-09"
-    assert dates == ["2026-03-09"] * 2
+        kept = json.loads((output / "metrics.json").read_text())["settings"]["chat_template_date"]
+        assert kept == dates[-1]
+    assert dates == ["2026-03-09", "2026-03-09", "2026-03-11"]
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_resumed(
+    model: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    from lpa.commands import train as command
+
+    output = tmp_path / "out"
+    args = ["--output", str(output), "--no_measure", "--save_strategy", "no"]
+    assert train("--model", model, *args, *SMALL) == 0
+    monkeypatch.setattr(command, "_before", lambda *_: pytest.fail("it measures"))
+    before = contents(output)
+    assert train("--resume", "--output", str(output)) == 1
+    assert "has no good checkpoint to go on from" in " ".join(capsys.readouterr().err.split())
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_bars_of_downloads_are_as_they_were(shown: bool, monkeypatch: Any) -> None:
+    from lpa.commands import quiet_loading
+
+    bars = [shown]
+    monkeypatch.setattr("huggingface_hub.utils.are_progress_bars_disabled", lambda: not bars[-1])
+    monkeypatch.setattr("huggingface_hub.utils.enable_progress_bars", lambda: bars.append(True))
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: bars.append(False))
+    quiet_loading()
+    assert bars[-1] == shown
 
 
 def test_the_templates_variables_are_given_in_json(model: str, tmp_path: Path, capsys: Any) -> None:

@@ -7,11 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from lpa import LPATrainer
+from lpa.data import load_pairs
+from lpa.training.evaluating import eval_sets
 from lpa.training.optimisers import Fresh
 from lpa.training.progress import eval_line
 from lpa.training.ranks import RankError
@@ -195,6 +198,34 @@ def test_evaluate_tells_of_held_out_statements_and_of_pairs(tmp_path: Path, obje
         trainer.evaluate([])
 
 
+def test_evaluate_draws_alike_and_leaves_the_random_state(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, attack_adversary="random", attack_share=0.5)
+    state = torch.random.get_rng_state()
+    one, other = trainer.evaluate(rows(4)), trainer.evaluate(rows(4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    del one["eval_runtime"], other["eval_runtime"]
+    assert one == other
+
+
+def test_evaluate_takes_held_out_statements_by_name_and_columns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def prompts(given: Any) -> dict[str, list[str]]:
+        trainer = trainer_of(tmp_path)
+        sets = eval_sets(given, trainer.model, TOKENIZER, trainer.args, None)
+        return {name: list(found["prompt"]) for name, (found, _) in sets.items()}
+
+    held_out = load_pairs(kind="both", split="heldout")["prompt"]
+    assert prompts("both") == prompts(None) == {"": list(held_out)}
+    assert set(prompts({"one": "desirable", "two": rows(2)})) == {"one", "two"}
+    assert not caplog.records
+    assert len(prompts("shuffled")[""]) == len(held_out)
+    assert prompts("irrelevant") == {"": list(load_pairs("irrelevant")["prompt"])}
+    assert "'irrelevant' have no split 'heldout'" in caplog.text
+    keyed = {"statement": ["I agree .", "I disagree ."], "key": ["+1", "-1"]}
+    assert prompts(keyed) == {"": ["I agree .", "I disagree ."]}
+
+
 def test_evaluation_during_training_keeps_the_best_step(tmp_path: Path) -> None:
     trainer = trainer_of(
         tmp_path, lpa_steps=3, learning_rate=3e-2, eval_strategy="steps", eval_steps=1, eval_on_start=True,
@@ -240,6 +271,7 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path: Path) -> None:
         ({"kl_coef": 0.5}, "kl_coef=0.0, now 0.5"),
         ({"gradient_accumulation_steps": 1}, "pairs an LPA step=4, now 2"),
         ({"optim": "sgd"}, "optim='adamw_torch_fused', now 'sgd'"),
+        ({"model": tiny_model(len(TOKENIZER), seed=1)}, "base model="),
     ],
 )
 def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path, other: dict[str, Any], message: str) -> None:
@@ -255,6 +287,48 @@ def test_other_data_are_told_and_a_longer_run_goes_on(tmp_path: Path) -> None:
     again = trainer_of(tmp_path, lpa_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+
+
+def test_other_benign_data_are_told(tmp_path: Path) -> None:
+    def trainer(answer: str, **settings: Any) -> LPATrainer:
+        benign = [{"prompt": row["prompt"], "response": answer} for row in rows(4)]
+        return trainer_of(tmp_path, benign_dataset=benign, sft_coef=0.1, save_strategy="steps", **settings)
+
+    trainer("I agree", lpa_steps=1).train()
+    with pytest.raises(ValueError, match="was made with benign data="):
+        trainer("You are helpful").train(resume_from_checkpoint=True)
+    trainer("I agree").train(resume_from_checkpoint=True)
+
+
+def test_the_micro_normaliser_binds_how_a_batch_is_split(tmp_path: Path) -> None:
+    trainer_of(tmp_path, save_strategy="steps", lpa_steps=1, normaliser="micro").train()
+    other = trainer_of(tmp_path, normaliser="micro", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match=r"was made with .*per_device_train_batch_size=2, now 1"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("settings", [{"attack_epsilon": math.inf}, {"learning_rate": np.float32(1e-3)}])
+def test_any_number_can_be_kept_and_resumed(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainer_of(tmp_path, save_strategy="steps", lpa_steps=1, **settings).train()
+    trainer_of(tmp_path, **settings).train(resume_from_checkpoint=True)
+    json.dumps(trainer_of(tmp_path, **settings).args.own_settings, allow_nan=False)
+
+
+def test_settings_that_cannot_be_kept_are_told_before_the_first_step(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": math.nan})
+    with pytest.raises(ValueError, match=r"settings of a checkpoint cannot be saved.*lr_scheduler_kwargs.min_lr = nan"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_run_is_resumed_on_another_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ strftime_now('%Y-%m-%d') }} " + TOKENIZER.chat_template
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    for number, day in enumerate(("2026-03-09", "2026-03-10"), 1):
+        monkeypatch.setattr("lpa.data.rendering.today", lambda day=day: day)
+        trainer = trainer_of(tmp_path, save_strategy="steps", lpa_steps=number)
+        assert trainer.args.chat_template_date == "2026-03-09"
+        trainer.train(resume_from_checkpoint=number == 2)
 
 
 def test_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
