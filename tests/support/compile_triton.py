@@ -339,6 +339,8 @@ def main(argv: list[str] | None = None) -> int:
         now = [str(cost) for cost in found if cost.target not in ON_REQUEST]
         changed = [line for line in difflib.ndiff(own, now) if line[0] in "+-"]
         print(*(["not as in", RECORD.name, *changed] if changed else []), sep="\n")
+    else:
+        print(f"{RECORD.name} has no table for {title}; only spills are checked")
     spilling = [f"{c.kernel} on {c.target}" for c in found if c.spills]
     if spilling:
         print("registers spill to memory:", "; ".join(spilling))
