@@ -114,6 +114,20 @@ def _run_faulty(folder: Path, source: str) -> None:
         GRID[name](kernel)
 
 
+def _status(folder: Path, source: str) -> int:
+    """The exit status of a process that runs this source through the checks."""
+    child = multiprocessing.get_context("fork").Process(target=_run_faulty, args=(folder, source))
+    child.start()
+    child.join(300)
+    ended = not child.is_alive()
+    child.kill()
+    child.join()
+    assert (folder / "update.so").exists(), "the source does not compile"
+    assert ended, "the checks did not end in 5 minutes"
+    assert child.exitcode is not None
+    return child.exitcode
+
+
 @pytest.mark.parametrize(("what", "right", "wrong"), FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_fault_has_its_place(what, right, wrong):
     assert SOURCE.read_text().count(right) >= 1, "the source has changed; put the fault where it belongs now"
@@ -123,19 +137,20 @@ def test_a_fault_has_its_place(what, right, wrong):
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "right", "wrong"), FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_fault_is_found(what, right, wrong, tmp_path):
-    source = SOURCE.read_text().replace(right, wrong, 1)
-    child = multiprocessing.get_context("fork").Process(target=_run_faulty, args=(tmp_path, source))
-    child.start()
-    child.join(300)
-    child.kill()
-    assert (tmp_path / "update.so").exists(), "the faulty source does not compile"
-    assert child.exitcode != 0, f"{what}: every check passed"
+    assert _status(tmp_path, SOURCE.read_text().replace(right, wrong, 1)) != 0, f"{what}: every check passed"
+
+
+@needs_gxx
+@pytest.mark.slow
+def test_no_fault_is_found_in_the_source_itself(tmp_path):
+    assert _status(tmp_path, SOURCE.read_text()) == 0
 
 
 # ---- by nvcc ----
 
 DTYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}  # as names are mangled
 RULES = ("adamw", "normalised", "sign")
+RECORDED = "13.0"  # the release of nvcc whose registers, loads and stores were counted; others may choose otherwise
 
 
 def _cuobjdump() -> str | None:
@@ -177,8 +192,12 @@ def test_nvcc_spills_nothing_and_reads_in_vectors(target, tmp_path):
     spills = {name: re.findall(r"(\d+) bytes spill", text) for name, text in said.items()}
     print(target, registers)
     assert {name: found for name, found in spills.items() if found != ["0", "0"]} == {}
-    # Two blocks of 256 threads, or one of 512, share a multiprocessor's 65536 registers.
-    assert {name: n for name, n in registers.items() if n > (128 if name[1] == "adamw" else 104)} == {}
+    release = subprocess.run(["nvcc", "--version"], text=True, capture_output=True, check=True).stdout
+    exact = f"release {RECORDED}," in release
+    if exact:  # two blocks of 256 threads, or one of 512, share a multiprocessor's 65536 registers
+        assert {name: n for name, n in registers.items() if n > (128 if name[1] == "adamw" else 104)} == {}
+    else:
+        print(f"this nvcc is not of {RECORDED}; only spills and widths are checked")
 
     if _cuobjdump() is None:
         return
@@ -190,8 +209,12 @@ def test_nvcc_spills_nothing_and_reads_in_vectors(target, tmp_path):
         state = 12 if rule == "adamw" else 4  # vectors of delta, and of its moments
         loads = Counter({".128": state, ".64": 2, "": 3 if rule == "adamw" else 2})  # the row's tokens; step and sizes
         loads[".128" if dtype == "float32" else ".64"] += 8  # gradients of two tokens
+        stores = Counter({".128": state, "": 1})
+        assert found.keys() == {("LDG", w) for w in loads} | {("STG", w) for w in stores}, (dtype, rule)
+        if not exact:
+            continue
         assert {w: n for (op, w), n in found.items() if op == "LDG"} == loads, (dtype, rule)
-        assert {w: n for (op, w), n in found.items() if op == "STG"} == {".128": state, "": 1}, (dtype, rule)
+        assert {w: n for (op, w), n in found.items() if op == "STG"} == stores, (dtype, rule)
         assert text.rfind("LDG.") < text.find("STG."), f"{dtype}, {rule}: a load waits for a store"
         if rule == "adamw" and dtype != "float32":
             assert text.rfind("LDG.") < text.find("MUFU."), f"{dtype}: a load waits for arithmetic"
