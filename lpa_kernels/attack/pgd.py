@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..model.blocks import UnsupportedStack
 from ..model.facts import known, model_key, remembered, say_once
 from ..model.frozen import can_freeze, frozen_depth
-from ..model.modes import inner_mode
+from ..model.modes import as_if_trained, inner_mode
 from ..model.perturbation import fixed_rows, grid_rows, kept_for_recompute
 from ..model.sharding import is_sharded
 from ..model.sites import Site, resolve_sites, site_widths
@@ -122,7 +122,7 @@ class LatentPGD:
             if settings.random_start:
                 state.start_randomly(generator or self._generator)
             with noted() as kernels:
-                captured = self._run(planned, state, pairs)
+                planned, captured = self._run(planned, state, pairs)
         found = self._result(pairs, planned, state, captured)
         found.kernels = kernels
         wrong = (~found.history["total"].isfinite()).any().to(state.grid.device), (state.nonfinite > 0).any()
@@ -144,24 +144,31 @@ class LatentPGD:
             found.ablated, found.acting = [direction / direction.norm() for direction in self._directions], on
         return found
 
-    def _run(self, planned: Plan, state: AttackState, pairs: PairBatch) -> str:
-        """The inner loop. Returns whether it was replayed, or why not."""
+    def _run(self, planned: Plan, state: AttackState, pairs: PairBatch) -> tuple[Plan, str]:
+        """The inner loop. Returns what was run, and whether it was replayed, or why not."""
         model, sites, settings = self.model, self.sites, self.settings
-        layout = planned.layout
+        layout, stacked = planned.layout, None
+        if planned.engine == "stack" and layout is not None:
+            try:
+                stacked = StackForward(model, sites, layout, settings.backend)
+            except UnsupportedStack as error:  # a mask or a rotation that the pairs compared did not have
+                if settings.engine == "stack":
+                    raise RuntimeError(f"engine='stack' cannot run {type(model).__name__}: {error}") from error
+                planned = replace(planned, engine="packed", reason=str(error))
         depth = frozen_depth(sites) if planned.engine in ("packed", "unshared") else 0
         depth = depth if depth and can_freeze(model, depth) else 0
         captured = graphs.run(model, sites, settings, state, layout if planned.engine == "packed" else None, depth)
         if captured == graphs.YES:
-            return captured
+            return planned, captured
         if layout is None:
             two_pass.run(model, sites, settings, state, pairs, planned.alone)
-        elif planned.engine == "stack":
-            loop.run(model, settings, state, layout, StackForward(model, sites, layout, settings.backend))
+        elif stacked is not None:
+            loop.run(model, settings, state, layout, stacked)
         else:
             forward = HookedForward(model, sites, layout, settings.backend)
             forward.trim()
             loop.run(model, settings, state, layout, forward, depth)
-        return captured
+        return planned, captured
 
     def _check_gradients(self, pairs: PairBatch, planned: Plan, labels: int) -> None:
         """Ask once a model and its sites whether backward passes belong to forward passes."""
@@ -169,7 +176,12 @@ class LatentPGD:
             return
         key = tuple(id(site.module) for site in self.sites), model_key(self.model)
         few = planned.layout is not None
-        ask = partial(wrong_gradients, self.model, self.sites, self.widths(), pairs, self.settings.backend, few)
+        widths = self.widths()
+
+        def ask() -> str:
+            with as_if_trained(self.model):
+                return wrong_gradients(self.model, self.sites, widths, pairs, self.settings.backend, few)
+
         if message := remembered(self.model, "gradients", key, ask):
             raise RuntimeError(message)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model.facts import model_key, remembered, text_config
-from ..model.modes import probing
+from ..model.modes import as_if_trained, probing
 from ..model.sites import decoder_layers
 from ..model.walk import parameters_of
 from .batch import PairBatch
@@ -137,7 +137,7 @@ def _length_limit(config: Any) -> int | None:
 
 def _probe(model: nn.Module, first_position: int = 0) -> str:
     """Why the model, run on two pairs, cannot be packed; "" if it can."""
-    with probing(model), _short_windows(text_config(model)) as windows:
+    with as_if_trained(model), probing(model), _short_windows(text_config(model)) as windows:
         batch = _pairs(model)
         layout = replace(pack(batch), first_position=first_position)
         with packed_masks(layout) as calls:

@@ -11,7 +11,7 @@ from .batch import PairBatch
 from .layout import pack, text_lengths
 
 
-def sample(batch: PairBatch, length: int = 0) -> PairBatch:
+def sample(batch: PairBatch, length: int = 0, *, of_text: bool = False) -> PairBatch:
     """The pair with the longest text, and the end of the one with the shortest.
 
     The end is at most a quarter as long. So rows differ in length and in their first tokens, whatever the batch holds,
@@ -19,13 +19,14 @@ def sample(batch: PairBatch, length: int = 0) -> PairBatch:
 
     Args:
         length: the longest pair's packed row gets this many tokens at least: its text is put before it once more.
+        of_text: its longer text does, up to its last label, and so reaches the last position that such a row can have.
     """
     lengths = torch.stack([text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)], 1)
     order = sorted((max(pair), sum(pair), i) for i, pair in enumerate(lengths.tolist()) if max(pair))
     if not order:
         return batch.pairs([0, 0])
     long, short = batch.pairs([order[-1][2]]), batch.pairs([order[0][2]])
-    longer = max(length - pack(long).shape[1], 0)
+    longer = max(length - (order[-1][0] if of_text else pack(long).shape[1]), 0)
     kept = max((order[-1][0] + longer) // 4, 2)
     shortest = min(length for length in lengths[order[0][2]].tolist() if length)
     of_it = lengths[order[-1][2]]

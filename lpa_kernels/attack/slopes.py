@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..model.facts import NotYet
 from ..model.perturbation import gradients, grid_rows, kept_for_recompute, perturbed
 from ..model.sharding import is_sharded
 from ..model.sites import Site
 from ..model.walk import modules_of
 from ..ops import token_loss
 from .batch import PairBatch
-from .passes import text_logits, text_rows, texts
-from .verdicts import is_half
+from .passes import Texts, text_logits, text_rows, texts
+from .verdicts import agreed, is_half
 
 _STEPS = (1e-2, 1e-3, 1e-4, 0.1, 1.0)  # what a loss is to be moved by, in nats
 _HALF_STEPS = (0.3, 1.0, 3.0)
@@ -37,13 +38,17 @@ def wrong_gradients(
     Args:
         widths: width and device of each site. backend: of the op that perturbs.
         few: the head is run on the rows that matter alone, as engines of one pass do; all logits take memory.
+
+    Raises:
+        NotYet: no text has both a label and an attacked position.
     """
-    text = max(texts(batch, alone=True), key=lambda one: one.ids.shape[1])
-    grid = batch.grid[text.rows, : text.ids.shape[1]]
+    tried = [one for one in texts(batch, alone=True) if one.mask[:, 1:].any() and (_grid(batch, one) >= 0).any()]
+    if agreed(model, not tried):
+        raise NotYet("")
+    text = max(tried, key=lambda one: one.ids.shape[1])
+    grid, labels = _grid(batch, text), text.ids[:, 1:][text.mask[:, 1:]]
     grid = torch.where(grid >= 0, (grid >= 0).long().cumsum(1) - 1, -1)
-    rows, labels = int(grid.max()) + 1, text.ids[:, 1:][text.mask[:, 1:]]
-    if not rows or not len(labels):
-        return ""
+    rows = int(grid.max()) + 1
 
     def loss(deltas: Sequence[Tensor]) -> Tensor:
         with kept_for_recompute(model, lambda: perturbed(sites, deltas, grid_rows(grid), backend=backend)):
@@ -62,7 +67,7 @@ def wrong_gradients(
         return f"{name} cannot be differentiated as an attack runs it: {type(error).__name__}: {error}"
     norms = [float(grad.double().norm()) for grad in grads]
     total = sum(norms)
-    if not 0 < total < math.inf:
+    if agreed(model, not math.isfinite(total) or (sharded and not total)):
         return ""  # the attack itself counts losses that are not finite
     # who has hooks on backward passes wants other gradients than those of the losses
     strict = not half and not any(m._backward_hooks or m._backward_pre_hooks for m in modules_of(model))
@@ -81,6 +86,8 @@ def wrong_gradients(
                 f"{name} passes no gradient on to {sites[i].name!r}, though its losses depend on it; what may be the "
                 f"cause: {kinds}"
             )
+    if not total:
+        return ""
     ratios: list[float] = []
     for nats in _HALF_STEPS if half else _STEPS:
         step = nats / (2 * total)
@@ -95,6 +102,11 @@ def wrong_gradients(
         f"{total:.2g} a unit by autograd and by {total * min(ratios, key=lambda r: abs(r - 1)):.2g} by finite "
         f"differences; what may be the cause: {kinds}"
     )
+
+
+def _grid(batch: PairBatch, text: Texts) -> Tensor:
+    """The rows of the perturbation at the tokens of a text, [1, L] int64, -1 = none."""
+    return batch.grid[text.rows, : text.ids.shape[1]]
 
 
 def _agree(ratios: list[float], strict: bool) -> bool | None:

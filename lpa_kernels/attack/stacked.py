@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model.blocks import UnsupportedStack, read_decoder
-from ..model.facts import hooks_everywhere, hooks_on, model_key, remembered
+from ..model.facts import hooks_everywhere, hooks_on, model_key, remembered, text_config
+from ..model.modes import as_if_trained
 from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
 from ..model.stack import FrozenStack, Tokens, observed, rules_of
@@ -24,6 +25,7 @@ from .passes import layout_hidden
 from .probe import FLOAT32_TOLERANCE
 from .sample import sample
 from .settings import AttackSettings
+from .verdicts import rounded_up
 
 _HALF_TOLERANCE = 0.2  # of the root mean square: half precision alone moves both ways' gradients by some percent
 
@@ -158,8 +160,9 @@ def why_not_stacked(
 ) -> str:
     """Why a packed batch cannot be run by a frozen stack; "" where it can, with the model's own values and gradients.
 
-    Hooks are looked for each time. Values and gradients are compared on two pairs of the batch at hand, once for a
-    state of the model, its sites, the ops' backend, and each doubling of the rows' length.
+    Hooks are looked for each time. Values and gradients are compared on two pairs of the batch at hand, for a state of
+    the model, its sites and the ops' backend, and again for longer rows than those compared so far. A text of the pairs
+    is as long as a row, so that no row has a later position. What is refused once is refused for longer rows too.
 
     Args:
         layout: the batch's.
@@ -174,24 +177,29 @@ def why_not_stacked(
     for module in modules_of(model):  # hooks of our own may be on it too, which its key does not name
         if hooks_on(module):
             return f"there are hooks on it, on {type(module).__name__} for one"
-    key = (
-        state,
-        tuple(site.name for site in sites),
-        settings.merge_adapters,
-        settings.backend,
-        (layout.shape[1].bit_length()),
-    )
+    key = state, tuple(site.name for site in sites), settings.merge_adapters, settings.backend
+    compared: list[tuple[int, str]] = remembered(model, "stacks", key, list)
+    length = layout.shape[1]
+    for longest, reason in compared:
+        if length <= longest or reason:
+            return reason
 
-    def compared() -> str:
-        few = pack(sample(batch), first_position=layout.first_position)
+    def difference(up_to: int) -> str:
+        few = pack(sample(batch, up_to, of_text=True), first_position=layout.first_position)
+        attacked = few if len(few.row_tokens) else layout
         try:
-            return _difference(model, sites, few if len(few.row_tokens) else layout, settings.backend)
+            with as_if_trained(model):
+                return _difference(model, sites, attacked, settings.backend)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the model does not like about it is a reason not to do it
             return str(error) if isinstance(error, UnsupportedStack) else f"it raised {type(error).__name__}: {error}"
 
-    return remembered(model, "stacks", key, compared)
+    for up_to in dict.fromkeys((rounded_up(length, text_config(model)), length)):
+        if not (reason := difference(up_to)):
+            break
+    compared.append((up_to, reason))
+    return reason
 
 
 def _never(model: nn.Module) -> str:

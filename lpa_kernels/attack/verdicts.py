@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..model.facts import model_key, remembered, text_config
 from ..model.hooks import hooked
-from ..model.modes import probing
+from ..model.modes import as_if_trained, probing
 from ..model.sharding import is_sharded
 from ..model.walk import parameters_of
 from .batch import PairBatch
@@ -88,23 +88,23 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
     if not is_sharded(model) and not sum(batch.counts):
         return Way("packed" if packing and can_pack(model) else "unshared", "there is nothing to score")
     judged = remembered(model, "ways", (model_key(model), packing), Judged)
-    length = _agreed(model, pack(batch).shape[1] if length is None else length)
+    length = agreed(model, pack(batch).shape[1] if length is None else length)
     for longest, way in judged.ways:
         if length <= longest:
             return _for_tokens(model, batch, way)
     if judged.refusal is None:
         refusal, judged.mixes = _not_attackable(model, batch)
-        judged.refusal = refusal or ("another rank's batch was refused" if _agreed(model, bool(refusal)) else "")
+        judged.refusal = refusal or ("another rank's batch was refused" if agreed(model, bool(refusal)) else "")
     if judged.refusal:
         raise RuntimeError(judged.refusal)
-    if _agreed(model, bool(judged.mixes)):
+    if agreed(model, bool(judged.mixes)):
         return Way("alone", judged.mixes or "another rank's batch runs so")
     fastest = "packed" if packing and can_pack(model, length) else "unshared"
     found: list[tuple[int, Way]] = []
-    for up_to in dict.fromkeys((_rounded_up(length, text_config(model)), length)):
+    for up_to in dict.fromkeys((rounded_up(length, text_config(model)), length)):
         verdict = can_pack(model, up_to) if packing else Verdict(False, "plain passes were asked for")
         way = _judge(model, sample(batch, up_to), verdict)
-        slowest = WAYS[_agreed(model, WAYS.index(way.engine))]
+        slowest = WAYS[agreed(model, WAYS.index(way.engine))]
         way = way if way.engine == slowest else Way(slowest, "another rank's batch cannot be run faster")
         found.append((up_to, way))
         if slowest == fastest:
@@ -116,7 +116,7 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
     return _for_tokens(model, batch, way)
 
 
-def _rounded_up(length: int, config: Any) -> int:
+def rounded_up(length: int, config: Any) -> int:
     """The length to judge for: up to a quarter longer, within the model's positions."""
     step = max(_LEAST, 1 << max(length.bit_length() - 3, 0))
     limit = getattr(config, "max_position_embeddings", None)
@@ -134,7 +134,7 @@ def _one_by_one(model: nn.Module, batch: PairBatch) -> str:
     if chosen is None:
         return ""
     longest = torch.maximum(text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)).max()
-    if _agreed(model, int(longest) + 1) <= chosen:
+    if agreed(model, int(longest) + 1) <= chosen:
         return ""
     return f"its attention chooses {chosen} keys, and which of equal ones goes by the length of a text"
 
@@ -153,11 +153,11 @@ def _for_tokens(model: nn.Module, batch: PairBatch, way: Way) -> Way:
 def _judge(model: nn.Module, batch: PairBatch, verdict: Verdict) -> Way:
     """The fastest exact way for these pairs. verdict: what is known of packing."""
     reason = verdict.reason
-    with probing(model):
+    with as_if_trained(model), probing(model):
         compare = _Comparison(model, batch)
         if verdict:
             off = compare.difference(pack(batch, first_position=verdict.first_position))
-            if not _agreed(model, bool(off)) and not verdict.first_position:
+            if not agreed(model, bool(off)) and not verdict.first_position:
                 return Way("packed")
             reason = off and f"packed logits differ from those of plain passes ({off})"
         if off := compare.difference(unshared(batch)):
@@ -224,7 +224,7 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
     other[:, kept:] = _others(ids[:, kept:], ids)
     run: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids, use_cache=False).logits[0].float()  # noqa: E731
     try:
-        with probing(model):
+        with as_if_trained(model), probing(model):
             before = run(ids)
             if before.shape[0] != ids.shape[1]:
                 return (
@@ -255,7 +255,7 @@ def _others(ids: Tensor, text: Tensor) -> Tensor:
     return torch.where(ids == distinct[0], distinct[-1], distinct[0])
 
 
-def _agreed(model: nn.Module, value: int) -> int:
+def agreed(model: nn.Module, value: int) -> int:
     """The largest of all ranks' values where the model is sharded, so that all make the same passes."""
     if not is_sharded(model):
         return value

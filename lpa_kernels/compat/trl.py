@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import Completions, Layout, layout_pass, shared_layout
-from ..model import hooked, known, model_key, probing, remembered, say_once
+from ..model import as_if_trained, hooked, known, model_key, probing, remembered, say_once
 from .patch import Patch, find_in, foreign_module, imports
 
 NAME = "add_fused_lm_head"  # what `patch_trl` replaces
@@ -176,7 +176,7 @@ def _compared(model: nn.Module, theirs: MethodType, layout: Layout, kwargs: dict
 
 def _difference(model: nn.Module, theirs: MethodType, layout: Layout, labels: Tensor, kwargs: dict[str, Any]) -> str:
     """How log-probabilities of a shared pass differ from TRL's own on the batch at hand; "" if by rounding alone."""
-    with probing(model):
+    with as_if_trained(model), probing(model):
         ours, plain = _shared(model, theirs, layout, labels).log_probs, theirs(**kwargs).log_probs
     off, scale = float((ours - plain).abs().mean()), float(plain.abs().mean())
     return "" if off <= _OFF * scale else f"its log-probabilities differ from TRL's own by {off:.1e} of {scale:.1e}"

@@ -3,12 +3,13 @@
 from .facts import forget, known, model_key, ours, remembered, say_once
 from .head import output_head
 from .hooks import hooked
-from .modes import eval_mode, frozen_eval, merged_adapters, probing
+from .modes import as_if_trained, eval_mode, frozen_eval, merged_adapters, probing
 from .perturbation import rows_by_length
 from .sites import Site, decoder_layers, hidden_of, in_block, language_model, resolve_sites, unwrapped, with_hidden
 
 __all__ = [
     "Site",
+    "as_if_trained",
     "decoder_layers",
     "eval_mode",
     "forget",

@@ -225,6 +225,8 @@ def read_decoder(model: Any) -> Decoder:
     if not isinstance(norm := getattr(holder, "norm", None), nn.Module):
         raise UnsupportedStack(f"{type(model).__name__} has no module with its blocks as .layers beside a .norm")
     config = model.config.get_text_config()
+    if (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
+        raise UnsupportedStack(f"{type(model).__name__} scales queries by their positions (llama_4_scaling_beta)")
     head = Head(_linear(model.get_output_embeddings(), "the head"), 1 / getattr(config, "logits_scaling", 1.0),
                 getattr(config, "final_logit_softcapping", None))  # fmt: skip
     blocks = [_block(layer, f"block {index}") for index, layer in enumerate(layers)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .facts import model_key, remembered
 from .hooks import forwards, hooked
+from .modes import as_if_trained
 from .sites import Site, decoder_layers
 
 
@@ -52,7 +53,7 @@ def _replays(model: nn.Module, depth: int) -> bool:
     try:
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         ids = torch.arange(1, 5, device=device)[None]
-        with frozen_blocks(model, depth):
+        with as_if_trained(model), frozen_blocks(model, depth):
             first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
         return torch.equal(first, second)
     except torch.OutOfMemoryError:

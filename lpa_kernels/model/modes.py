@@ -20,6 +20,7 @@ from .walk import modules_of, parameters_of
 
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # a block's flag, by version of transformers
 _REPACKS = "support_avx512bf16_for_cpu"  # what bitsandbytes calls the flag of its 4-bit layers
+_NOISE = 0.05  # in LoRA's second factor, it moves what a layer gives by about a tenth
 KEPT_ON = {"cuda"}  # devices with captured graphs, which find the copies of adapters where they were
 
 
@@ -74,6 +75,36 @@ def probing(model: nn.Module) -> Iterator[None]:
     """For passes that find something out: eval mode, without gradients or autocast, nothing repacked."""
     with torch.no_grad(), no_autocast(next(model.parameters()).device), eval_mode(model), not_repacked(model):
         yield
+
+
+@contextmanager
+def as_if_trained(model: nn.Module) -> Iterator[None]:
+    """Within it, adapters that are all zero hold noise, so that what is found out still holds once they are trained.
+
+    A new adapter changes nothing: any check of it passes. The parameters get other data for the time, always the same,
+    and their own back; theirs is never written. Sharded adapters are left alone.
+    """
+    draw = torch.Generator().manual_seed(0)
+    held: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for p in [] if is_sharded(model) else _adapters(model):
+            if p.is_floating_point() and not p.is_meta and not bool(p.any()):
+                held.append((p, p.data))
+                p.data = torch.empty_like(p.data).copy_(torch.randn(p.shape, generator=draw) * _NOISE)
+        yield
+    finally:
+        for p, data in held:
+            p.data = data
+
+
+def _adapters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of adapters, whatever tuner of peft they are of."""
+    parts: list[nn.Module] = []
+    for module in modules_of(model):
+        names = getattr(module, "adapter_layer_names", None)
+        if isinstance(names, tuple):
+            parts += [below for name in names for below in _below(getattr(module, name, None))]
+    return list({id(p): p for part in parts for p in part._parameters.values() if p is not None}.values())
 
 
 @contextmanager
@@ -264,25 +295,22 @@ def checked_merging(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: it does not; the message names the kind of adapter, and by how much the logits differ.
     """
-    faults: list[str] = remembered(model, "faults of merging", model_key(model), list)  # "" for none
-
-    def judge(fault: str) -> None:
-        faults[:] = [fault]
-        if fault:
-            raise ValueError(f"merge_adapters=True, but {fault}; use merge_adapters=False")
-
-    before = None if faults else _few_logits(model)
-    if faults:
-        judge(faults[0])
-    kinds = ", ".join(sorted({type(layer).__name__ for layer in _mergeable(model)}))
+    if fault := remembered(model, "fault of merging", model_key(model), partial(_fault_of_merging, model)):
+        raise ValueError(f"merge_adapters=True, but {fault}; use merge_adapters=False")
     with merged_adapters(model):
-        if before is not None:
-            scale, off = float(before.abs().max()), float((_few_logits(model) - before).abs().max())
-            if off > scale * (0.1 if weights_dtype(model) in (torch.float16, torch.bfloat16) else 1e-3):
-                judge(f"merging {kinds} moves the logits by {off:.1e} of {scale:.1e}")
         yield
-    if before is not None:
-        judge("" if torch.equal(before, _few_logits(model)) else f"the weights under {kinds} do not come back")
+
+
+def _fault_of_merging(model: nn.Module) -> str:
+    """Why adapters must not be merged; "" where they can be."""
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in _mergeable(model)}))
+    with as_if_trained(model):
+        before = _few_logits(model)
+        with merged_adapters(model):
+            scale, off = float(before.abs().max()), float((_few_logits(model) - before).abs().max())
+        if off > scale * (0.1 if weights_dtype(model) in (torch.float16, torch.bfloat16) else 1e-3):
+            return f"merging {kinds} moves the logits by {off:.1e} of {scale:.1e}"
+        return "" if torch.equal(before, _few_logits(model)) else f"the weights under {kinds} do not come back"
 
 
 def _few_logits(model: nn.Module) -> Tensor:

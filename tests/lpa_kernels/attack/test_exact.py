@@ -145,8 +145,15 @@ def test_tokens_that_see_later_ones_are_refused(engine: str) -> None:
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 def test_a_router_that_averages_over_a_pass_gets_one_text_a_pass(engine: str) -> None:
     lily = LilyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    found = assert_exact(randomised(get_peft_model(build("llama"), lily)), pairs(SHORT), engine=engine)
-    assert (found.engine, "move the logits before them" in found.reason) == ("alone", True)
+    model = get_peft_model(build("llama"), lily).eval()
+    for trained in (False, True):  # a new adapter changes nothing yet, and what is remembered of it must hold later
+        model = randomised(model) if trained else model
+        before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+        found = assert_exact(model, pairs(SHORT), engine=engine)
+        assert (found.engine, "move the logits before them" in found.reason) == ("alone", True)
+        for name, p in model.named_parameters():
+            assert p.data_ptr() == before[name][0]
+            assert torch.equal(p, before[name][1])
 
 
 # ---- 3: gradients that are not the model's
@@ -187,13 +194,18 @@ def test_layers_are_not_repacked_by_passes_without_gradients() -> None:
     assert torch.allclose(found.history["total"], wanted.history["total"])
 
 
-def test_wrong_gradients_are_refused_by_the_layers_name() -> None:
+def wrong() -> Any:
+    """A model with wrong gradients."""
     model = build("llama")
     for block in model.model.layers:
         block.mlp.down_proj = Repacked(block.mlp.down_proj)
         block.mlp.down_proj.packed = True
+    return model
+
+
+def test_wrong_gradients_are_refused_by_the_layers_name() -> None:
     with pytest.raises(RuntimeError, match=r"not those of its losses.*finite differences.*Repacked"):
-        attacked(model, pairs(SHORT))
+        attacked(wrong(), pairs(SHORT))
 
 
 class _Weaker(torch.autograd.Function):
@@ -204,6 +216,23 @@ class _Weaker(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return 0.7 * grads[0]
+
+
+def test_gradients_are_checked_on_a_text_that_has_some() -> None:
+    """The longest text has no attacked position."""
+    batch = pairs(SHORT)
+    batch.attack_mask[0] = False
+    with pytest.raises(RuntimeError, match="not those of its losses"):
+        attacked(wrong(), batch)
+
+
+def test_gradients_that_could_not_be_checked_are_checked_later() -> None:
+    batch, model = pairs(SHORT), wrong()
+    batch.attack_mask[0] = False
+    batch.rejected_mask[1] = batch.chosen_mask[1] = False  # no text has both a label and an attacked position
+    attacked(model, batch)
+    with pytest.raises(RuntimeError, match="not those of its losses"):
+        attacked(model, pairs(SHORT))
 
 
 @pytest.mark.parametrize("part", ["self_attn", "mlp", "input_layernorm"])
@@ -225,6 +254,14 @@ def test_a_site_that_no_gradient_reaches_is_named() -> None:
     model.model.layers[0].register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(RuntimeError, match=r"passes no gradient on to 'embedding', though its losses depend on it"):
         attacked(model, pairs(SHORT))
+
+
+def test_the_only_site_that_no_gradient_reaches_is_named() -> None:
+    """Its gradients are zero, not missing."""
+    model = build("llama")
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output.detach() + 0 * output)
+    with pytest.raises(RuntimeError, match=r"passes no gradient on to 'embedding', though its losses depend on it"):
+        LatentPGD(model, "embedding", **SETTINGS).attack(pairs(SHORT))
 
 
 def test_bitsandbytes_weights_come_back_in_order() -> None:
@@ -265,9 +302,7 @@ def test_weights_that_are_no_plain_tensors_are_not_merged_into() -> None:
 
 
 def test_merging_that_changes_the_answer_is_refused() -> None:
-    model = randomised(
-        get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
-    )
+    model = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     own = layer.get_delta_weight
     layer.get_delta_weight = lambda adapter: 3 * own(adapter)

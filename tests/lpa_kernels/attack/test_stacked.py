@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.tiny_models import build
 from lpa_kernels import LatentPGD, PairBatch, ops
 from lpa_kernels.attack import loop, plan, stacked, verdicts
 from lpa_kernels.attack.layout import PADDING, pack
 from lpa_kernels.attack.stacked import HookedForward, StackForward, Streams
+from lpa_kernels.model.blocks import UnsupportedStack
 from lpa_kernels.model.modes import inner_mode
 from lpa_kernels.model.sites import resolve_sites
 from tests.support.batches import PLAIN, RAGGED, assert_same, attack_with, llama, pairs, with_lora
@@ -239,6 +242,39 @@ def test_the_comparison_is_made_once_for_a_state_of_the_model(monkeypatch: pytes
     attack_with(model, pairs([(60, 5, 5, 0)]), ["embedding"], "stack")  # rows of another length
     attack_with(model, pairs(), ["embedding", "mlp:1"], "stack")
     assert len(asked) == 3
+
+
+def test_what_later_positions_change_is_compared_again() -> None:
+    """Queries that are scaled from a position on. Rows of 34 and 60 tokens are of one doubling."""
+    model = build("ministral3")
+    with pytest.raises(RuntimeError, match="scales queries by their positions"):
+        attack_with(model, pairs(), ["embedding"], "stack")
+    scaled = copy.deepcopy(model.config)
+    scaled.rope_parameters |= {"llama_4_scaling_beta": 5.0, "original_max_position_embeddings": 40}
+    for block in model.model.layers:
+        block.self_attn.config = scaled  # the model's own configuration says nothing of it
+    model.config.rope_parameters["llama_4_scaling_beta"] = 0.0
+    short, long, late = (pairs([(prompt, rest, rest, 0)]) for prompt, rest in ((20, 5), (25, 12), (45, 6)))
+    assert attack_with(model, short, ["embedding"], "auto").engine == "stack"
+    for batch in (long, late):  # the first has no position beyond 40, but rows of such a length
+        found, want = (attack_with(model, batch, ["embedding"], engine, **DESCENT) for engine in ("auto", "reference"))
+        assert (found.engine, "differ from the model's own" in found.reason) == ("packed", True)
+        assert_same(found, want, losses=1e-5)
+
+
+def test_a_batch_that_a_stack_does_not_take_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask, say, is another than that of the pairs that were compared."""
+
+    def refuses(*given: Any) -> Any:
+        raise UnsupportedStack("its mask is of another kind")
+
+    model = tiny("llama")
+    assert attack_with(model, pairs(), ["embedding"], "auto").engine == "stack"
+    monkeypatch.setattr("lpa_kernels.attack.pgd.StackForward", refuses)
+    found = attack_with(model, pairs(), ["embedding"], "auto")
+    assert (found.engine, found.reason) == ("packed", "its mask is of another kind")
+    with pytest.raises(RuntimeError, match="engine='stack' cannot run LlamaForCausalLM: its mask is of another kind"):
+        attack_with(model, pairs(), ["embedding"], "stack")
 
 
 def test_an_attack_explains_what_ran_it() -> None:
