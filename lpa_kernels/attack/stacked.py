@@ -25,9 +25,10 @@ from .passes import layout_hidden
 from .probe import FLOAT32_TOLERANCE
 from .sample import sample
 from .settings import AttackSettings
-from .verdicts import rounded_up
+from .verdicts import HALF_TOLERANCE, ROUNDINGS, rounded_embeddings, rounded_up
 
-_HALF_TOLERANCE = 0.2  # of the root mean square: half precision alone moves both ways' gradients by some percent
+_HALF_GRADIENTS = 0.2  # of the root mean square: half precision alone moves both ways' by some percent
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class Streams:
@@ -220,21 +221,28 @@ def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout, backend
         wanted = theirs.gradients(theirs.values, grad.clone())
     del theirs  # and the activations that it holds
     with stacked(deltas, False) as ours:
-        if reason := _apart("logits", ours.values, logits):
-            return reason
+        if reason := _apart("logits", ours.values, logits, HALF_TOLERANCE):
+            if logits.dtype not in _HALVES:
+                return reason
+            with rounded_embeddings(model), plain(deltas, False) as rounded:
+                noise = _size(rounded.values.detach() - logits) / _size(logits)
+            if _apart("logits", ours.values, logits, ROUNDINGS * noise):
+                return reason
         found = ours.gradients(ours.values, grad)
     places = stacked.stack.tokens.places
     for site, one, other in zip(sites, found, wanted, strict=True):
-        if reason := _apart(f"gradients at {site.name}", one, other[places]):
+        if reason := _apart(f"gradients at {site.name}", one.flatten(), other[places].flatten(), _HALF_GRADIENTS):
             return reason
     return ""
 
 
-def _apart(what: str, ours: Tensor, theirs: Tensor) -> str:
-    if theirs.dtype in (torch.float32, torch.float64):
-        scale = float(theirs.abs().max())
-        error, within = float((ours - theirs).abs().max()), FLOAT32_TOLERANCE * scale
-    else:
-        error, scale = (float(t.float().square().mean().sqrt()) for t in (ours.float() - theirs.float(), theirs))
-        within = _HALF_TOLERANCE * scale
+def _apart(what: str, ours: Tensor, theirs: Tensor, half: float) -> str:
+    """half: the share of `theirs` that they may differ by in half precision."""
+    error, scale = _size(ours - theirs), _size(theirs)
+    within = scale * (half if theirs.dtype in _HALVES else FLOAT32_TOLERANCE)
     return "" if error <= within else f"its {what} differ from the model's own by {error:.1e} of {scale:.1e}"
+
+
+def _size(values: Tensor) -> float:
+    """The largest entry; in half precision the worst row's root mean square."""
+    return float(values.float().square().mean(-1).max().sqrt() if values.dtype in _HALVES else values.abs().max())

@@ -23,8 +23,8 @@ from .probe import FLOAT32_TOLERANCE, Verdict, can_pack
 from .sample import sample
 
 WAYS = ("packed", "unshared", "alone")  # the fastest first
-_HALF = 0.03  # of a row of logits; bf16 rounds to 1e-2
-_ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
+HALF_TOLERANCE = 0.03  # of a row of logits; bf16 rounds to 1e-2
+ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
 _CHOICES = ("index_topk", "keep_window_size", "indexer_budget")  # how many of all keys an attention chooses
 _LEAK = 0.1  # of the largest logit: a model that sees what it is asked for moves more, inputs quantised together less
 _LEAST = 16  # tokens by which rows may grow at least before they are judged anew
@@ -184,12 +184,12 @@ class _Comparison:
         scale = self._size(self.wanted)
         if not math.isfinite(scale):
             return ""  # the attack says so itself
-        allowed = scale * (_HALF if self.half else FLOAT32_TOLERANCE)
+        allowed = scale * (HALF_TOLERANCE if self.half else FLOAT32_TOLERANCE)
         if size <= allowed and not is_sharded(self.model):  # where sharded, all ranks make the same passes
             return ""
-        with _rounded_embeddings(self.model):
+        with rounded_embeddings(self.model):
             noise = self._size(two_pass_rows(self.model, self.batch, alone=True).logits.float() - self.wanted)
-        return "" if size <= max(allowed, _ROUNDINGS * noise) else f"off by {size:.1e} of {scale:.1e}"
+        return "" if size <= max(allowed, ROUNDINGS * noise) else f"off by {size:.1e} of {scale:.1e}"
 
     def _size(self, values: Tensor) -> float:
         if not values.numel():
@@ -198,7 +198,7 @@ class _Comparison:
 
 
 @contextmanager
-def _rounded_embeddings(model: nn.Module) -> Iterator[None]:
+def rounded_embeddings(model: nn.Module) -> Iterator[None]:
     """Within it, every entry of the embedding's output is one rounding up or down."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
 
@@ -233,10 +233,10 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
                     "them, or use LoRA"
                 ), ""
             moved, scale = _largest(run(other).sub_(before)[:kept]), _largest(before)
-            allowed = scale * (_HALF if is_half(model) else FLOAT32_TOLERANCE)
+            allowed = scale * (HALF_TOLERANCE if is_half(model) else FLOAT32_TOLERANCE)
             if moved > allowed or is_sharded(model):  # where sharded, all ranks make the same passes
-                with _rounded_embeddings(model):
-                    allowed = max(allowed, _ROUNDINGS * _largest(run(ids).sub_(before)))
+                with rounded_embeddings(model):
+                    allowed = max(allowed, ROUNDINGS * _largest(run(ids).sub_(before)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -18,6 +18,7 @@ from lpa_kernels.attack import loop, plan, stacked, verdicts
 from lpa_kernels.attack.layout import PADDING, pack
 from lpa_kernels.attack.stacked import HookedForward, StackForward, Streams
 from lpa_kernels.model.blocks import UnsupportedStack
+from lpa_kernels.model.facts import forget
 from lpa_kernels.model.modes import inner_mode
 from lpa_kernels.model.sites import resolve_sites
 from tests.support.batches import PLAIN, RAGGED, assert_same, attack_with, llama, pairs, with_lora
@@ -260,6 +261,25 @@ def test_what_later_positions_change_is_compared_again() -> None:
         found, want = (attack_with(model, batch, ["embedding"], engine, **DESCENT) for engine in ("auto", "reference"))
         assert (found.engine, "differ from the model's own" in found.reason) == ("packed", True)
         assert_same(found, want, losses=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_a_stack_that_are_a_tenth_off_are_refused(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision too, where gradients may be further apart."""
+    own = stacked.StackForward.__init__
+
+    def off(self: Any, *given: Any) -> None:
+        own(self, *given)
+        self.head = replace(self.head, scale=1.15)
+
+    model = tiny("llama", dtype=dtype, num_hidden_layers=1)
+    assert attack_with(model, pairs(), ["embedding"], "auto").engine == "stack"
+    forget(model)
+    monkeypatch.setattr(stacked.StackForward, "__init__", off)
+    found = attack_with(model, pairs(), ["embedding"], "auto")
+    assert (found.engine, "its logits differ" in found.reason) == ("packed", True)
 
 
 def test_a_batch_that_a_stack_does_not_take_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
