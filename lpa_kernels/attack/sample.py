@@ -11,7 +11,7 @@ from .batch import PairBatch
 from .layout import pack, text_lengths
 
 
-def sample(batch: PairBatch, length: int = 0, *, of_text: bool = False) -> PairBatch:
+def sample(batch: PairBatch, length: int = 0, *, of_text: bool = False, limit: int | None = None) -> PairBatch:
     """The pair with the longest text, and the end of the one with the shortest.
 
     The end is at most a quarter as long. So rows differ in length and in their first tokens, whatever the batch holds,
@@ -20,17 +20,25 @@ def sample(batch: PairBatch, length: int = 0, *, of_text: bool = False) -> PairB
     Args:
         length: the longest pair's packed row gets this many tokens at least: its text is put before it once more.
         of_text: its longer text does, up to its last label, and so reaches the last position that such a row can have.
+        limit: positions that the model has. Where the text would go beyond them, the pair with the longest packed row
+            is taken, and made longer within them.
     """
     lengths = torch.stack([text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)], 1)
     order = sorted((max(pair), sum(pair), i) for i, pair in enumerate(lengths.tolist()) if max(pair))
     if not order:
         return batch.pairs([0, 0])
-    long, short = batch.pairs([order[-1][2]]), batch.pairs([order[0][2]])
-    longer = max(length - (order[-1][0] if of_text else pack(long).shape[1]), 0)
-    kept = max((order[-1][0] + longer) // 4, 2)
+    rows = {i: pack(batch.pairs([i])).shape[1] for _, _, i in order}
+    most, _, index = order[-1]
+    longer = max(length - (most if of_text else rows[index]), 0)
+    if limit is not None and most + 1 + longer > limit:  # a text alone is run with its last label
+        index = max(rows, key=lambda i: rows[i])
+        most = int(lengths[index].max())
+        longer = max(min(length - rows[index], limit - most - 1), 0)
+    long, short = batch.pairs([index]), batch.pairs([order[0][2]])
+    kept = max((most + longer) // 4, 2)
     shortest = min(length for length in lengths[order[0][2]].tolist() if length)
-    of_it = lengths[order[-1][2]]
-    before = (long.rejected_ids if of_it[0] >= of_it[1] else long.chosen_ids)[0, : order[-1][0]]
+    of_it = lengths[index]
+    before = (long.rejected_ids if of_it[0] >= of_it[1] else long.chosen_ids)[0, :most]
     before = before.repeat(longer // len(before) + 1)[:longer]
     return _beside(_moved(long, before, 0), _moved(short, before[:0], max(shortest + 1 - kept, 0)))
 

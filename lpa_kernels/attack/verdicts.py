@@ -103,7 +103,7 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
     found: list[tuple[int, Way]] = []
     for up_to in dict.fromkeys((rounded_up(length, text_config(model)), length)):
         verdict = can_pack(model, up_to) if packing else Verdict(False, "plain passes were asked for")
-        way = _judge(model, sample(batch, up_to), verdict)
+        way = _judge(model, sample(batch, up_to, limit=_positions(model)), verdict)
         slowest = WAYS[agreed(model, WAYS.index(way.engine))]
         way = way if way.engine == slowest else Way(slowest, "another rank's batch cannot be run faster")
         found.append((up_to, way))
@@ -114,6 +114,11 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
         way = max(judged.ways[-1][1], way, key=lambda one: WAYS.index(one.engine))
     judged.ways.append((up_to, way))
     return _for_tokens(model, batch, way)
+
+
+def _positions(model: nn.Module) -> int | None:
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def rounded_up(length: int, config: Any) -> int:

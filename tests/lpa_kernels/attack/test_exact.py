@@ -454,3 +454,9 @@ def test_blocks_wrapped_by_torch_s_checkpointing(implementation: CheckpointImpl,
         found.append((attack.history["total"], grads[0]))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-4 * float(found[0][1].abs().max()))
+
+
+def test_a_packed_row_may_be_longer_than_the_positions_that_the_model_has() -> None:
+    model = build("gpt2", max_position_embeddings=64)
+    batch = pairs([(59, 3, 1, 0), (0, 50, 50, 0)])
+    assert_exact(model, batch)
