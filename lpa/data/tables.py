@@ -12,6 +12,7 @@ from typing import Any
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _SHARD = re.compile(r"(?P<split>\w+?)(-\d+(-of-\d+)?)?")  # train, train-0, train-00000-of-00002
+_SPLIT = re.compile(r"(?<![a-z])(?P<split>train|test|validation)(?![a-z])")  # a word of pairs_train, train-pairs
 
 Row = dict[str, Any]
 
@@ -146,9 +147,12 @@ def _files(folder: Path, split: str) -> list[Path]:
     found = [f for part in (folder, folder / "data") if part.is_dir() for f in part.iterdir() if looks_like_a_file(f)]
     if not found:
         raise DataError(f"the folder {folder} holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    named = [match["split"] for file in found if (match := _SHARD.fullmatch(file.stem))]
+    splits = {
+        file: match["split"] for file in found if (match := _SPLIT.search(file.stem) or _SHARD.fullmatch(file.stem))
+    }
+    named = list(splits.values())
     if {"train", "test", "validation"} & set(named) or any("-of-" in file.stem for file in found):
-        own = [file for file in found if (match := _SHARD.fullmatch(file.stem)) and match["split"] == split]
+        own = [file for file in found if splits.get(file) == split]
         if not own:
             raise DataError(
                 f"the folder {folder} has no split {split!r}; its files are of {', '.join(sorted(set(named)))}"

@@ -47,6 +47,7 @@ class Format:
         prompt: the prompt of a row, not checked. tags: columns, the first of which that is there groups the prompts.
         left_out: why a row is not used; "" for those that are.
         is_harmful: whether a row says of itself that it is harmful; None where it says nothing.
+        of_harm: rows of this format are harmful where neither they nor their name say otherwise.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Format:
     left_out: Callable[[Row], str] = lambda row: ""
     is_harmful: Callable[[Row], bool | None] = _labelled
     alone: bool = False
+    of_harm: bool = False
 
     def tag(self, row: Row) -> str:
         """What groups the prompt with others."""
@@ -149,15 +151,21 @@ def _copyright(row: Row) -> str:
 
 _HARMBENCH = (_in_context("Behavior", "ContextString"), ("FunctionalCategory", "SemanticCategory"), _copyright)
 FORMATS = (
-    Format("HarmBench", frozenset({"Behavior", "ContextString"}), *_HARMBENCH),
-    Format("HarmBench", frozenset({"Behavior", "FunctionalCategory"}), *_HARMBENCH),
+    Format("HarmBench", frozenset({"Behavior", "ContextString"}), *_HARMBENCH, of_harm=True),
+    Format("HarmBench", frozenset({"Behavior", "FunctionalCategory"}), *_HARMBENCH, of_harm=True),
     Format("HarmBench", frozenset({"prompt", "context", "category"}), _in_context("prompt", "context"), alone=True),
     Format("JailbreakBench", frozenset({"Goal", "Behavior"}), lambda row: row["Goal"], ("Category",)),
-    Format("StrongREJECT", frozenset({"forbidden_prompt"}), lambda row: row["forbidden_prompt"]),
-    Format("AdvBench", frozenset({"goal", "target"}), lambda row: row["goal"]),
+    Format("StrongREJECT", frozenset({"forbidden_prompt"}), lambda row: row["forbidden_prompt"], of_harm=True),
+    Format("AdvBench", frozenset({"goal", "target"}), lambda row: row["goal"], of_harm=True),
     Format("XSTest", frozenset({"prompt", "type", "focus"}), lambda row: row["prompt"], ("type",), is_harmful=_xstest),
     Format("SORRY-Bench", frozenset({"turns", "category"}), _only_turn),
-    Format("Do-Not-Answer", frozenset({"question", "types_of_harm"}), lambda row: row["question"], ("types_of_harm",)),
+    Format(
+        "Do-Not-Answer",
+        frozenset({"question", "types_of_harm"}),
+        lambda row: row["question"],
+        ("types_of_harm",),
+        of_harm=True,
+    ),
     Format("Alpaca", frozenset({"instruction", "input"}), _instruction("input")),
     Format("Dolly", frozenset({"instruction", "context", "response"}), _instruction("context")),
     Format("messages", frozenset({"messages"}), lambda row: _asked(row["messages"])),

@@ -288,6 +288,7 @@ def _chosen(rows: Sequence[_Said], source: str, name: str, harmful: bool, choice
         try:
             label = _is_harmful(known, row, choice)
             said = by_name if label is None else label
+            said = True if said is None and known.of_harm else said
             why = known.left_out(row) or ("" if said in (None, harmful) else "unsafe" if said else "safe")
             text = None if why else known.prompt(row)
         except DataError as error:

@@ -445,3 +445,10 @@ def test_benign_prompts_and_completions(completion: str) -> None:
     rows = [{"prompt": "Tea?", completion: "Yes."},
             {"prompt": [message("user", "Now?")], completion: [message("assistant", "Now.")]}]  # fmt: skip
     assert load_benign(rows)["response"] == ["Yes.", "Now."]
+
+
+@pytest.mark.parametrize("names", [("train_pairs", "test_pairs"), ("pairs-train", "pairs-test"), ("train", "test")])
+def test_files_of_a_folder_are_sorted_by_the_split_in_their_names(names: tuple[str, str], tmp_path: Path) -> None:
+    for name, prompt in zip(names, ("p", "q"), strict=True):
+        (tmp_path / f"{name}.csv").write_text(f"prompt,rejected,chosen\n{prompt},a,b\n")
+    assert load_pairs(str(tmp_path))["prompt"][:] == ["p"]

@@ -288,3 +288,12 @@ def test_benign_sets_are_measured_and_never_counted_as_harm(tmp_path: Path) -> N
     assert all(row.n == 1 for row in by.values())
     assert {row.n for row in found.rows if row.set == "xstest" and row.metric in ("harm error", "done: direct")} == {1}
     assert found.info["data"]["xstest (benign)"]["left_out"] == {"unsafe": 1}
+
+
+def test_a_benchmark_of_harm_is_no_benign_set_unless_its_name_says_so(tmp_path: Path) -> None:
+    for header in ("Behavior,FunctionalCategory", "forbidden_prompt,category", "goal,target", "question,types_of_harm"):
+        for name, usable in (("mine.csv", False), ("benign-mine.csv", True)):
+            file = tmp_path / name
+            file.write_text(f"{header}\nBake a cake,standard\n")
+            found = load_set(str(file), harmful=False)
+            assert (len(found.prompts) == 1) == usable, (header, name)
