@@ -73,8 +73,8 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
     - *packed*: so do packed rows, and `can_pack` finds nothing against it.
 
     "The same" is within 2e-4 of the largest logit in float32 and within 3% in half precision, by the worst row's
-    root mean square,
-    or within four times what one rounding of the embeddings changes: a router near a tie turns in any pass.
+    root mean square, or within four times what one rounding of the embeddings changes: a router near a tie turns in
+    any pass.
 
     Args:
         packing: False asks for plain passes: "unshared" says that padded ones are exact, "alone" that they are not.
@@ -103,7 +103,7 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
     found: list[tuple[int, Way]] = []
     for up_to in dict.fromkeys((rounded_up(length, text_config(model)), length)):
         verdict = can_pack(model, up_to) if packing else Verdict(False, "plain passes were asked for")
-        way = _judge(model, sample(batch, up_to, limit=_positions(model)), verdict)
+        way = _judge(model, sample(batch, up_to, limit=_positions(text_config(model))), verdict)
         slowest = WAYS[agreed(model, WAYS.index(way.engine))]
         way = way if way.engine == slowest else Way(slowest, "another rank's batch cannot be run faster")
         found.append((up_to, way))
@@ -116,17 +116,17 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
     return _for_tokens(model, batch, way)
 
 
-def _positions(model: nn.Module) -> int | None:
-    limit = getattr(text_config(model), "max_position_embeddings", None)
+def _positions(config: Any) -> int | None:
+    """How many positions a model has; None where its configuration names no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
 def rounded_up(length: int, config: Any) -> int:
     """The length to judge for: up to a quarter longer, within the model's positions."""
     step = max(_LEAST, 1 << max(length.bit_length() - 3, 0))
-    limit = getattr(config, "max_position_embeddings", None)
-    longest = -(-length // step) * step
-    return max(length, min(longest, limit)) if isinstance(limit, int) else longest
+    longest, limit = -(-length // step) * step, _positions(config)
+    return longest if limit is None else max(length, min(longest, limit))
 
 
 def _one_by_one(model: nn.Module, batch: PairBatch) -> str:
