@@ -1,5 +1,6 @@
 """What the README and the docs name is there: links, names in code, commands."""
 
+import ast
 import contextlib
 import io
 import json
@@ -17,15 +18,37 @@ from lpa.data import PairCollator
 from .support.tiny import rows, saved_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = ROOT / "README.md"
 
 
+def anchors(page):
+    """The anchors of a page's headings that GitHub and the site (Python-Markdown's toc) give alike."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = [re.sub(r"[^\w\s-]", "", title.lower()).strip() for title in re.findall(r"(?m)^#+ (.+)$", text)]
+    return {title.replace(" ", "-") for title in titles} & {re.sub(r"[-\s]+", "-", title) for title in titles}
+
+
+def site_pages():
+    """What the site shows: the files of docs/, and what docs/hooks.py adds to them."""
+    tree = ast.parse((ROOT / "docs/hooks.py").read_text(encoding="utf-8"))
+    constants = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    added = [ROOT / file for file in ast.literal_eval(constants["PAGES"]).values()]
+    records = ROOT / ast.literal_eval(constants["RECORDS"])
+    return {*added, *records.iterdir(), *(ROOT / "docs").rglob("*")}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
-    assert not missing
+def test_links_lead_to_files_and_headings_that_exist_in_the_repository_and_on_the_site(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]+`", "", page.read_text(encoding="utf-8")))
+    shown = site_pages()
+    wrong = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if "://" not in link and (target not in shown or (anchor and anchor not in anchors(target))):
+            wrong.append(link)
+    assert not wrong
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

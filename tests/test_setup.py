@@ -1,4 +1,4 @@
-"""The native build without a GPU: it is told which architectures to build for."""
+"""The native build without a GPU: setup.py lists the architectures to build for."""
 
 from __future__ import annotations
 

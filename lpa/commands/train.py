@@ -53,9 +53,9 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
     from ..models import adapter_base, load
     from ..quantization import quantized_loading
     from ..training.card import model_card
-    from ..training.checkpoint import check_resumed
     from ..training.prepare import OWN, benign_source, fix_date, trained_share
     from ..training.ranks import from_main
+    from ..training.resuming import check_resumed
     from ..training.trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -29,7 +29,7 @@ class Records:
     .gitignore keeps out of commits.
 
     Args:
-        read_only: what is added is not written.
+        read_only: added rows are not written to the file.
     """
 
     def __init__(self, folder: Path | None = None, keep_texts: bool = False, read_only: bool = False) -> None:

@@ -151,7 +151,7 @@ def evaluate(
     folder = None if output is None else Path(output).expanduser()
     if wanted.chat_template_date is None and rendering.prints_date(tokenizer):
         wanted = replace(wanted, chat_template_date=_first_date(folder) or rendering.today())
-    ChatEncoder(  # says now what is wrong with the template or its variables, not of every prompt
+    ChatEncoder(  # raises now for a wrong template or variable, not at every prompt
         tokenizer,
         wanted.system_prompt,
         chat_template_kwargs=wanted.chat_template_kwargs,

@@ -266,7 +266,7 @@ def _is_harmful(known: Format, row: Mapping[str, Any], choice: Choice) -> bool |
     try:
         return known.is_harmful(row)
     except DataError:
-        if set(LABEL_COLUMNS) & set(choice.where):  # whoever names a label knows what it says
+        if set(LABEL_COLUMNS) & set(choice.where):  # a user who names a label column knows its values
             return None
         raise
 
@@ -308,7 +308,7 @@ def _chosen(rows: Sequence[_Said], source: str, name: str, harmful: bool, choice
 
 
 def _numbered(name: str, rows: Iterable[tuple[str, str]]) -> list[Prompt]:
-    # ids are numbers of rows: the sets' own ids spell out what is asked for
+    # ids are numbers of rows: the sets' own ids spell out the harm
     return [Prompt(f"{name}-{number:04d}", text, tag) for number, (tag, text) in enumerate(rows, 1) if text.strip()]
 
 

@@ -15,18 +15,37 @@ logger = logging.getLogger(__name__)
 
 
 class WholeSteps(TrainerCallback):
-    """Puts a stop that another callback asks for within an update off to the end of the LPA step.
+    """What callbacks and transformers' loop ask for within an LPA step waits for its end.
 
-    transformers' loop leaves at once, and would lose the update's gradients and the LPA step's other updates.
+    The loop leaves at once where a stop is asked for, and would lose the update's gradients and the LPA step's other
+    updates. A checkpoint within an LPA step would need its attacks.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self) -> None:
+        self.save = self.evaluate = self.stop = False  # what waits
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.save = self.evaluate = self.stop = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.put_off(control)
+        self.stop |= control.should_training_stop or control.should_epoch_stop
+        control.should_training_stop = control.should_epoch_stop = False
 
     on_substep_end = on_step_begin
+
+    def put_off(self, control: Any) -> None:
+        """Let everything that is asked for wait."""
+        self.on_step_begin(None, None, control)
+        self.save |= control.should_save
+        self.evaluate |= control.should_evaluate
+        control.should_save = control.should_evaluate = False
+
+    def ask_again(self, control: Any) -> None:
+        """Ask for what has waited, at the end of an LPA step."""
+        control.should_save |= self.save
+        control.should_evaluate |= self.evaluate
+        control.should_training_stop |= self.stop
+        self.save = self.evaluate = self.stop = False
 
 
 class CanaryCallback(TrainerCallback):

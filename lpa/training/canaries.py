@@ -36,7 +36,7 @@ class Canaries:
     """The prompts, and how they are asked: always in the same batches and greedily, so that nothing is drawn at random.
 
     Args:
-        completions: what the model is trained to say; an answer that begins with one does nothing that was asked.
+        completions: the trained ones; an answer that begins with one counts as not done.
 
     Raises:
         ValueError: canary_set is unavailable, or no prompt fits into the context.

@@ -7,10 +7,9 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from ..files import PART, sync, sync_tree, write_json
-from ..run_folder import BOUND, checkpoint_folders
+from ..run_folder import checkpoint_folders
 
 logger = logging.getLogger(__name__)
 
@@ -77,36 +76,6 @@ def checked(checkpoint: Path) -> Path:
         hint = f"; the last good one is {good}" if good else "; there is no other good one"
         raise CheckpointError(f"the checkpoint {checkpoint} cannot be used: {wrong}{hint}")
     return checkpoint
-
-
-def check_resumed(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with other settings than a checkpoint was made with.
-
-    Raises:
-        CheckpointError: some are others; the message names them. A checkpoint of an earlier release keeps none.
-    """
-    file = checkpoint / BOUND
-    if not file.is_file():
-        return
-    made, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-    other = [
-        f"{name}={made.get(name)!r}, now {now.get(name)!r}" for name in made | now if made.get(name) != now.get(name)
-    ]
-    if other:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint} was made with {'; '.join(other)}; resume with its settings, or begin another "
-            "run with the checkpoint as its model"
-        )
-
-
-def kept_setting(run: Path, name: str) -> Any:
-    """A setting of a run's newest checkpoint that keeps any; None where there is none."""
-    for checkpoint in checkpoint_folders(run):
-        try:
-            return json.loads((checkpoint / BOUND).read_text(encoding="utf-8")).get(name)
-        except (OSError, ValueError):  # damage is told of where the run is resumed
-            continue
-    return None
 
 
 def remove_old(run: Path, keep: int | None, best: str | None = None) -> None:

@@ -14,8 +14,9 @@ from transformers.trainer_utils import TrainOutput
 
 from ..files import staged, write_json, writing
 from ..run_folder import BOUND, check_unused, checkpoint_folder
-from .checkpoint import UNFINISHED, check_resumed, checked, last_good, publish, remove_old, remove_unfinished
+from .checkpoint import UNFINISHED, checked, last_good, publish, remove_old, remove_unfinished
 from .ranks import agree, from_main
+from .resuming import check_resumed
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class DurableTrainer(Trainer):
         return checkpoint_folder(Path(super()._get_output_dir(None)), global_step)
 
     def kept_settings(self) -> dict[str, Any]:
-        """What a checkpoint keeps, since a resumed run must have the same."""
+        """Settings that a checkpoint keeps; a resumed run must have the same."""
         return {}
 
     def last_checkpoint(self) -> Path | None:
@@ -166,7 +167,7 @@ class DurableTrainer(Trainer):
         """As the base class; the files appear whole, and of sharded weights only the trained ones are gathered.
 
         Raises:
-            lpa.files.WriteError: they cannot be written; what was there before is as it was.
+            lpa.files.WriteError: the files cannot be written; the folder keeps its earlier files.
         """
         folder = Path(output_dir or self.args.output_dir)
         if _internal_call:  # a checkpoint's, which appears as a whole

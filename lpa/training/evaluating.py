@@ -1,8 +1,9 @@
-"""What `LPATrainer.evaluate` tells of pairs: the defence's losses, and which completion is likelier."""
+"""What `LPATrainer.evaluate` measures of pairs: the defence's losses, and which completion is likelier."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from lpa_kernels.attack import Objective, PairBatch
 from lpa_kernels.model import frozen_eval
 
 from ..data import SHIPPED, DataError, load_pairs
+from ..data.loading import PAIR_COLUMNS
 from ..evaluation.measure import completion_log_probs
 from .losses import pair_terms
 from .prepare import pairs_as_tokens
 
 logger = logging.getLogger(__name__)
 
-PAIR_COLUMNS = {"prompt", "rejected", "chosen"}
 EvalSet = tuple[Any, Callable[..., Any]]  # rows of tokens, and what makes a batch of them
 
 
@@ -33,8 +34,10 @@ def eval_sets(
             of shipped statements ("both", ...) means the held-out ones too, and a mapping of columns one set of pairs.
         collator: of the training pairs, where it is not LPA's own.
     """
-    if isinstance(given, Mapping) and not (set(given) >= PAIR_COLUMNS or (collator is None and _is_columns(given))):
-        return {str(name): eval_sets(part, model, tokenizer, config, collator)[""] for name, part in given.items()}
+    if isinstance(given, Mapping):
+        one = set(given) >= set(PAIR_COLUMNS) or (collator is None and _is_columns(given))
+        if not one:
+            return {str(name): eval_sets(part, model, tokenizer, config, collator)[""] for name, part in given.items()}
     if given is None or (isinstance(given, str) and given in SHIPPED and not Path(given).exists()):
         given, collator = _held_out(given or "both"), None
     rows, made, _ = pairs_as_tokens(given, model, tokenizer, config, collator)
@@ -56,6 +59,19 @@ def _held_out(arm: str) -> Any:
     except DataError as error:
         logger.warning("%s: they are evaluated, and a run that trains on them has seen them", error)
         return load_pairs(arm)
+
+
+def evaluate_sets(trainer: Any, sets: Mapping[str, EvalSet], prefix: str) -> dict[str, float]:
+    """The numbers of `evaluate_pairs` for each set, and "runtime" in seconds, as PREFIX_SET_NUMBER (a single set has no
+    name). The time is left out of the LPA step's.
+    """
+    metrics: dict[str, float] = {}
+    for name, (rows, collator) in sets.items():
+        begin = time.perf_counter()
+        found = evaluate_pairs(trainer, rows, collator) | {"runtime": time.perf_counter() - begin}
+        trainer.leave_out(found["runtime"])
+        metrics |= {f"{prefix}_{name}_{key}" if name else f"{prefix}_{key}": value for key, value in found.items()}
+    return metrics
 
 
 def evaluate_pairs(trainer: Any, rows: Any, collator: Callable[..., Any]) -> dict[str, float]:

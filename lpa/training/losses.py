@@ -53,7 +53,7 @@ class BenignBatch:
 
     def logits(self, model: Any, *, at: bool = False) -> Tensor:
         """[N, V], from one plain pass of which only these rows reach the head: those that predict the answer tokens, or
-        with `at` those at them, which is what the public code's KL reads."""
+        with `at` those at them, as the public code's KL reads them."""
         mask = F.pad(self.mask, (1, 0)) if at else self.mask
         ids = F.pad(self.ids, (0, 1)) if at else self.ids
         nothing = torch.zeros_like(mask)

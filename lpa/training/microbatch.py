@@ -26,7 +26,7 @@ class MicroBatch:
     """One micro-batch, or a part of one, and what is kept for it over the updates of an LPA step.
 
     Attributes:
-        first: the place of its first pair in the global batch; what is random follows from it.
+        first: the place of its first pair in the global batch; seeds follow from it.
         counts: completion tokens (rejected, chosen, benign), and `size` pairs, of the whole micro-batch.
         attacked: whether all of the following is there.
         attack: its own. Of the base model there are `base`, the benign logits [N, V], and `reference`, the pairs'

@@ -24,7 +24,7 @@ from ..data import (
 )
 from ..models import check_head, context_length
 from ..quantization import is_quantized
-from .checkpoint import kept_setting
+from .resuming import kept_setting
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ def _lengths(dataset: Any, completions: Sequence[str]) -> list[int]:
 
 
 def warn_if_small(rows: int, batch: int) -> None:
-    """Tell that a batch holds some rows more than once."""
+    """Warn where a batch holds some rows more than once."""
     if rows < batch:
         warnings.warn(
             f"the data set has {rows} row{'s' * (rows > 1)} and a batch {batch}: each batch holds rows more than once",

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from ..config import BENIGN_TERMS, PAIR_TERMS
 from .selection import entries_of
@@ -114,3 +115,15 @@ class LPAProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def show_lpa_steps(trainer: Any) -> None:
+    """Put `LPAProgress` in the place of the callback by which `Trainer` shows itself, or nothing with disable_tqdm."""
+    quiet, callbacks = trainer.args.disable_tqdm, trainer.callback_handler.callbacks
+    shown = PrinterCallback if quiet else DEFAULT_PROGRESS_CALLBACK
+    # the last of its kind is the one that `Trainer` has added; others are the user's
+    added = next((each for each in reversed(callbacks) if type(each) is shown), None)
+    if added is not None:
+        callbacks.remove(added)
+    if not quiet:
+        trainer.add_callback(LPAProgress())

@@ -33,7 +33,7 @@ GRAPHS = 8  # kept for a model; the one that was used longest ago goes first
 GRAPH_BYTES = 1 << 30  # of their inputs, in all; the one in use stays, however large
 ONCE = "a batch of its shape is captured when a second one comes"
 OUT_OF_MEMORY = "memory ran out for a CUDA graph, which keeps memory of its own"
-WARM_UP = 3  # steps before a capture, for what is set up at a first call: kernels, workspaces, allocations
+WARM_UP = 3  # steps before a capture: a first call compiles kernels and allocates workspaces
 
 # From a step and what puts its inputs back, a function that runs the step again. One entry a device that has graphs.
 Recorder = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
@@ -95,7 +95,7 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
     """A CUDA graph of `step`, after some steps on a side stream; `restore` before each, for they change the state.
 
     Raises:
-        torch.OutOfMemoryError: there is no memory for it beside what is held.
+        torch.OutOfMemoryError: there is not enough free memory for it.
         RuntimeError: the step cannot be captured.
     """
     device = torch.device("cuda", torch.cuda.current_device())
@@ -112,10 +112,10 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
             for _ in range(WARM_UP):
                 restore()
                 step()
-    finally:  # after an error too: what is left in that stream's queue writes to memory that is given away then
+    finally:  # after an error too: kernels in that stream's queue would write to memory that has been freed
         current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what a data loader's thread does on the device meanwhile is none of this capture's business.
+    # thread_local: a data loader's thread may use the device meanwhile.
     # The outer context: a capture that fails at its end would leave its own stream the current one.
     try:
         with (
@@ -138,7 +138,7 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
 def _end_allocation(device: torch.device, pool: _Pool) -> None:
     """What torch leaves out where `capture_end` throws: the pool would go on taking what is allocated, its memory
     would never be given back, and emptying the cache or another capture would be an internal error."""
-    with suppress(RuntimeError):  # torch has done it, or the capture had not begun
+    with suppress(RuntimeError):  # torch has ended the capture already, or none was begun
         torch._C._cuda_endAllocateToPool(device.index, pool.handle)
         torch._C._cuda_releasePool(device.index, pool.handle)
 

@@ -93,7 +93,7 @@ class StepLosses(NamedTuple):
         output, grad: what to differentiate, and its gradient.
         losses: [N] float32 of the labels. hits: [N] bool, whether a label is the most probable token.
         kl: [] the divergence from the clean model, where it is a term.
-        scale: [] by what the gradients are too large, None for 1.
+        scale: [] the factor by which gradients are too large, None for 1.
     """
 
     output: Tensor
@@ -185,7 +185,7 @@ class InnerStep:
         """From logits [N, V]; the gradient takes their place, unless what made them needs them for its own backward."""
         labels, objective, backend = self.layout.labels, self.objective, self.settings.backend
         kl_share = objective.coefs.get("kl", 0) / max(len(labels), 1)
-        # `.data`, as writing to what `.detach()` gives makes autograd copy the gradient of a view of the logits
+        # `.data`: after a write to `.detach()`, autograd copies the gradient of a view of the logits
         grad = logits.data.clone() if _saved(logits) else logits.data
         kl = extra = None
         if self.clean is not None:

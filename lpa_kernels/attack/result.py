@@ -41,8 +41,8 @@ class AttackResult:
         clipped: [S] int32, how many rows the projections shortened, over all steps.
         engine: which engine ran ("stack", "packed", "unshared", "alone", "reference"), and `reason` why no faster one.
         layout: how the batch was laid out for one pass, None for "alone" and "reference".
-        batch: what was attacked; `LatentPGD.rows` takes no other.
-        model: what was attacked; its checkpointed blocks run under the perturbations again for their gradients.
+        batch: the attacked one; `LatentPGD.rows` takes no other.
+        model: the attacked one; its checkpointed blocks run under the perturbations again for their gradients.
         backend: of the op that adds the perturbations.
         captured: "yes" where the steps were replays of a captured graph, else why not.
         kernels: the backend of each op that the steps called, and why not a faster one; empty where they were replayed.

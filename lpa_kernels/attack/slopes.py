@@ -18,7 +18,7 @@ from .batch import PairBatch
 from .passes import Texts, text_logits, text_rows, texts
 from .verdicts import agreed, is_half
 
-_STEPS = (1e-2, 1e-3, 1e-4, 0.1, 1.0)  # what a loss is to be moved by, in nats
+_STEPS = (1e-2, 1e-3, 1e-4, 0.1, 1.0)  # changes of a loss to aim at, in nats
 _HALF_STEPS = (0.3, 1.0, 3.0)
 _SMOOTH = 0.02
 

@@ -55,8 +55,8 @@ def remembered(module: nn.Module, name: str, key: Hashable, find: Callable[[], T
     """What `find()` gave for this name and key, and gives where it is asked for the first time.
 
     Args:
-        module: what the fact is of. It is held weakly, so a fact must not refer to it.
-        key: all that the fact depends on; `model_key` for what depends on a whole model.
+        module: the fact's subject. It is held weakly, so a fact must not refer to it.
+        key: all that the fact depends on; `model_key` for facts that depend on a whole model.
     """
     found = _of(module).found
     if (name, key) not in found:

@@ -25,7 +25,7 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     and every model while there are hooks on all modules.
     """
     modules = modules_of(model)
-    # compiled code guards on what a module's forward is, and would be compiled again at every attack
+    # compiled code guards on a module's forward, and would be compiled again at every attack
     as_it_is = hooks_everywhere() or any(map(_compiled, modules))
     lean = [(m, f) for m in modules if "forward" not in m.__dict__ and (f := _lean_forward(m)) is not None]
     with forwards(() if as_it_is else lean):
@@ -161,7 +161,7 @@ def _tried_offset(module: nn.Module, eps: float) -> float | None:
         raise
     except Exception:  # whatever it is, it is not called with hidden states alone
         return None
-    if not bool(given.any()):  # zero weights say nothing of what others would do
+    if not bool(given.any()):  # with zero weights, nothing is known about others
         raise NotYet(None)
     return None if fits[0] == fits[1] else float(fits[1])
 

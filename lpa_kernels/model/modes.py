@@ -20,7 +20,7 @@ from .walk import modules_of, parameters_of
 
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # a block's flag, by version of transformers
 _REPACKS = "support_avx512bf16_for_cpu"  # what bitsandbytes calls the flag of its 4-bit layers
-_NOISE = 0.05  # in LoRA's second factor, it moves what a layer gives by about a tenth
+_NOISE = 0.05  # of LoRA's second factor: it moves a layer's output by about a tenth
 KEPT_ON = {"cuda"}  # devices with captured graphs, which find the copies of adapters where they were
 
 
@@ -38,7 +38,7 @@ def _checkpointed(model: nn.Module) -> list[nn.Module]:
 
 
 def _not_reentrant(checkpoint: Any) -> Any:
-    """A checkpointing function, told so; nothing random is left in eval mode, so no state to keep."""
+    """A checkpointing function with use_reentrant=False. In eval mode nothing is random, so no state is kept."""
     if not isinstance(checkpoint, partial):
         return checkpoint
     keywords = checkpoint.keywords | {"use_reentrant": False, "preserve_rng_state": False}

@@ -50,7 +50,7 @@ def language_model(model: nn.Module) -> nn.Module:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks: the nn.ModuleList nearest to the embedding that is as long as the configuration says.
 
-    Where none is, one whose length divides that number: a block may hold several of what it counts.
+    Where none is, one whose length divides that number: a block may hold several of the counted layers.
 
     Raises:
         ValueError: the model has none.

@@ -176,7 +176,7 @@ class FrozenStack:
     def forward(self, deltas: Mapping[str, Tensor]) -> Tensor:
         """[n, H]: what the head gets for the scored tokens, under perturbations [R, H] float32 by site."""
         residual, output = self.start
-        self.saved = {}  # what a forward pass leaves that no backward pass followed
+        self.saved = {}  # by forward passes that no backward pass has followed
         for half in range(self.first, self.last + 1):
             residual, normed = self._join(half, residual, output, deltas)
             if half < self.last:

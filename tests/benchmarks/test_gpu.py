@@ -79,7 +79,7 @@ def test_a_broken_device_ends_the_process(dry: Any, monkeypatch: pytest.MonkeyPa
     assert (code, found["fake"]["next"]["found"]) == (0, {})
 
 
-def test_a_record_of_another_machine_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_another_machine_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     path = tmp_path / "record.json"
     path.write_text(json.dumps({"gpu": "Example GPU", "torch": torch.__version__, "dry": False, "pieces": {}}))

@@ -34,7 +34,7 @@ def test_only_the_main_arms_have_more_than_one_seed(compare: ModuleType) -> None
     assert list(compare.runs(("lpa", "lat"), ("lpa",), 2)) == [("lpa", 0), ("lat", 0), ("lpa", 1)]
 
 
-def test_every_arm_is_told_by_options_that_there_are(compare: ModuleType) -> None:
+def test_every_arm_uses_options_that_exist(compare: ModuleType) -> None:
     known = {*LPAConfig.__dataclass_fields__, "data", "benign", "preset"}
     given = {arm: compare.flags(arm, Path("data")) for arm in compare.ALL}
     assert {flag[2:] for own in given.values() for flag in own if flag.startswith("--")} <= known

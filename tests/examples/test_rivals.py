@@ -21,7 +21,7 @@ def rivals() -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / "rivals.py"))
 
 
-def test_arms_have_one_budget_of_passes_and_settings_that_there_are(rivals: dict[str, Any], tmp_path: Path) -> None:
+def test_arms_have_one_budget_of_passes_and_settings_that_exist(rivals: dict[str, Any], tmp_path: Path) -> None:
     for arm, inner in rivals["INNER"].items():
         flags = rivals["flags"](arm, tmp_path)
         given: dict[str, list[str]] = {}

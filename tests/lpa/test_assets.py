@@ -262,7 +262,7 @@ def test_of_two_processes_one_fetches_and_the_other_waits(tmp_path: Path, pip: C
     assert assets.verify("toy") == []
 
 
-def test_waiting_for_a_lock_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_for_a_lock_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     import threading
 
     release, held = threading.Event(), threading.Event()

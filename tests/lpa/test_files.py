@@ -21,7 +21,7 @@ def test_a_number_that_is_not_finite_is_refused_by_its_place(tmp_path: Path) -> 
     assert json.loads(file.read_text()) == {"a": 1}, "what was there stays"
 
 
-def test_or_becomes_null_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_nan_becomes_null_on_request(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"rows": ({"low": math.inf, "n": 2},), "text": "é"}, nulls=True)
     text = (tmp_path / "x.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == {"rows": [{"low": None, "n": 2}], "text": "é"}

@@ -34,7 +34,7 @@ OTHER: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_is_refused_is_named_with_its_reason(name: str) -> None:
+def test_refused_options_are_named_with_a_reason(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=.* cannot be used with LPA") as found:
         LPAConfig("out", use_cpu=True, **{name: OTHER.get(name, True)})
     assert REFUSED[name] in str(found.value)
@@ -85,7 +85,7 @@ def test_a_setting_of_a_later_release_is_refused_where_it_is_set(monkeypatch: py
         ({"max_length": 1.5}, "max_length=1.5 is of type float; it must be NoneType or int"),
     ],
 )
-def test_what_would_be_without_effect_or_of_another_type(settings: dict[str, Any], message: str) -> None:
+def test_options_without_effect_or_of_another_type(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LPAConfig("out", use_cpu=True, **settings)
 

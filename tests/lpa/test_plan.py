@@ -197,7 +197,7 @@ def test_fsdp_shares_what_stays_and_gathers_unit_by_unit(lora: bool, checkpointe
     assert found.peak["gathered"] >= head  # whole all the time
 
 
-def test_ranks_that_make_no_sense_are_refused() -> None:
+def test_impossible_numbers_of_ranks_are_refused() -> None:
     for ranks, fsdp, least in ((0, False, "1"), (1, True, "2 with fsdp")):
         with pytest.raises(ValueError, match=f"ranks={ranks} must be at least {least}"):
             estimate(LlamaConfig(**CONFIG), LPAConfig("x", use_cpu=True, fsdp=fsdp), SHAPE, ranks=ranks)
@@ -226,7 +226,7 @@ def test_settings_that_are_not_planned_are_refused(settings: dict[str, Any], why
         estimate(LlamaConfig(**CONFIG), LPAConfig("x", use_cpu=True, **settings), SHAPE)
 
 
-def test_lengths_that_cannot_be_are_refused() -> None:
+def test_impossible_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="prompt=0 tokens must be at least 1"):
         PlanShape(prompt=0)
     with pytest.raises(ValueError, match="rows of 257 tokens are longer than the model's context of 256"):

@@ -35,7 +35,7 @@ def test_its_file_becomes_our_settings(tmp_path: Path, caplog: Any) -> None:
     assert "is of the public LPA code; it is read as attack_steps 8, " in caplog.text
 
 
-def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
+def test_options_without_a_counterpart_are_named(tmp_path: Path) -> None:
     for odd in ({"l2_regularization": 0.1}, {"time_limit": 5}):
         with pytest.raises(ValueError, match=rf"its {next(iter(odd))}=.* has no counterpart here; leave it out"):
             translated(FILE | odd, "lat_config.json")
@@ -52,7 +52,7 @@ def test_a_batch_keeps_its_size_in_equal_micro_batches(sizes: dict[str, Any], ex
     assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == expected
 
 
-def test_a_batch_that_is_no_number_is_named() -> None:
+def test_a_batch_size_that_is_no_number_is_named() -> None:
     with pytest.raises(ValueError, match=r"batch_size=-1, max_batch_per_acc=2 must be whole numbers above 0"):
         translated({"batch_size": -1, "max_batch_per_acc": 2}, "lat_config.json")
 
@@ -79,7 +79,7 @@ def test_its_options_are_answered_with_ours(option: str, told: str, capsys: Any)
     assert f"{option} is an option of the public LPA code; here it is {told}\n" in capsys.readouterr().err
 
 
-def test_our_own_yaml_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_our_own_yaml_is_not_read_as_the_public_settings(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("lpa_steps: 3\n")
     assert read_yaml(path, ["lpa_steps"]) == {"lpa_steps": 3}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from lpa import LPATrainer
+from lpa.training.step import LPAStep
 
 
 def failing(function: Callable[..., Any], calls: set[int], before: Any = None) -> Callable[..., Any]:
@@ -37,11 +39,11 @@ def half_a_backward(trainer: LPATrainer) -> Callable[[torch.Tensor], None]:
     return run
 
 
-def run_out(trainer: LPATrainer, where: str, calls: set[int]) -> None:
+def run_out(patch: pytest.MonkeyPatch, trainer: LPATrainer, where: str, calls: set[int]) -> None:
     """Have some calls (from 1) of the attack, of the defence's forward or of its backward passes run out of memory."""
     if where == "attack":
         trainer.pgd.attack = failing(trainer.pgd.attack, calls)  # type: ignore[method-assign]
     elif where == "forward":
-        trainer._losses = failing(trainer._losses, calls)  # type: ignore[method-assign]
+        patch.setattr(LPAStep, "losses", failing(LPAStep.losses, calls))
     else:
         trainer.accelerator.backward = failing(trainer.accelerator.backward, calls, half_a_backward(trainer))

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lpa import LPAConfig, LPATrainer
 from lpa.plan import PlanShape
+from lpa.training.step import LPAStep
 from lpa_kernels import LatentPGD
 from tests.support import faults as faulty
 from tests.support.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
@@ -132,7 +134,7 @@ def run_out(folder: Path, settings: dict[str, Any], faults: list[tuple[int, str,
     trainer = trainer_of(folder, **settings)
     for rank, where, calls in faults:
         if rank == trainer.args.process_index:
-            faulty.run_out(trainer, where, calls)
+            faulty.run_out(pytest.MonkeyPatch(), trainer, where, calls)
     trainer.train()
     keep(trainer, folder)
     (folder / f"size-{trainer.args.process_index}").write_text(str(trainer._memory.size))
@@ -141,15 +143,15 @@ def run_out(folder: Path, settings: dict[str, Any], faults: list[tuple[int, str,
 def stop(folder: Path, settings: dict[str, Any]) -> None:
     """Train; in the attack of the second LPA step SIGTERM reaches the last rank alone, and all save and leave."""
     trainer = trainer_of(folder, **settings)
-    attack = trainer._attack
+    attack = LPAStep.attack
     signal.signal(signal.SIGTERM, lambda number, frame: trainer.request_stop())
 
-    def interrupted(micro: Any) -> None:
+    def interrupted(step: LPAStep, parts: Any) -> None:
         if trainer.lpa_step == 1 and trainer.args.process_index == trainer.args.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        attack(micro)
+        attack(step, parts)
 
-    trainer._attack = interrupted  # type: ignore[method-assign]
+    LPAStep.attack = interrupted  # type: ignore[method-assign]
     trainer.train()
     assert trainer.interrupted
     assert trainer.lpa_step == 1
@@ -175,7 +177,7 @@ def die(folder: Path, settings: dict[str, Any], place: str) -> None:
     second = lambda: trainer.lpa_step == 1  # noqa: E731
     saving = lambda: trainer.lpa_step == 2  # noqa: E731
     if place == "attack":
-        at(trainer, "_attack", second)
+        at(LPAStep, "attack", second)
     elif place == "update":
         at(trainer, "_get_grad_norm", lambda: second() and trainer._update == 1)
     elif place == "write":

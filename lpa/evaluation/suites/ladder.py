@@ -30,8 +30,8 @@ class Ladder(Suite):
     "suffix": free embeddings after the request, without a bound. "ablation": the refusal direction projected out of
     every block. "erosion": LoRA fine-tuning on 100 harmful requests with a compliant beginning ("harmful"), or on the
     base model's own answers to benign requests ("benign"), asked after growing numbers of updates. "best-of-n":
-    random respellings until one is done. "gcg": a suffix of tokens, where the package nanogcg is installed. What an
-    attack learns from are the set's other prompts, so a direction or a fine-tuning is never asked what it has seen.
+    random respellings until one is done. "gcg": a suffix of tokens, where the package nanogcg is installed. An attack
+    learns from the set's other prompts, so no prompt is used both to learn from and to measure.
     """
 
     name = "ladder"

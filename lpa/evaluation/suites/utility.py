@@ -64,7 +64,7 @@ class Utility(Suite):
                 run.tick(f"utility {name}", len(rows) - len(todo) + number * run.bench.batch_size, len(rows))
         for task in run.settings.tasks:
             held = run.records.get((run.subject, self.name, task_name(task), "-", ""))
-            if held is None or "reason" in held:  # what was missing may be there by now
+            if held is None or "reason" in held:  # the missing package may be installed by now
                 run.tick(f"utility {task_name(task)}", 0, 1)
                 _lm_eval(run, task)
 

@@ -75,7 +75,7 @@ def test_a_run_writes_adapter_record_and_card(model: str, tmp_path: Path, capsys
     assert not list(output.glob("*.bin"))
 
 
-def test_an_earlier_run_is_kept_unless_told(model: str, tmp_path: Path, capsys: Any) -> None:
+def test_an_earlier_run_is_kept_unless_overwrite_is_given(model: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.json").write_text("{}")
     (tmp_path / "checkpoint-5").mkdir()
@@ -127,7 +127,7 @@ def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
         (["--attack_norm", "l7"], "attack_norm='l7' is unknown"),
     ],
 )
-def test_bad_use_is_told_in_a_line(
+def test_bad_use_gives_one_line(
     model: str, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -373,23 +373,23 @@ def test_ranks_agree_on_the_folder(model: str, tmp_path: Path, monkeypatch: Any)
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["of-rank-0"]
 
 
-def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(
+def test_sigterm_saves_and_a_resumed_run_ends_like_an_uninterrupted_one(
     model: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    from lpa import LPATrainer
+    from lpa.training.step import LPAStep
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ["--model", model, *SMALL, "--lpa_steps", "3", "--no_measure", "--save_total_limit", "1"]
-    attack = LPATrainer._attack
+    attack = LPAStep.attack
 
     def interrupted(self: Any, *arguments: Any) -> None:
-        if self.lpa_step == 1:
+        if self.number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         attack(self, *arguments)
 
-    monkeypatch.setattr(LPATrainer, "_attack", interrupted)
+    monkeypatch.setattr(LPAStep, "attack", interrupted)
     assert train("--output", str(parts), *more) == 128 + signal.SIGTERM
-    monkeypatch.setattr(LPATrainer, "_attack", attack)
+    monkeypatch.setattr(LPAStep, "attack", attack)
     out = capsys.readouterr().out
     assert "stopped after 1 LPA steps" in out
     assert "go on with: lpa train --resume" in out
@@ -414,7 +414,7 @@ def test_sigterm_saves_and_resume_ends_as_if_nothing_had_been(
         (TypeError("a float is no int"), "error: TypeError: a float is no int (this may be a bug of lpa)"),
     ],
 )
-def test_errors_are_told_in_a_line(monkeypatch: Any, capsys: Any, error: Exception, message: str) -> None:
+def test_errors_give_one_line(monkeypatch: Any, capsys: Any, error: Exception, message: str) -> None:
     def fail(arguments: Any) -> int:
         raise error
 
@@ -426,7 +426,7 @@ def test_errors_are_told_in_a_line(monkeypatch: Any, capsys: Any, error: Excepti
         main(["traits"])
 
 
-def test_fetch_takes_the_embedded_model_alone_unless_told(monkeypatch: Any, capsys: Any) -> None:
+def test_fetch_takes_the_embedded_model_alone_by_default(monkeypatch: Any, capsys: Any) -> None:
     from lpa import assets
 
     fetched: list[str] = []

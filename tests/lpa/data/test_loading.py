@@ -229,7 +229,7 @@ def test_equal_completions_teach_nothing() -> None:
         load_pairs([PAIRS[0], {"prompt": "a", "rejected": "b", "chosen": "b"}])
 
 
-def test_duplicates_are_told_and_kept_once() -> None:
+def test_duplicates_are_kept_once_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"2 duplicate rows; each is kept once"):
         data = load_pairs([PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[0]])
     assert columns(data) == PAIRS[:2]
@@ -281,7 +281,7 @@ def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def test_benign_messages_give_their_first_exchange_and_the_rest_is_told() -> None:
+def test_benign_messages_give_their_first_exchange_with_a_warning() -> None:
     first = [message("user", "Hello?"), message("assistant", "Hello.")]
     more = [message("system", "Be kind."), message("user", "Tea?"), message("assistant", "Yes.")]
     with pytest.warns(UserWarning, match=r"only the first user message and its answer.*row 2"):
@@ -348,7 +348,7 @@ def test_every_container_gives_the_same_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["hub", "named", "saved splits", "DatasetDict"])
-def test_a_split_is_taken_and_one_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+def test_a_split_is_taken_and_a_missing_one_is_named(tmp_path: Path, name: str) -> None:
     source = containers(tmp_path)[name]
     with pytest.warns(UserWarning, match="single row"):
         assert columns(load_pairs(source, split="test")) == PAIRS[:1]
@@ -388,7 +388,7 @@ def test_trls_conversational_pairs_with_explicit_and_implicit_prompt() -> None:
                 assert columns(load_pairs([row])) == [pair]
 
 
-def test_conversations_that_are_no_pair_are_named() -> None:
+def test_conversations_that_hold_no_pair_are_named() -> None:
     user, answer = message("user", "Tea?"), message("assistant", "Yes.")
     later = [user, answer, message("user", "Now?")]
     with pytest.raises(DataError, match=r"row 1: the prompt must be one user message .*; it is user, assistant, user"):
@@ -399,7 +399,7 @@ def test_conversations_that_are_no_pair_are_named() -> None:
         load_pairs([{"rejected": [message("assistant", "No.")], "chosen": [answer]}])
 
 
-def test_system_messages_of_pairs_are_told_to_go_unused() -> None:
+def test_system_messages_of_pairs_are_unused_with_a_warning() -> None:
     row = {"prompt": [message("system", "Be kind."), message("user", "Tea?")], "rejected": "No.", "chosen": "Yes."}
     with pytest.warns(UserWarning, match=r"system messages are not used, the run's system_prompt is;.*row 2"):
         assert load_pairs([PAIRS[0], row])["prompt"][1] == "Tea?"
@@ -429,7 +429,7 @@ def test_a_key_that_says_neither_is_named(key: object) -> None:
         load_pairs([{"statement": "I help.", "key": key}])
 
 
-def test_the_same_prompt_with_opposite_labels_is_told() -> None:
+def test_the_same_prompt_with_opposite_labels_warns() -> None:
     turned = {**PAIRS[0], "rejected": PAIRS[0]["chosen"], "chosen": PAIRS[0]["rejected"]}
     with pytest.warns(UserWarning, match=r"the same prompt with opposite labels in row 1 and row 3$"):
         assert len(load_pairs([*PAIRS[:2], turned])) == 3

@@ -33,7 +33,7 @@ def test_the_refusal_is_offered_by_one_of_the_two_self_assessments() -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
-def test_what_names_neither_is_answered_with_what_there_is(tmp_path: Path, content: bytes | None) -> None:
+def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "mine.txt"
     if content is not None:
         file.write_bytes(content)

@@ -38,7 +38,7 @@ def test_an_answer_stands_where_the_template_puts_a_finished_one(name: str) -> N
 
 
 @pytest.mark.parametrize("name", MANNERS)
-def test_what_follows_a_prompt_is_the_same_whatever_the_contents_are(name: str) -> None:
+def test_the_end_of_a_prompt_does_not_depend_on_its_contents(name: str) -> None:
     template, _ = MANNERS[name]
     tail = Rendering(tokenizer(template), "S").segments("P")[-1]
     assert not tail.content

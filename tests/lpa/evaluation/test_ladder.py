@@ -156,7 +156,7 @@ def test_the_ladder_is_climbed_only_when_it_is_named(harmful: str) -> None:
     assert "ladder" not in found.info["suites"]
 
 
-def test_what_has_nothing_to_learn_from_says_so(harmful: str) -> None:
+def test_a_rung_without_examples_says_so(harmful: str) -> None:
     found = climb(harmful, ladder_limit=16, ladder=("ablation", "erosion"))
     notes = {row.metric: row.note for row in found.rows if row.suite == "ladder" and row.value is None}
     assert notes["done: ablation"] == "0 other prompts to learn from, 8 are needed; raise limit"

@@ -216,12 +216,12 @@ def test_an_adapter_for_another_model_is_named(harmful: str, tmp_path: Path) -> 
         ({"epsilons": (0.0,)}, "must be above 0"),
     ],
 )
-def test_bad_settings_are_told_before_anything_runs(options: dict[str, Any], told: str, harmful: str) -> None:
+def test_bad_settings_raise_before_anything_runs(options: dict[str, Any], told: str, harmful: str) -> None:
     with pytest.raises(ValueError, match=told):
         run(random_model(), harmful, **options)
 
 
-def test_a_folder_that_is_no_adapter_is_told(harmful: str, tmp_path: Path) -> None:
+def test_a_whole_model_in_the_place_of_an_adapter_raises(harmful: str, tmp_path: Path) -> None:
     random_model().save_pretrained(tmp_path / "whole")
     with pytest.raises(EvaluationError, match="a whole model: evaluate it with --model"):
         run(random_model(), harmful, adapters=[tmp_path / "whole"])
@@ -290,7 +290,7 @@ def test_an_evaluation_keeps_the_date_that_its_prompts_print(
         assert found.info["settings"]["chat_template_date"] == "2026-03-09"
 
 
-def test_a_variable_that_the_template_does_not_read_is_told_before_anything_runs(harmful: str) -> None:
+def test_a_variable_that_the_template_does_not_read_raises_before_anything_runs(harmful: str) -> None:
     with pytest.raises(ValueError, match="'thinking_mode' has no effect"):
         run(random_model(), harmful, chat_template_kwargs={"thinking_mode": "off"})
 

@@ -1,4 +1,4 @@
-"""The models that are compared: many adapters are told apart, and a model is left in the modes that it came in."""
+"""The compared models: adapters with similar names are kept apart, and a model keeps its train and eval modes."""
 
 from __future__ import annotations
 

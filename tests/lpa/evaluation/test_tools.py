@@ -85,7 +85,7 @@ def test_a_folder_that_answers_otherwise_is_not_kept(tmp_path: Path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lpa"]
 
 
-def test_bad_exports_are_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_bad_exports_raise_before_anything_is_written(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "lpa", 1)
     with pytest.raises(ExportError, match="is there already and not empty"):
         export_merged(random_model(), tokenizer(), folder, folder)

@@ -199,7 +199,7 @@ def test_a_subject_that_a_stopped_run_never_reached_hides_nothing_of_the_others(
     assert text.count(">late<") == 1, "its verdict, and no empty column"
 
 
-def test_what_cannot_be_reported_is_told(tmp_path: Path) -> None:
+def test_a_report_of_no_finished_run_raises(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no run to report on"):
         build([])
     with pytest.raises(ReportError, match="neither an evaluation"):

@@ -1,4 +1,4 @@
-"""Adapters that people bring: their training goes on, and what cannot be trained or saved is told before step 1."""
+"""Adapters that people bring: their training goes on, and errors before step 1 name untrainable or unsavable parts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_adapters_of_several_bases_need_a_model(tmp_path: Path, adapter: str) ->
         adapter_base(other)
 
 
-def test_adapters_that_would_not_be_trained_are_told(tmp_path: Path, base: str, adapter: str) -> None:
+def test_adapters_that_would_not_be_trained_raise(tmp_path: Path, base: str, adapter: str) -> None:
     frozen = PeftModel.from_pretrained(load(base)[0], adapter)
     with pytest.raises(ValueError, match=r"not to be trained; load them with PeftModel.from_pretrained.*is_trainable"):
         trainer_of(tmp_path / "a", model=frozen)
@@ -126,7 +126,7 @@ def test_adapters_that_would_not_be_trained_are_told(tmp_path: Path, base: str, 
             trainer_of(tmp_path / "c", model=model, **settings)
 
 
-def test_what_cannot_be_saved_is_told_before_step_1(tmp_path: Path) -> None:
+def test_a_configuration_that_cannot_be_saved_raises_before_step_1(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER))
     model.generation_config.temperature = 0.5  # without sampling: saving refuses it
     trainer = trainer_of(tmp_path / "a", model=model, lora=False, sft_coef=0.5)
@@ -138,7 +138,7 @@ def test_what_cannot_be_saved_is_told_before_step_1(tmp_path: Path) -> None:
     assert not list((tmp_path / "a").iterdir())
 
 
-def test_a_disk_too_small_for_a_checkpoint_is_told_before_step_1(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_disk_too_small_for_a_checkpoint_raises_before_step_1(tmp_path: Path, monkeypatch: Any) -> None:
     import shutil
 
     trainer = trainer_of(tmp_path)
@@ -149,7 +149,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_told_before_step_1(tmp_path: Path,
     assert trainer.state.global_step == 0
 
 
-def test_weights_on_no_device_are_told(tmp_path: Path) -> None:
+def test_weights_on_no_device_raise(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER))
     model.model.embed_tokens.to("meta")
     with pytest.raises(ValueError, match=r"offloaded or were never loaded \(such as model.embed_tokens.weight"):

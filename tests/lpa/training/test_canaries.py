@@ -226,7 +226,7 @@ def test_a_stopped_run_that_is_resumed_ends_at_once(tmp_path: Path, collapsing: 
     assert again.canaries.record() == first.canaries.record()
 
 
-def test_where_no_step_is_good_the_untrained_adapter_is_kept_and_told(
+def test_where_no_step_is_good_the_untrained_adapter_is_kept_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     scripted(monkeypatch, lambda step: entry(step, done=0.8 if step == 0 else 0.2, right=0.5 + step / 10))
@@ -296,7 +296,7 @@ def test_full_fine_tuning_keeps_its_best_model(tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def test_what_canaries_need_is_told(tmp_path: Path) -> None:
+def test_canaries_without_their_needs_raise(tmp_path: Path) -> None:
     for name, value in (("canary_steps", -1), ("canary_prompts", 0), ("canary_patience", 0),
                         ("canary_max_refusal", float("nan"))):  # fmt: skip
         with pytest.raises(ValueError, match=name):

@@ -54,7 +54,7 @@ def whole(tmp_path_factory: Any) -> Path:
 
 
 @pytest.mark.parametrize("place", jobs.PLACES)
-def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path, place: str) -> None:
+def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(whole: Path, tmp_path: Path, place: str) -> None:
     killed = ranks.Ranks(jobs.die, tmp_path, RUN, place, folder=tmp_path)
     assert killed.finish() == [-signal.SIGKILL], killed.text()
     # no more than the step in flight is lost: the first one's checkpoint is there, and a second one whole or not at all
@@ -64,7 +64,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path, pl
     assert [path.name for path in checkpoint_folders(tmp_path) if damage(path)] == []
     ranks.run(jobs.train, tmp_path, RUN, True, folder=tmp_path)
     assert same(whole, tmp_path)
-    assert not list(tmp_path.glob(".*"))  # what the killed one had begun to write is gone
+    assert not list(tmp_path.glob(".*"))  # the unfinished files of the killed run are gone
 
 
 def test_one_seed_is_one_result(whole: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa.training.losses import BenignBatch, benign_terms
+from lpa.training.step import LPAStep
 from tests.support.tiny import tiny_model
 from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
 
@@ -82,21 +83,21 @@ def test_engines_and_checkpointing_give_the_same_weights(
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
-def test_preference_losses_mirror_the_attack(tmp_path: Path, name: str) -> None:
+def test_preference_losses_mirror_the_attack(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"toward_coef": 0, "away_coef": 0, f"{name}_coef": 2.0, "preference_beta": 0.5, "lpa_steps": 1}
     trainer = trainer_of(tmp_path, attack_steps=0, lora_r=2, **settings)
     for weight in [p for n, p in trainer.model.named_parameters() if "lora_B" in n]:
         weight.data.normal_(std=0.1)
     found: list[tuple[Any, float]] = []
-    losses = trainer._losses
+    losses = LPAStep.losses
 
-    def watched(micro: Any) -> Any:
-        total, terms = losses(micro)
+    def watched(step: LPAStep, micro: Any) -> Any:
+        total, terms = losses(step, micro)
         found.append((micro, total.item()))
         assert total.item() == pytest.approx(float(terms[name]) * 2 / 4)  # a micro-batch holds 2 of the 4 pairs
         return total, terms
 
-    trainer._losses = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(LPAStep, "losses", watched)
     gaps: list[float] = []
 
     def expected(micro: Any, model: Any) -> Tensor:

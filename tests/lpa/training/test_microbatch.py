@@ -39,14 +39,20 @@ CASES: list[tuple[str, set[int], int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("where", "calls", "left", "settings"), CASES)
-def test_a_step_that_runs_out_of_memory_is_that_of_smaller_micro_batches(
-    tmp_path: Path, where: str, calls: set[int], left: int, settings: dict[str, Any], caplog: Any
+def test_a_step_that_runs_out_of_memory_equals_one_of_smaller_micro_batches(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    calls: set[int],
+    left: int,
+    settings: dict[str, Any],
+    caplog: Any,
 ) -> None:
     small = of_size(tmp_path, left, **settings)
     small.train()
     trainer = of_size(tmp_path, 4, **settings)
     start = weights(trainer)
-    run_out(trainer, where, calls)
+    run_out(monkeypatch, trainer, where, calls)
     trainer.train()
     assert trainer._memory.size == left
     assert caplog.text.count("out of memory in the") == len(calls)
@@ -79,11 +85,11 @@ def test_memory_that_runs_out_for_a_graph(
     assert (len(tries) > 1, capturing.OUT_OF_MEMORY in caplog.text) == (graphs == "on", True)
 
 
-def test_earlier_micro_batches_of_the_update_are_made_again(tmp_path: Path) -> None:
+def test_earlier_micro_batches_of_the_update_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = of_size(tmp_path, 2)
     whole.train()
     trainer = of_size(tmp_path, 2)
-    run_out(trainer, "backward", {4})  # the second micro-batch of the second update
+    run_out(monkeypatch, trainer, "backward", {4})  # the second micro-batch of the second update
     trainer.train()
     assert_same(weights(trainer), weights(whole), within=2e-6)
     assert logged(trainer)[0]["defence_total"] == pytest.approx(logged(whole)[0]["defence_total"], abs=1e-5)
@@ -103,19 +109,19 @@ def test_later_steps_keep_to_the_smaller_size(tmp_path: Path) -> None:
     assert sizes == [2, 2, 2, 2]
 
 
-def test_micro_batches_means_are_the_whole_ones(tmp_path: Path) -> None:
+def test_micro_batches_means_are_the_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = of_size(tmp_path, 4, normaliser="micro")
     whole.train()
     trainer = of_size(tmp_path, 4, normaliser="micro")
-    run_out(trainer, "attack", {1})
+    run_out(monkeypatch, trainer, "attack", {1})
     trainer.train()
     assert_same(weights(trainer), weights(whole), within=2e-6)
 
 
-def test_a_single_pair_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
+def test_a_single_pair_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = of_size(tmp_path, 4)
     start = weights(trainer)
-    run_out(trainer, "backward", set(range(1, 100)))
+    run_out(monkeypatch, trainer, "backward", set(range(1, 100)))
     with pytest.raises(torch.OutOfMemoryError, match=r"in the update with a single pair of up to \d+ tokens; use grad"):
         trainer.train()
     assert trainer._memory.size == 1
@@ -128,16 +134,18 @@ def test_a_single_pair_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:
      ({"kl": "public", "kl_coef": 0.1, "normaliser": "micro"}, "kl='public' depends on the micro-batch's size")],
 )  # fmt: skip
 def test_where_it_cannot_be_split_the_error_tells_what_to_set(
-    tmp_path: Path, settings: dict[str, Any], why: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], why: str
 ) -> None:
     trainer = of_size(tmp_path, 4, **settings)
-    run_out(trainer, "attack", {1})
+    run_out(monkeypatch, trainer, "attack", {1})
     with pytest.raises(torch.OutOfMemoryError, match=f"with 4 pairs at once, and {why}; halve per_device_train_batch"):
         trainer.train()
 
 
 @pytest.mark.parametrize("where", ["attack", "backward"])
-def test_parts_with_nothing_to_attack_or_to_score_are_as_in_the_whole(where: str, tmp_path: Path) -> None:
+def test_parts_with_nothing_to_attack_or_to_score_are_as_in_the_whole(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, parts = (of_size(tmp_path, 4, attack_engine="packed") for _ in range(2))
     collate = whole.data_collator
 
@@ -150,7 +158,7 @@ def test_parts_with_nothing_to_attack_or_to_score_are_as_in_the_whole(where: str
 
     whole.data_collator = parts.data_collator = emptied
     whole.train()
-    run_out(parts, where, {1, 2})
+    run_out(monkeypatch, parts, where, {1, 2})
     parts.train()
     assert parts._memory.size == 1
     assert_same(weights(parts), weights(whole), within=2e-6)
@@ -166,7 +174,7 @@ def test_a_whole_batch_with_nothing_to_attack_is_refused(tmp_path: Path) -> None
         trainer.train()
 
 
-def test_other_errors_are_not_for_want_of_memory(tmp_path: Path) -> None:
+def test_other_errors_are_not_taken_for_lack_of_memory(tmp_path: Path) -> None:
     trainer = of_size(tmp_path, 4)
 
     def broken(*_: Any, **__: Any) -> None:

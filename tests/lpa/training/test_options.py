@@ -243,7 +243,7 @@ def test_evaluation_during_training_keeps_the_best_step(tmp_path: Path) -> None:
     assert [e["defence_total"] for e in logged(plain)] == [e["defence_total"] for e in logged(trainer)]
 
 
-def test_a_malformed_eval_dataset_is_told_at_once(tmp_path: Path) -> None:
+def test_a_malformed_eval_dataset_raises_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column chosen"):
         LPATrainer(tiny_model(len(TOKENIZER)), tiny_config(tmp_path), rows(8), TOKENIZER,
                    eval_dataset=[{"prompt": "I agree", "rejected": "no"}])  # fmt: skip
@@ -280,7 +280,7 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path, other: dict[str,
         trainer_of(tmp_path, lpa_steps=2, **other).train(resume_from_checkpoint=True)
 
 
-def test_other_data_are_told_and_a_longer_run_goes_on(tmp_path: Path) -> None:
+def test_resuming_on_other_data_raises_and_a_longer_run_goes_on(tmp_path: Path) -> None:
     trainer_of(tmp_path, save_strategy="steps", lpa_steps=1).train()
     with pytest.raises(ValueError, match=r"was made with .*data="):
         trainer_of(tmp_path, rows(9)[1:], lpa_steps=2).train(resume_from_checkpoint=True)
@@ -289,7 +289,7 @@ def test_other_data_are_told_and_a_longer_run_goes_on(tmp_path: Path) -> None:
     assert again.state.global_step == 4
 
 
-def test_other_benign_data_are_told(tmp_path: Path) -> None:
+def test_resuming_on_other_benign_data_raises(tmp_path: Path) -> None:
     def trainer(answer: str, **settings: Any) -> LPATrainer:
         benign = [{"prompt": row["prompt"], "response": answer} for row in rows(4)]
         return trainer_of(tmp_path, benign_dataset=benign, sft_coef=0.1, save_strategy="steps", **settings)
@@ -314,7 +314,7 @@ def test_any_number_can_be_kept_and_resumed(tmp_path: Path, settings: dict[str, 
     json.dumps(trainer_of(tmp_path, **settings).args.own_settings, allow_nan=False)
 
 
-def test_settings_that_cannot_be_kept_are_told_before_the_first_step(tmp_path: Path) -> None:
+def test_settings_that_json_cannot_hold_raise_before_the_first_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": math.nan})
     with pytest.raises(ValueError, match=r"settings of a checkpoint cannot be saved.*lr_scheduler_kwargs.min_lr = nan"):
         trainer.train()

@@ -31,7 +31,7 @@ def test_a_run_on_integer_weights_trains_the_adapters_alone(tmp_path: Path) -> N
     assert logged(trainer)[1]["attack_toward_last"] < logged(trainer)[1]["attack_toward_first"]
 
 
-def test_what_is_quantised_is_not_merged_into(tmp_path: Path) -> None:
+def test_adapters_are_not_merged_into_quantised_weights(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER))
     model.is_quantized = True  # as transformers marks it
     with pytest.raises(ValueError, match="attack_merge_adapters=True, but the model is quantised"):

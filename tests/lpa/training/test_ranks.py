@@ -61,7 +61,7 @@ def test_one_rank_that_fails_stops_all_with_its_message(tmp_path: Path, fsdp: bo
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_what_would_train_every_rank_for_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_under_which_ranks_train_apart_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     with pytest.raises(ValueError, match=r"accelerate is to compile the model \(EAGER\).*dynamo_backend to no"):
         jobs.trainer_of(tmp_path)

@@ -11,42 +11,52 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from lpa import LPATrainer
 from lpa.data import DataError
+from lpa.training.microbatch import MicroBatch
+from lpa.training.step import LPAStep
 from tests.support.tiny import rows, tiny_config, tiny_model
 from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
 
 
-def test_every_micro_batch_is_perturbed_by_its_own_attack_in_every_update(tmp_path: Path) -> None:
+def step_of(trainer: LPATrainer) -> LPAStep:
+    assert trainer._step is not None
+    return trainer._step
+
+
+def test_every_micro_batch_is_perturbed_by_its_own_attack_in_every_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_of(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, lpa_steps=1,
                          defence_steps=3)  # fmt: skip
     used: list[tuple[int, int]] = []
     found: list[int] = []
-    attack, losses = trainer.pgd.attack, trainer._losses
+    attack, losses = trainer.pgd.attack, LPAStep.losses
 
     def watched_attack(pairs: Any, *args: Any, **kwargs: Any) -> Any:
         found.append(id(pairs))
         return attack(pairs, *args, **kwargs)
 
-    def watched_losses(micro: Any) -> Any:
+    def watched_losses(step: LPAStep, micro: MicroBatch) -> Any:
         assert micro.attack is not None
         assert float(torch.stack([d.norm() for d in micro.attack.deltas_by_row]).min()) > 0
         clean = micro.attack
-        with_attack = losses(micro)
+        with_attack = losses(step, micro)
         micro.attack = None
-        without = losses(micro)
+        without = losses(step, micro)
         micro.attack = clean
         assert float(with_attack[1]["toward"]) != float(without[1]["toward"])  # the perturbation reaches the loss
         used.append((id(micro.pairs), id(micro.attack)))
         return with_attack
 
     trainer.pgd.attack = watched_attack  # type: ignore[method-assign]
-    trainer._losses = watched_losses  # type: ignore[method-assign]
+    monkeypatch.setattr(LPAStep, "losses", watched_losses)
     trainer.train()
     assert len(found) == len(set(found)) == 4
     assert len(used) == 12
     assert used[:4] == used[4:8] == used[8:]
     assert len(set(used[:4])) == 4
-    assert trainer._micro == []  # let go of at the end
+    assert trainer._step is None  # let go of at the end
 
 
 def test_attack_runs_without_dropout_and_training_flags_come_back(tmp_path: Path) -> None:
@@ -264,7 +274,7 @@ def test_any_peft_config(tmp_path: Path) -> None:
     assert all("q_proj" in name for name in weights(trainer))
 
 
-def test_nan_in_the_model_is_told_before_anything_changes(tmp_path: Path) -> None:
+def test_nan_in_the_model_raises_before_anything_changes(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER))
     trainer = trainer_of(tmp_path, model=model, save_strategy="steps", lpa_steps=3)
 
@@ -277,10 +287,10 @@ def test_nan_in_the_model_is_told_before_anything_changes(tmp_path: Path) -> Non
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_nan_in_the_defence_is_told_before_the_update(tmp_path: Path) -> None:
+def test_nan_in_the_defence_raises_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tmp_path, save_strategy="steps", lpa_steps=1)
-    before, losses = weights(trainer), trainer._losses
-    trainer._losses = lambda micro: (losses(micro)[0] * float("nan"), {})  # type: ignore[method-assign]
+    before, losses = weights(trainer), LPAStep.losses
+    monkeypatch.setattr(LPAStep, "losses", lambda *given: (losses(*given)[0] * float("nan"), {}))
     with pytest.raises(FloatingPointError, match=r"LPA step 1, update 1: the gradient's norm is nan"):
         trainer.train()
     assert_same(weights(trainer), before)
@@ -298,7 +308,7 @@ def test_bad_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_one_row_is_enough_but_told(tmp_path: Path) -> None:
+def test_one_row_is_enough_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the data set has 1 row and a batch 4"):
         trainer = trainer_of(tmp_path, rows(1))
     trainer.train()
@@ -334,7 +344,7 @@ def test_max_length_is_within_the_context(tmp_path: Path) -> None:
         trainer_of(tmp_path, max_length=5)
 
 
-def test_what_would_not_be_used_is_refused(tmp_path: Path) -> None:
+def test_unused_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the benign data set is not used: sft_coef and kl_coef are 0"):
         trainer_of(tmp_path, benign_dataset=[{"prompt": "I agree", "response": "no"}])
     with pytest.raises(ValueError, match="mlp:9"):  # before any step
@@ -353,7 +363,7 @@ def test_the_attack_enters_late_and_its_radius_grows(tmp_path: Path) -> None:
 
     class Watch(TrainerCallback):
         def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-            attacks = [micro.attack for parts in trainer._micro for micro in parts]
+            attacks = [micro.attack for parts in step_of(trainer).micro for micro in parts]
             made.append([None if each is None else float(each.epsilon) for each in attacks])
 
     trainer.add_callback(Watch())
@@ -371,7 +381,7 @@ def test_the_attack_enters_late_and_its_radius_grows(tmp_path: Path) -> None:
         ({"attack_growth": 3, "attack_epsilon": math.inf}, "attack_growth=3 needs a finite attack_epsilon"),
     ],
 )
-def test_a_schedule_of_the_attack_that_cannot_be(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
+def test_an_impossible_schedule_of_the_attack_raises(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny_config(tmp_path, **settings)
 
@@ -403,7 +413,7 @@ def test_adversaries_without_inner_steps(tmp_path: Path, settings: dict[str, Any
 
     class Watch(TrainerCallback):
         def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-            seen.extend(micro.attack for parts in trainer._micro for micro in parts)
+            seen.extend(micro.attack for parts in step_of(trainer).micro for micro in parts)
 
     trainer.add_callback(Watch())
     trainer.train()
@@ -430,7 +440,7 @@ def test_adversaries_that_cannot_be(tmp_path: Path, settings: dict[str, Any], na
         tiny_config(tmp_path, **settings)
 
 
-def test_a_set_of_prompts_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_set_of_prompts_is_named(tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("Good morning")
     sets = [str(tmp_path / "some.txt"), str(tmp_path / "none.txt")]
     with pytest.raises(ValueError, match=r"the set '.*none.txt' is unavailable"):

@@ -354,7 +354,7 @@ def test_gradients_that_are_not_finite_are_named(engine: str) -> None:
         attacked(spoilt_model(), pairs(SHORT), engine=engine)
 
 
-def test_they_count_as_zero_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_gradients_that_are_not_finite_count_as_zero_on_request(caplog: pytest.LogCaptureFixture) -> None:
     found = attacked(spoilt_model(), pairs(SHORT), nonfinite="zero")
     assert all(bool(delta.isfinite().all()) for delta in found.deltas.values())
     assert "rows of gradients were not finite, the first at site 'embedding' in inner step 0" in caplog.text

@@ -204,7 +204,7 @@ def test_a_mask_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == len(layout.masks) == 2  # full and sliding
 
 
-def test_patterns_of_one_kind_are_told_apart() -> None:
+def test_patterns_of_one_kind_have_masks_of_their_own() -> None:
     layout = pack(ragged_batch())
     config = config_of("sdpa")
     seen = []
@@ -253,7 +253,7 @@ def test_other_threads_get_the_librarys_masks() -> None:
     assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
 
 
-def test_what_cannot_be_packed_is_refused() -> None:
+def test_masks_that_cannot_be_packed_are_refused() -> None:
     layout = pack(ragged_batch())
     embeds, two = torch.zeros(*layout.shape, 4, device=DEVICE), layout.attention_mask
     by_index = torch.ones(layout.shape, dtype=torch.bool, device=DEVICE)

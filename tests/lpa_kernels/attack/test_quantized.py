@@ -26,7 +26,7 @@ def models() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("engine", ["reference", "packed"])
-def test_an_attack_through_integer_weights_is_that_through_their_values(models: Any, engine: str) -> None:
+def test_an_attack_through_integer_weights_equals_one_through_their_values(models: Any, engine: str) -> None:
     few, plain = models
     before = {n: p.clone() for n, p in few.named_parameters()}
     assert sum(p.dtype == torch.int8 for p in before.values()) == 28
@@ -85,7 +85,7 @@ def test_adapters_are_not_merged_into_integers(models: Any) -> None:
         attack_with(models[0], pairs(), SITES, "packed", merge_adapters=True)
 
 
-def test_nor_into_packed_bits_that_call_themselves_floats() -> None:
+def test_adapters_are_not_merged_into_packed_bits_with_a_float_dtype() -> None:
     model = with_lora(dequantised(quantised(llama())))
     weight: Any = model.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
     weight.quant_state = object()  # what bitsandbytes' 4-bit weights carry, stored as bfloat16 for FSDP
@@ -93,7 +93,7 @@ def test_nor_into_packed_bits_that_call_themselves_floats() -> None:
         attack_with(model, pairs(), SITES, "packed", merge_adapters=True)
 
 
-def test_the_stand_in_is_one() -> None:
+def test_the_stand_in_computes_like_a_plain_layer() -> None:
     plain = nn.Linear(8, 4, bias=False)
     layer = IntLinear(plain)
     assert torch.allclose(layer.dequantised().weight, plain.weight, atol=0.01)

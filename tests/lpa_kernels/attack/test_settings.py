@@ -45,7 +45,7 @@ def test_bad_settings(message: str, options: dict[str, Any]) -> None:
         AttackSettings(**options)
 
 
-def test_a_setting_that_is_none_is_named() -> None:
+def test_an_unknown_setting_is_named() -> None:
     with pytest.raises(TypeError, match="eps=2 is no setting of an attack; see AttackSettings"):
         LatentPGD(llama(), "mlp:1", eps=2)
 

@@ -124,7 +124,7 @@ def test_half_precision_is_as_near_to_float32_as_the_model_itself(dtype: torch.d
     assert off["stack"] < 1.5 * off["reference"] + 1e-3, off
 
 
-def test_no_row_is_padded_and_what_never_changes_is_run_once() -> None:
+def test_no_row_is_padded_and_constant_rows_run_once() -> None:
     batch = late(pairs(RAGGED, "all"))
     layout = pack(batch)
     streams = Streams(layout)
@@ -264,9 +264,7 @@ def test_what_later_positions_change_is_compared_again() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_of_a_stack_that_are_a_tenth_off_are_refused(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stack_whose_logits_are_a_tenth_off_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision too, where gradients may be further apart."""
     own = stacked.StackForward.__init__
 
@@ -365,7 +363,7 @@ def test_the_host_reads_ten_times_an_attack_at_most(monkeypatch: pytest.MonkeyPa
         assert torch.equal(again.history["total"], found[steps])
 
 
-def test_what_is_large_and_not_saved_is_gone_when_the_pass_is() -> None:
+def test_large_tensors_that_are_not_saved_end_with_the_pass() -> None:
     """No tensor above 1 MB is alive after a forward pass but what `FrozenStack` saves, nor any after its backward."""
     model = llama(lora=True, hidden_size=256, intermediate_size=512)
     batch = pairs([(150, 5, 7, 0)] * 8)

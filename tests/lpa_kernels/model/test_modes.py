@@ -132,7 +132,7 @@ def test_inference_mode_outside_has_no_part(engine: str) -> None:
         assert not torch.is_inference_mode_enabled()
 
 
-def test_dropout_that_prevents_checkpointing_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropout_that_prevents_checkpointing_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     model = llama(attention_dropout=0.1)
     for enabled, told in ((False, 0), (True, 1), (True, 1)):
         if enabled:

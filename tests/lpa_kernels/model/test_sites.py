@@ -51,7 +51,7 @@ def test_sites_that_do_not_run_once() -> None:
         resolve_sites(nn.Linear(2, 2), "mlp:0")
 
 
-def test_a_model_that_does_not_run_is_told_so() -> None:
+def test_a_model_that_does_not_run_raises() -> None:
     model = llama()
     model.model.layers[1].mlp.double()
     with pytest.raises(RuntimeError, match="LlamaForCausalLM cannot be run plainly, on tokens alone: RuntimeError"):

@@ -177,7 +177,7 @@ def test_the_front_door_of_the_ops_follows_the_environment(monkeypatch):
 
 
 @built
-def test_what_it_cannot_take_goes_to_the_reference():
+def test_calls_that_a_backend_cannot_take_go_to_the_reference():
     double = copied(update_case(2, 3, 10, 4), torch.float64)
     for case in (update_case(2, 3, 10, 4, rule="adam"), double, update_case(2, 3, 10, 4, 3)):
         assert implementation("pgd_update_", "auto", case) is reference.pgd_update_
