@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,26 +25,31 @@ from lpa_kernels.ops import token_loss
 
 @dataclass(frozen=True)
 class BenignBatch:
-    """Prompts with their wanted answers, right padded: ids [B, L] int64, mask [B, L] bool, True at answer tokens."""
+    """Prompts with their wanted answers, right padded: ids [B, L] int64, mask [B, L] bool, True at answer tokens; and
+    the places of the B rows in their data set."""
 
     ids: Tensor
     mask: Tensor
+    rows: Sequence[int] = ()
 
     @classmethod
-    def from_dict(cls, batch: Mapping[str, Any], device: torch.device | str = "cpu") -> BenignBatch:
+    def from_dict(
+        cls, batch: Mapping[str, Any], device: torch.device | str = "cpu", rows: Sequence[int] = ()
+    ) -> BenignBatch:
         """From `BenignCollator`'s keys, benign_ids and benign_mask."""
-        return cls(batch["benign_ids"].to(device), batch["benign_mask"].bool().to(device))
+        return cls(batch["benign_ids"].to(device), batch["benign_mask"].bool().to(device), rows)
 
     @property
     def count(self) -> int:
         """How many answer tokens are predicted."""
         return int(self.mask[:, 1:].sum())
 
-    def part(self, start: int, stop: int) -> BenignBatch:
-        """The rows start .. stop - 1, without the columns that follow the last answer token of them all."""
-        columns = self.mask[start:stop].any(0).nonzero()
+    def take(self, places: Sequence[int]) -> BenignBatch:
+        """Some of the B rows, without the columns that follow the last answer token of them all."""
+        ids, mask = self.ids[list(places)], self.mask[list(places)]
+        columns = mask.any(0).nonzero()
         width = int(columns[-1]) + 1 if len(columns) else 1
-        return BenignBatch(self.ids[start:stop, :width], self.mask[start:stop, :width])
+        return BenignBatch(ids[:, :width], mask[:, :width], [self.rows[place] for place in places] if self.rows else ())
 
     @property
     def labels(self) -> Tensor:

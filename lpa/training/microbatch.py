@@ -69,9 +69,9 @@ class MicroBatch:
         part = replace(self, pairs=self.pairs.part(start, stop), first=self.first + start)
         if self.benign is not None:
             # the benign rows of a micro-batch are as many as its pairs
-            part.benign = self.benign.part(start, stop)
+            part.benign = self.benign.take(range(start, stop))
             if self.base is not None:
-                before = self.benign.part(0, start).count if start else 0
+                before = self.benign.take(range(start)).count if start else 0
                 part.base = self.base[before : before + part.benign.count]
         if self.attack is not None:
             part.attack = self.attack.part(start, stop, part.pairs)

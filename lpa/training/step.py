@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lpa_kernels.attack import PairBatch
 
 from ..config import BENIGN_TERMS
 from ..evaluation.measure import attack_of
-from .losses import BenignBatch, benign_terms, pair_terms, reference_gap
+from .losses import BenignBatch, benign_terms, pair_terms
 from .microbatch import MicroBatch
 from .record import StepRecord
 
@@ -48,7 +49,7 @@ class LPAStep:
         self.record = StepRecord(args, pairs, benign, device)
         whole = [
             MicroBatch.of(
-                p.to(device), None if b is None else BenignBatch(b.ids.to(device), b.mask.to(device)),
+                p.to(device), None if b is None else replace(b, ids=b.ids.to(device), mask=b.mask.to(device)),
                 (index * args.world_size + args.process_index) * args.per_device_train_batch_size,
             )
             for index, (p, b) in enumerate(zip(pairs, benign, strict=True))
@@ -127,16 +128,11 @@ class LPAStep:
 
     def _ask_base_model(self, micro: MicroBatch) -> None:
         """Run the base model once for all updates: for the kl term's logits and for a preference's reference."""
-        trainer, objective = self.trainer, self.trainer.objective
-        kl = micro.benign is not None and "kl" in self.args.coefs
-        refers = objective is not None and objective.needs_reference
-        if not kl and not refers:
-            return
-        with torch.no_grad(), trainer.base_model() as base:
-            if kl and micro.benign is not None:
-                micro.base = micro.benign.logits(base, at=self.args.kl == "public")
-            if refers:
-                micro.reference = reference_gap(trainer.pgd, base, micro.pairs, objective)
+        trainer = self.trainer
+        if micro.benign is not None and "kl" in self.args.coefs:
+            micro.base = trainer.base_logits.of(micro.benign)
+        if trainer.objective is not None:
+            micro.reference = trainer.reference(micro.pairs, trainer.objective)
 
     def _normalisers(self, micro: MicroBatch) -> tuple[float, float, float]:
         """Tokens that the means over rejected, chosen and benign completions divide by."""

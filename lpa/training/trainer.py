@@ -21,6 +21,7 @@ from lpa_kernels.model import frozen_eval
 from ..config import BENIGN_TERMS, LPAConfig
 from ..evaluation.measure import attack_of
 from ..inherited import check_options
+from .base_logits import BaseLogits
 from .callbacks import CanaryCallback, WholeSteps
 from .canaries import Canaries
 from .durable import DurableTrainer, StopTraining
@@ -260,7 +261,9 @@ class LPATrainer(DurableTrainer):
         benign: list[BenignBatch | None] = [None] * len(pairs)
         if self.benign is not None:
             rows = self._benign_sampler.micro_batches(self.lpa_step)
-            benign = [BenignBatch.from_dict(self.benign_collator([self.benign[i] for i in each])) for each in rows]
+            benign = [
+                BenignBatch.from_dict(self.benign_collator([self.benign[i] for i in each]), rows=each) for each in rows
+            ]
         self._step = LPAStep(self, pairs, benign, self._memory.size)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -428,6 +431,7 @@ class LPATrainer(DurableTrainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> TrainOutput:
         """As the base class. A stop takes effect after the running attack, or after the last update of the LPA step."""
         self._compared, self._step = False, None
+        self.base_logits = BaseLogits.for_run(self)
         from_main(self.accelerator, lambda: rehearse_saving(self))
         try:
             return super().train(resume_from_checkpoint, **kwargs)
