@@ -246,12 +246,14 @@ def test_blocks_of_other_kinds_are_refused(config: Any, why: str) -> None:
 @pytest.mark.parametrize("config", [
     GPT2Config(n_layer=4, n_embd=64, n_head=4, vocab_size=300, activation_function="gelu", resid_pdrop=0, embd_pdrop=0,
                attn_pdrop=0),
-    OPTConfig(num_hidden_layers=4, hidden_size=64, ffn_dim=160, num_attention_heads=4, vocab_size=300, dropout=0,
-              word_embed_proj_dim=64),
-    Phi3Config(**CONFIG, pad_token_id=0),
-    Olmo2Config(**CONFIG),
     Gemma3TextConfig(**CONFIG, head_dim=16),
-    GPTNeoXConfig(**{name: value for name, value in CONFIG.items() if name != "num_key_value_heads"}),
+    *(pytest.param(config, marks=pytest.mark.slow) for config in (
+        OPTConfig(num_hidden_layers=4, hidden_size=64, ffn_dim=160, num_attention_heads=4, vocab_size=300, dropout=0,
+                  word_embed_proj_dim=64),
+        Phi3Config(**CONFIG, pad_token_id=0),
+        Olmo2Config(**CONFIG),
+        GPTNeoXConfig(**{name: value for name, value in CONFIG.items() if name != "num_key_value_heads"}),
+    )),
 ], ids=lambda config: config.model_type)  # fmt: skip
 def test_blocks_of_other_families(config: Any, tmp_path: Path) -> None:
     """Fused and gated layers, transformers' Conv1D, more norms: what autograd keeps follows from the block."""

@@ -22,7 +22,7 @@ from tests.support.tiny import tiny_model
 from tests.support.trainers import TOKENIZER, trainer_of
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompt=cells, rejected=cells, chosen=cells)
 def test_no_cell_ends_its_turn_or_changes_the_template(prompt: str, rejected: str, chosen: str) -> None:
     check_cells(prompt, rejected, chosen)
@@ -92,16 +92,18 @@ class Touch:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_runs_no_code(tmp_path: Path, name: str) -> None:
-    options: dict[str, Any] = {"save_strategy": "steps", "lpa_steps": 2, "reset_optimizer": False}
+def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "lpa_steps": 1, "reset_optimizer": False}
     trainer_of(tmp_path / "run", **options).train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    torch.save({"state": Touch(tmp_path / "owned")}, checkpoint / name)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    with pytest.raises(Exception, match=r"(?i)weights_only|damaged|cannot|unsupported"):
-        trainer_of(tmp_path / "run", **options).train(resume_from_checkpoint=str(checkpoint))
-    assert not (tmp_path / "owned").exists()
+    monkeypatch.setattr("lpa.training.durable.checked", lambda path: path)  # else damage ends the run before it loads
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (checkpoint / name).read_bytes()
+        torch.save({"state": Touch(tmp_path / "owned")}, checkpoint / name)
+        with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
+            trainer_of(tmp_path / "run", **options | {"lpa_steps": 2}).train(resume_from_checkpoint=str(checkpoint))
+        assert not (tmp_path / "owned").exists(), name
+        (checkpoint / name).write_bytes(whole)
 
 
 def test_runs_write_safetensors_and_adapters_of_pickles_are_refused(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluate(
         random_model(), adapters, tokenizer=tokenizer(), suites=SUITES,
         output=where / "evaluation", sets=(str(path),), limit=8, max_new_tokens=8, attacks=("direct", "prefix"),
-        epsilons=(0.1, 0.3), steps=(1, 2), trait_steps=2, trait_epsilon=0.3, sites=("embedding", "mlp:1"),
-        keep_texts=True, command="lpa evaluate --as-it-was",
+        epsilons=(0.1, 0.3), steps=(1, 2), trait_steps=2, trait_epsilon=0.3, trait_limit=6,
+        sites=("embedding", "mlp:1"), keep_texts=True, command="lpa evaluate --as-it-was",
     )  # fmt: skip
     return where / "evaluation"
 

@@ -44,15 +44,16 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: Any) -> Path:
-    """A run that nothing has disturbed."""
+    """An uninterrupted run, in this process."""
     folder: Path = tmp_path_factory.mktemp("whole")
-    ranks.run(jobs.train, folder, RUN, folder=folder)
+    jobs.train(folder, RUN)
     return folder
 
 
 # ---- kills and stops -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("place", jobs.PLACES)
 def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(whole: Path, tmp_path: Path, place: str) -> None:
     killed = ranks.Ranks(jobs.die, tmp_path, RUN, place, folder=tmp_path)
@@ -69,12 +70,13 @@ def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(whole: Path, tm
 
 def test_one_seed_is_one_result(whole: Path, tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
-    jobs.train(one, RUN)  # in this process, which has its own past
+    jobs.train(one, RUN)
     assert same(whole, one)
     jobs.train(other, RUN | {"seed": 43})
     assert not same(whole, other)
 
 
+@pytest.mark.ranks
 def test_a_checkpoint_of_two_ranks_goes_on_on_one(whole: Path, tmp_path: Path) -> None:
     ranks.run(jobs.stop, tmp_path, RUN, folder=tmp_path, world=2)
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-2"]

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.support.any_settings import check, choices
 
-EXAMPLES = 15
+EXAMPLES = 10
 
 
 @pytest.mark.filterwarnings("ignore")
