@@ -90,14 +90,20 @@ def model_of(name: str | Shape) -> Any:
     return _model(shape.family, json.dumps(shape.config), shape.dtype)
 
 
+def base_model(shape: Shape) -> Any:
+    """The random model of a shape without adapters, a new one each time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device(device()):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.family, **shape.config), dtype=shape.dtype)
+
+
 @lru_cache(maxsize=1)
 def _model(family: str, config: str, dtype: torch.dtype) -> Any:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    with torch.device(device()):
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **json.loads(config)), dtype=dtype)
+    base = base_model(Shape("", json.loads(config), (), 0, 0, 0, 0, dtype, family))
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
     for part, p in model.named_parameters():
         if "lora_B" in part:

@@ -29,11 +29,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from benchmarks import measure
 from benchmarks.tiny_models import VOCAB, build
 from lpa import LPAConfig, LPATrainer
 from lpa.inherited import HARMLESS, OPTIONS_REFUSED, OPTIONS_USED, REFUSED, USED
 
-RESULTS = Path(__file__).parent / "results"
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCAB))]
 PAIRS = [{"prompt": f"w{n} w{n + 1} w{n + 2}", "rejected": f"w{n + 40} w{n + 41}", "chosen": f"w{n + 60}"}
          for n in range(3, 11)]  # fmt: skip
@@ -233,18 +233,16 @@ def table(found: list[Result]) -> str:
         f"transformers {transformers.__version__}, torch {torch.__version__}, CPU. {len(found)} cases of {every} "
         "settings and options; `python -m benchmarks.sweep_arguments`. Weights differ by any bit.", "",
         *(f"- {kind}: {n} {verdict}" for (kind, verdict), n in sorted(count.items())), "",
-        "| setting or option | set to | it is | came to | told, or what differs |", "|---|---|---|---|---|",
     ]  # fmt: skip
-    for each in found:
-        cells = (each.name, f"`{each.value}`", each.kind, each.verdict, each.told)
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [(each.name, f"`{each.value}`", each.kind, each.verdict, each.told) for each in found]
+    head = ("setting or option", "set to", "it is", "came to", "told, or what differs")
+    return "\n".join(lines) + "\n" + measure.table(head, rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="settings and options; all of them by default")
-    parser.add_argument("--out", type=Path, default=RESULTS / "sweep-arguments.json")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "sweep-arguments.json")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu import measures
+from benchmarks.gpu import measures, preference
 from benchmarks.gpu.measures import Found, Skip, attack_time, synchronized, where_time_goes
 from benchmarks.gpu.shapes import BATCH, CONFIGS, STEPS, TINY, counted, products, shape
-from benchmarks.loop_cases import Shape, batch_of, conventional, forget_model, model_of, ours
+from benchmarks.loop_cases import Shape, base_model, batch_of, conventional, forget_model, model_of, ours
 from benchmarks.measure import ROOT, copy_bandwidth, device, scale_bandwidth
 from benchmarks.op_cases import ALL, GPU, Case, all_cases, packed_mask, packed_places
 from benchmarks.op_cases import TINY as TINY_OPS
-from lpa_kernels import LatentPGD, PairBatch, shared_prefix
+from lpa_kernels import LatentPGD
 from lpa_kernels.model import decoder_layers, resolve_sites
 
 Cases = dict[str, Callable[[], Found]]
@@ -226,14 +224,6 @@ for _family, _pairs in (("llama", 16), ("llama", 2), ("llama", 8), ("qwen3", 16)
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def base_model(own: Shape) -> Any:
-    """The random model of a shape without adapters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device(device()):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(own.family, **own.config), dtype=own.dtype)
-
-
 def train(own: Shape, lpa_steps: int, **settings: Any) -> Found:
     """A run of so many LPA steps of 16 pairs in micro-batches of the shape's: seconds, and memory."""
     from datasets import Dataset
@@ -281,59 +271,18 @@ def run(dry: bool) -> Cases:
 # ---- shared prefixes -------------------------------------------------------------------------------------------------
 
 
-def plain_logps(model: Any, batch: PairBatch) -> Tensor:
-    """[2B, L - 1] log-probabilities, 0 off the completions, from one pass over rejected and chosen texts, as TRL's."""
-    ids = torch.cat([batch.rejected_ids, batch.chosen_ids])
-    mask = torch.cat([batch.rejected_mask, batch.chosen_mask])[:, 1:]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][mask]
-    own = -F.cross_entropy(logits.float(), ids[:, 1:][mask], reduction="none")
-    return own.new_zeros(mask.shape).masked_scatter(mask, own)
-
-
-def flash_logps(model: Any, batch: PairBatch) -> Tensor:
-    """The same within flash-pref's context."""
-    from flash_pref import shared_prefix as context
-
-    ids = torch.cat([batch.rejected_ids, batch.chosen_ids])
-    with context(model, input_ids=ids, attention_mask=torch.ones_like(ids)):
-        return plain_logps(model, batch)
-
-
-LOGPS = {"two texts a pass": plain_logps, "shared_prefix": shared_prefix, "flash-pref": flash_logps}
-
-
 @piece("prefix")
 def prefix(dry: bool) -> Cases:
-    """A DPO step's policy pass, forward and backward, 7B, completions of 64, beside plain passes and flash-pref."""
+    """A DPO step's policy pass, forward and backward, 7B, completions of 64, by each library."""
     config = CONFIGS["llama"] | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 32}
     config |= {"max_position_embeddings": 16384} | (TINY if dry else {})
 
     def step(prompt: int, way: str) -> Found:
-        if way == "flash-pref" and not all(map(importlib.util.find_spec, ("flash_pref", "flash_attn"))):
-            raise Skip("flash-pref and flash-attn are not installed")
         own = Shape("7B", config, (), 1 if prompt > 4096 else 2, prompt, 64, 64, torch.bfloat16)
-        model, batch, logps = model_of(own), batch_of(own), LOGPS[way]
-        if way == "flash-pref":
-            model.set_attn_implementation("flash_attention_2")
-        model.gradient_checkpointing_enable()  # as flash-pref's figures were made; a long prompt needs it
-        model.enable_input_require_grads()
-        model.train()
-
-        def run() -> None:
-            rejected, chosen = logps(model, batch).sum(1).chunk(2)
-            F.softplus(-0.1 * (chosen - rejected)).mean().backward()  # DPO's loss, without the reference's constants
-            model.zero_grad()
-
-        try:
-            measures.fresh()
-            run()
-            taken = [-synchronized() + (run(), synchronized())[1] for _ in range(1 if dry else 5)]
-            return {"ms": sorted(taken)[len(taken) // 2] * 1e3} | measures.peaks()
-        finally:
-            forget_model()  # the next way gets a model as it was
+        return preference.step(own, way, 1 if dry else 5)
 
     lengths = (16,) if dry else (128, 1024, 8192)
-    return {f"prompt {n}, {way}": partial(step, n, way) for n, way in pairings(lengths, LOGPS)}
+    return {f"prompt {n}, {way}": partial(step, n, way) for n, way in pairings(lengths, preference.WAYS)}
 
 
 # ---- the real model --------------------------------------------------------------------------------------------------

@@ -61,16 +61,23 @@ def counted(family: str, pairs: int, dry: bool) -> dict[str, float]:
     from transformers import AutoConfig
 
     from lpa import LPAConfig
-    from lpa.plan import PlanShape, estimate
+    from lpa.plan import Estimate, PlanShape, estimate
 
     own, parts = shape(family, pairs, dry), max(BATCH // pairs, 1)
-    args = LPAConfig(tempfile.gettempdir(), report_to=[], use_cpu=True, lpa_steps=1, attack_sites=list(own.sites),
-                     per_device_train_batch_size=pairs, gradient_accumulation_steps=parts)  # fmt: skip
     completion = (own.rejected + own.chosen) // 2  # as many tokens and labels
-    found = estimate(AutoConfig.for_model(family, **own.config), args, PlanShape(own.prompt, completion),
-                     dtype=own.dtype, attn_implementation="sdpa")  # fmt: skip
+
+    def planned(**options: bool) -> Estimate:
+        args = LPAConfig(tempfile.gettempdir(), report_to=[], use_cpu=True, lpa_steps=1, attack_sites=list(own.sites),
+                         per_device_train_batch_size=pairs, gradient_accumulation_steps=parts, **options)  # fmt: skip
+        return estimate(AutoConfig.for_model(family, **own.config), args, PlanShape(own.prompt, completion),
+                        dtype=own.dtype, attn_implementation="sdpa")  # fmt: skip
+
+    found, checkpointed = planned(), planned(gradient_checkpointing=True)
+    attack = found.phases["attack"]
     return {
-        "FLOP": found.attack_flops / args.attack_steps / parts,
+        "FLOP": found.attack_flops / STEPS / parts,
         "tokens": found.tokens,
         "planned peak GB": round(found.peak.total() / 1e9, 2),
+        "planned peak GB, checkpointed": round(checkpointed.peak.total() / 1e9, 2),
+        "planned attack GB without activations": round((attack.total() - attack["activations"]) / 1e9, 2),
     }

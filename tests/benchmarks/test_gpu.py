@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as entry
-from benchmarks.gpu import pieces
+from benchmarks.gpu import counts, pieces, preference
 from benchmarks.gpu.measures import Skip
+from benchmarks.gpu.shapes import shape
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.profile_step import KERNELS, group_of
+from lpa_kernels.ops.triton import launch
 
 FAMILIES = {"llama": "Llama-3-8B", "qwen3": "Qwen3-8B"}
 QUICK = ("truth", "sanitizer")
@@ -79,6 +83,13 @@ def test_a_broken_device_ends_the_process(dry: Any, monkeypatch: pytest.MonkeyPa
     assert (code, found["fake"]["next"]["found"]) == (0, {})
 
 
+def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preference.importlib.util, "find_spec", lambda name: None)
+    for way, says in (("TRL", "trl"), ("flash-pref", "flash_pref and flash_attn"), ("Unsloth", "unsloth")):
+        with pytest.raises(Skip, match=f"^{says}: not installed$"):
+            preference.step(shape("llama", 2, True), way, 1)
+
+
 def test_a_record_of_another_machine_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     path = tmp_path / "record.json"
@@ -128,6 +139,29 @@ def test_every_piece_runs_dry(name: str, dry: Any) -> None:
     assert {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
 
 
+@pytest.mark.skipif(launch.INTERPRETED, reason="Triton's interpreter launches nothing")
+def test_a_step_is_counted_by_what_its_kernels_are_given() -> None:
+    kernels, saved = counts.step_of(shape("llama", 2, dry=True))
+    launches, moved = Counter[str](), Counter[str]()
+    for kernel, many in kernels.items():
+        launches["products" if kernel.product else kernel.name] += many
+        moved[kernel.name] += many * kernel.bytes
+    tokens, scored, width, inner, blocks = 2 * (10 + 2 + 4), 2 * (1 + 2 + 4), 64, 96, 4
+    assert (launches["_swiglu"], launches["_swiglu_backward"], launches["_update"]) == (blocks, blocks, 1)
+    gated = (blocks - 1) * tokens + scored  # the last block's feed-forward runs on the scored tokens alone
+    assert moved["_swiglu"] == 6 * gated * inner
+    assert moved["_swiglu_backward"] == 10 * gated * inner
+    streams = 2 * width * (2 * tokens * blocks - tokens + 2 * scored)  # r before each norm, bf16
+    assert streams + 4 * gated * inner < saved < 3 * streams + 4 * gated * inner
+
+
+def test_products_in_whole_tiles() -> None:
+    product = partial(counts.Kernel, "mm", True, 0, 0)
+    assert product((128, 132 * 128)).in_waves() == 1
+    assert product((129, 132 * 128)).in_waves() == pytest.approx(129 / 256)
+    assert product((1, 64)).in_waves() == pytest.approx(1 / 128 / 132)
+
+
 @pytest.mark.parametrize(("kernel", "group"), [
     ("triton_poi_fused__to_copy_add_mul_3", "compiled"),
     ("triton_red_fused__softmax_index_mean_pow_rsqrt_0", "compiled"),
@@ -146,12 +180,17 @@ def test_the_page_has_every_piece_and_count() -> None:
     page = (ROOT / "docs" / "performance.md").read_text()
     for name in pieces.PIECES:
         assert f"`{name}`" in page or f"`-{name.rpartition('-')[2]}`" in page, name
+    new, _, old = page.partition("## The packed engine at 8B")
     steps = json.loads((RESULTS / "counts-8b.json").read_text())["steps"]
     states = [steps[f"{family}, 16 pairs"]["GB"]["the rest"] * 1e9 / depth / (16 * 142 * 4096 * 2)
               for family, depth in (("llama", 32), ("qwen3", 36))]  # fmt: skip
-    assert "as {:.0f}\nof its hidden states in bf16 have (Qwen3: {:.0f})".format(*states) in page
+    assert "as {:.0f}\nof its hidden states in bf16 have (Qwen3: {:.0f})".format(*states) in old
     for name, step in steps.items():
         family, _, rest = name.partition(", ")
-        row = next(line for line in page.splitlines() if line.startswith(f"| {FAMILIES[family]}, {rest} |"))
+        row = next(line for line in old.splitlines() if line.startswith(f"| {FAMILIES[family]}, {rest} |"))
         assert f"| {step['FLOP'] / 1e12:.1f} | {step['FLOP of the public loop'] / 1e12:.1f} |" in row
         assert row.endswith(f"| {step['ms by the assumed rates']['step']:.1f} |")
+    assert "Counts and predictions, not measurements" in new
+    steps = json.loads((RESULTS / "counts-stack-8b.json").read_text())["steps"]
+    assert counts.summary(steps) in new
+    assert counts.by_kernel(steps) in (ROOT / "docs" / "kernels.md").read_text()

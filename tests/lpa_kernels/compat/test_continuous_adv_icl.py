@@ -11,6 +11,7 @@ from torch import Tensor
 from lpa_kernels.compat import continuous_adv_icl
 from lpa_kernels.compat.continuous_adv_icl import NORMS, ContinuousAttacker, singular_spread
 from tests.support.batches import llama
+from tests.support.foreign import continuous
 from tests.support.models import DEVICE, VOCAB
 
 SETTINGS: dict[str, Any] = {"steps": 10, "step_size": 1e-2, "radius": 0.05}
@@ -86,3 +87,20 @@ def test_the_singular_value_term_and_its_gradient() -> None:
     (grad,) = torch.autograd.grad(spread, weight)
     assert torch.allclose(grad, left @ torch.diag((values - values.mean()) / 5 / spread.detach()) @ right, atol=1e-6)
     assert continuous_adv_icl.singular_spread(weight.to(torch.bfloat16)).dtype == torch.float32
+
+
+def test_a_trainer_finds_it_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuous, "ContinuousAttacker", ContinuousAttacker)
+    model = llama(lora=True)
+    trainer = continuous.AdversarialTrainer(model, SETTINGS | {"norm_type": "l2"})
+    prompt, there, target, scored = batch()
+    inputs = {"prompt_ids": prompt, "prompt_mask": there, "harmful_ids": target, "harmful_mask": scored,
+              "safe_ids": target.flip(1)}  # fmt: skip
+    losses = []
+    for _ in range(3):
+        wanted = plain(model.eval(), "l2", prompt, there, target, scored)
+        loss, delta = trainer.step(inputs)
+        losses.append(loss)
+        assert torch.allclose(delta, wanted, atol=1e-5)
+    assert losses[-1] < losses[0]
+    assert model.training

@@ -7,7 +7,7 @@ import logging
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -105,27 +105,58 @@ def test_checkpointed_activations() -> None:
     assert_same(*found)
 
 
-def test_groups_padded_on_the_left() -> None:
+def groups() -> list[Tensor]:
+    """Prompts padded on the left and completions on the right, each with its mask: two groups of three completions."""
     draw = torch.Generator().manual_seed(0)
-    lengths, sizes = (3, 7, 7), (4, 2)  # two groups of three completions
+    lengths, sizes = (3, 7, 7), (4, 2)
     prompts = [torch.randint(1, VOCAB, (length,), generator=draw) for length in sizes]
     prompt_ids = torch.stack([nn.functional.pad(p, (6 - len(p), 0)) for p in prompts]).repeat_interleave(3, 0)
     prompt_mask = (prompt_ids > 0).long()
     ends = torch.tensor(lengths * 2)[:, None]
     completion_mask = (torch.arange(7) < ends).long()
     completion_ids = torch.randint(1, VOCAB, (6, 7), generator=draw) * completion_mask
-    given = [t.to(DEVICE) for t in (prompt_ids, prompt_mask, completion_ids, completion_mask)]
+    return [t.to(DEVICE) for t in (prompt_ids, prompt_mask, completion_ids, completion_mask)]
+
+
+def test_groups_padded_on_the_left() -> None:
     found = []
     for patch in (None, patch_trl(trl_like)):
         model = tiny("llama")
         trl_like.add_fused_lm_head(model, temperature=0.7)
         with places(model) as seen:
-            found.append(trl_like.group_log_probs(model, *given))
+            found.append(trl_like.group_log_probs(model, *groups()))
         if patch is not None:
             assert seen[-1] < 6 * 13 / 1.5
             patch.undo()
     assert torch.allclose(*found, atol=2e-5)
     assert float(found[0].detach().abs().max()) > 1
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_updates_of_grpo_and_rloo(method: str) -> None:
+    """Two updates, reference passes without adapters among them: the same losses and weights, each prompt run once."""
+    rewards = torch.tensor([0.3, 0.9, 0.1, 0.7, 0.2, 0.6], device=DEVICE)
+    found = []
+    for patched in (False, True):
+        with patch_trl(trl_like) if patched else nullcontext():
+            model = lora()
+            trainer = trl_like.GroupTrainer(model, method)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        optimizer, losses = torch.optim.SGD(trained, lr=0.1), []
+        with places(model) as seen:
+            for _ in range(2):
+                losses.append(trainer.compute_loss(rewards, *groups()))
+                optimizer.zero_grad()
+                losses[-1].backward()
+                optimizer.step()
+        assert (seen[-1] < 6 * 13 / 1.5) == patched
+        found.append((losses, [p.detach() - b for p, b in zip(trained, before, strict=True)]))
+    (theirs, moved), (ours, moved_patched) = found
+    assert torch.allclose(torch.stack(ours), torch.stack(theirs), atol=1e-5)
+    most = max(float(step.abs().max()) for step in moved)
+    assert most > 1e-4
+    assert max(float((a - b).abs().max()) for a, b in zip(moved, moved_patched, strict=True)) < 1e-3 * most
 
 
 @pytest.mark.parametrize("why", ["other prompts", "recurrent", "more arguments"])

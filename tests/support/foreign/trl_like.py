@@ -111,3 +111,27 @@ def group_log_probs(model, prompt_ids, prompt_mask, completion_ids, completion_m
     labels = ids.masked_fill(torch.cat([torch.zeros_like(prompt_mask), completion_mask], 1) == 0, -100)
     found = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
     return found.log_probs[:, -completion_ids.shape[1] :]
+
+
+class GroupTrainer:
+    """Groups of completions, each of one prompt: GRPO's loss a token or RLOO's a sequence, under a KL penalty."""
+
+    def __init__(self, model, method="grpo", size=3, beta=0.04, temperature=0.7):
+        self.model, self.method, self.size, self.beta = model, method, size, beta
+        add_fused_lm_head(model.get_base_model(), temperature=temperature)
+
+    def compute_loss(self, rewards, *inputs):
+        log_probs, mask = group_log_probs(self.model, *inputs), inputs[-1]
+        with torch.no_grad(), self.model.disable_adapter():
+            reference = group_log_probs(self.model, *inputs)
+        groups = rewards.view(-1, self.size)
+        if self.method == "grpo":
+            gains = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()[:, None]
+            ratio = (log_probs - log_probs.detach()).exp()
+            apart = reference - log_probs
+            losses = -torch.min(ratio * gains, ratio.clamp(0.8, 1.2) * gains) + self.beta * (apart.exp() - apart - 1)
+            return ((losses * mask).sum(1) / mask.sum(1)).mean()
+        groups = (rewards - self.beta * (log_probs - reference).detach().sum(1)).view(-1, self.size)
+        gains = (groups - (groups.sum(1, keepdim=True) - groups) / (self.size - 1)).flatten()
+        total = log_probs.sum(1)
+        return -(gains * (total - total.detach()).exp()).mean()
