@@ -1,7 +1,8 @@
 """Exact or refused: every causal-LM type, tuner and quantised base against an oracle of one text a pass.
 
     python -m benchmarks.sweep_models                    # all of it, into benchmarks/results/sweep-models.json
-    python -m benchmarks.sweep_models types:llama tuners # some cases by their names' beginnings
+    python -m benchmarks.sweep_models types:llama tuners # some cases by their names' beginnings, in their places there
+    python -m benchmarks.sweep_models --resume           # the cases that are not there
 
 Every case runs in a process of its own with a time limit: a tiny random float32 model, its windows and chunks of 24
 tokens, attacked on a ragged batch of short rows and then, by the same object, on rows longer than the window.
@@ -290,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="beginnings of cases' names; all of them by default")
     parser.add_argument("--out", type=Path, default=RESULTS / "sweep-models.json")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are there, run the rest")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
@@ -298,14 +300,17 @@ def main(argv: list[str] | None = None) -> None:
             importlib.import_module(module)
         except ImportError:
             continue
-    results = []
-    for case, make in cases().items():
-        if args.cases and not any(case.startswith(name) for name in args.cases):
+    everything, kept = cases(), {}
+    if (args.resume or args.cases) and args.out.exists():
+        kept = {result["case"]: Result(**result) for result in json.loads(args.out.read_text())}
+    for case, make in everything.items():
+        if (args.resume and case in kept) or (args.cases and not case.startswith(tuple(args.cases))):
             continue
-        results.append(run(case, make))
-        print(*asdict(results[-1]).values(), flush=True)
-    args.out.write_text(json.dumps([asdict(result) for result in results], indent=1, allow_nan=True) + "\n")
-    args.out.with_suffix(".md").write_text(table(results))
+        kept[case] = run(case, make)
+        print(*asdict(kept[case]).values(), flush=True)
+        results = [kept[case] for case in everything if case in kept]
+        args.out.write_text(json.dumps([asdict(result) for result in results], indent=1, allow_nan=True) + "\n")
+        args.out.with_suffix(".md").write_text(table(results))
 
 
 if __name__ == "__main__":

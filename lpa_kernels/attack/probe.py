@@ -177,14 +177,12 @@ def _isolation(model: nn.Module, layout: Layout, base: Tensor) -> str:
         ids = torch.where(change, layout.input_ids[:, :1], layout.input_ids)
         return float((layout_logits(model, replace(layout, input_ids=ids)) - base)[rows.to(base.device)].abs().max())
 
-    leak = max(
-        moved(layout.branch == REJECTED, ~layout.rejected),
-        moved(layout.branch == CHOSEN, layout.rejected),
-    )
+    # one pass for both directions: other rejected tokens in the first pair, other chosen ones in the second
+    second = torch.arange(len(layout.branch), device=layout.branch.device)[:, None] == 1
+    leak = moved(layout.branch == torch.where(second, CHOSEN, REJECTED), layout.rejected == (layout.example == 1))
     if leak <= _ROUNDING * float(base.abs().max()):  # 0, but for experts, whose sums may go by where memory lies
         return ""
-    second_row = torch.arange(len(layout.branch), device=layout.branch.device)[:, None] == 1
-    noise = moved(second_row, layout.example == 0)
+    noise = moved(second.expand_as(layout.branch), layout.example == 0)
     if leak <= 4 * noise:
         return ""
     return f"one completion's tokens move the other's logits by {leak:.1e}, those of another row by {noise:.1e}"

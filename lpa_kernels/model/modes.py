@@ -98,11 +98,11 @@ def as_if_trained(model: nn.Module) -> Iterator[None]:
 
 
 def _adapters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of adapters, whatever tuner of peft they are of."""
+    """The parameters of adapters, whatever tuner of peft they are of, but for those that are merged."""
     parts: list[nn.Module] = []
     for module in modules_of(model):
         names = getattr(module, "adapter_layer_names", None)
-        if isinstance(names, tuple):
+        if isinstance(names, tuple) and not getattr(module, "merged", False):
             parts += [below for name in names for below in _below(getattr(module, name, None))]
     return list({id(p): p for part in parts for p in part._parameters.values() if p is not None}.values())
 

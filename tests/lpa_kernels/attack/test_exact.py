@@ -24,7 +24,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlavaConfig, LlavaForC
 
 from benchmarks.oracle import CUT_OFF, plain_attack
 from benchmarks.sweep_models import LONG, SHORT, off_by, pairs
-from benchmarks.tiny_models import VOCAB, build
+from benchmarks.tiny_models import VOCAB, build, draw_weights
 from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
 from lpa_kernels.attack.verdicts import way_of
 from lpa_kernels.model.modes import not_repacked
@@ -206,6 +206,20 @@ def wrong() -> Any:
 def test_wrong_gradients_are_refused_by_the_layers_name() -> None:
     with pytest.raises(RuntimeError, match=r"not those of its losses.*finite differences.*Repacked"):
         attacked(wrong(), pairs(SHORT))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wrong_gradients_are_refused_in_half_precision(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match=r"not those of its losses.*Repacked"):
+        attacked(wrong().to(dtype), pairs(SHORT))
+
+
+def test_gradients_that_rounding_turns_are_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """Weights this large: along bfloat16's gradient the loss rises by less than half of what its norm says."""
+    model = build("llama")
+    draw_weights(model, 0, 0.6)
+    attacked(model.to(torch.bfloat16), pairs(LONG))
+    assert "one rounding of its embeddings turns the gradients" in caplog.text
 
 
 class _Weaker(torch.autograd.Function):
