@@ -1,4 +1,4 @@
-"""Exact or refused: every causal-LM type, tuner and quantised base against an oracle of one text a pass.
+"""Exact or refused: every causal-LM type, wrapper, tuner and quantised base against an oracle of one text a pass.
 
     python -m benchmarks.sweep_models                    # all of it, into benchmarks/results/sweep-models.json
     python -m benchmarks.sweep_models types:llama tuners # some cases by their names' beginnings, in their places there
@@ -28,7 +28,10 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from benchmarks.adapted_models import QUANTISED, TRIGGER, TUNERS, quantised, tuned, with_lora
 from benchmarks.oracle import CUT_OFF, plain_attack
@@ -237,6 +240,9 @@ def cases() -> dict[str, Callable[[], Any]]:
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         found[f"types:{kind}"] = partial(build, kind)
         found[f"types:{kind}+lora"] = partial(_with_lora, build, kind)
+    for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:  # used for text
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            found[f"wrappers:{kind}"] = partial(build, kind)
     for name in TUNERS:
         found[f"tuners:{name}"] = partial(tuned, name)
     for name in QUANTISED:
@@ -269,7 +275,7 @@ def table(results: list[Result]) -> str:
     """The results as a page, the verdicts' counts first."""
     lines = ["# Exact or refused: the sweep of models", "", f"transformers {transformers.__version__}, peft "
              f"{peft.__version__}, torch {torch.__version__}, CPU, float32.", ""]  # fmt: skip
-    for group in ("types", "tuners", "quantised"):
+    for group in ("types", "wrappers", "tuners", "quantised"):
         some = [result for result in results if result.case.startswith(group)]
         count = Counter((result.verdict, "+lora" in result.case) for result in some)
         lines += [f"- {group}: " + ", ".join(f"{n} {v}{' with LoRA' * lora}" for (v, lora), n in sorted(count.items()))]

@@ -1,4 +1,4 @@
-"""Tiny random models of any causal-LM type of transformers, made from its configuration class with the sizes cut."""
+"""Tiny random models of any type of transformers that writes text, made from its configuration with the sizes cut."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB, WIDTH, DEPTH, HEADS, WINDOW = 128, 32, 4, 4, 24
 
@@ -96,6 +97,9 @@ def shrunk(config_class: Any) -> dict[str, Any]:
             values[name] = None if value is None else shrunk(type(value))
         elif name in ("num_key_value_heads", "num_kv_heads") and value == getattr(default, "num_attention_heads", None):
             values[name] = HEADS  # attention without groups stays so
+        elif isinstance(value, dict) and "mrope_section" in value:
+            half = int(4 * value.get("partial_rotary_factor", 1.0))  # of a head of 8
+            values[name] = value | {"mrope_section": [half - half // 3 * 2, half // 3, half // 3]}
         elif isinstance(value, (list, tuple)) and depth and len(value) == depth and len(value) > DEPTH:
             values[name] = _spread(list(value))
         else:
@@ -129,7 +133,9 @@ def build(model_type: str, attention: str = "eager", seed: int = 0, wide: bool =
         if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
             config.is_decoder = True  # bert's kind is a decoder on demand
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        plain = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        auto = AutoModelForCausalLM if plain else AutoModelForImageTextToText
+        model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
     if sum(p.numel() for p in model.parameters()) > 20_000_000:
         raise ValueError(f"the shrunk {model_type} still has {sum(p.numel() for p in model.parameters())} parameters")
     draw_weights(model, seed, 0.1 if wide else 0.2)
