@@ -14,7 +14,8 @@ from torch import Tensor
 from lpa.data import DataError
 from lpa.data.templates import ChatEncoder
 from lpa.models import context_length
-from lpa_kernels.attack import AttackResult, output_head
+from lpa_kernels.attack import AttackResult
+from lpa_kernels.model import selected_rows
 
 Tokens = list[int]
 
@@ -157,16 +158,8 @@ class Bench:
         ids = torch.tensor([text + [self._pad] * (longest - len(text)) for text in texts], device=self.device)
         flat = torch.tensor([row * longest + place for row, own in enumerate(places) for place in own])
 
-        def select(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden = inputs[0]
-            return (hidden.flatten(0, 1).index_select(0, flat.to(hidden.device))[None], *inputs[1:])
-
-        handle = output_head(self.model).register_forward_pre_hook(select)
-        try:
-            with torch.set_grad_enabled(grad):
-                logits = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            handle.remove()
+        with selected_rows(self.model, (len(texts), longest), flat), torch.set_grad_enabled(grad):
+            logits = self.model(input_ids=ids, use_cache=False).logits
         return list(logits[0].float().log_softmax(-1).split([len(own) for own in places]))
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpa_kernels.model import decoder_layers, frozen_eval, hidden_of, with_hidden
+from lpa_kernels.model import decoder_layers, frozen_eval, hidden_of, hooked, with_hidden
 
 from .bench import Bench, Tokens, batches
 
 Row = tuple[Tokens, Tokens]  # the tokens of a prompt and of its answer
-Tick = Callable[[int, int], None]
 
 
 # ---- soft suffix ---------------------------------------------------------------------------------------------------
@@ -107,14 +106,14 @@ def _last_states(bench: Bench, prompts: Sequence[Tokens]) -> list[Tensor]:
     for chunk in batches(prompts, bench.batch_size):
         last = torch.tensor([len(prompt) - 1 for prompt in chunk])
 
-        def keep(number: int, output: Any, last: Tensor = last) -> None:
-            hidden = hidden_of(output)
-            found[number].append(hidden[torch.arange(len(last)), last.to(hidden.device)].float().cpu())
+        def keeping(own: list[Tensor], last: Tensor = last) -> Callable[..., None]:
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                hidden = hidden_of(output)
+                own.append(hidden[torch.arange(len(last)), last.to(hidden.device)].float().cpu())
 
-        with ExitStack() as stack:
-            for number, layer in enumerate(layers):
-                hook = layer.register_forward_hook(lambda m, i, output, number=number: keep(number, output))
-                stack.callback(hook.remove)
+            return keep
+
+        with hooked(after=[(layer, keeping(own)) for layer, own in zip(layers, found, strict=True)]):
             bench.log_probs(chunk, [[len(prompt) - 1] for prompt in chunk])
     return [torch.cat(own) for own in found]
 
@@ -127,15 +126,16 @@ def ablated(model: Any, directions: Sequence[Tensor]) -> Iterator[None]:
         directions: unit vectors [width], one a block.
     """
 
-    def project(output: Any, direction: Tensor) -> Any:
-        hidden = hidden_of(output)
-        own = direction.to(hidden)
-        return with_hidden(output, hidden - (hidden @ own)[..., None] * own)
+    def without(direction: Tensor) -> Callable[..., Any]:
+        def project(module: nn.Module, inputs: Any, output: Any) -> Any:
+            hidden = hidden_of(output)
+            own = direction.to(hidden)
+            return with_hidden(output, hidden - (hidden @ own)[..., None] * own)
 
-    with ExitStack() as stack:
-        for layer, direction in zip(decoder_layers(model), directions, strict=True):
-            hook = layer.register_forward_hook(lambda m, i, output, d=direction: project(output, d))
-            stack.callback(hook.remove)
+        return project
+
+    blocks = zip(decoder_layers(model), directions, strict=True)
+    with hooked(after=[(block, without(direction)) for block, direction in blocks], foreign=True):
         yield
 
 
@@ -155,18 +155,16 @@ def eroding(
         rows: prompts with the answers to learn. rank: of LoRA, whose alpha equals it. rate: AdamW's.
     """
     draw = torch.Generator().manual_seed(seed)
-    pairs: list[tuple[Tensor, Tensor]] = []
+    hooks: list[tuple[nn.Module, Any]] = []
+    free: list[Tensor] = []
     order: list[int] = []
-    with ExitStack() as stack:
-        for layer in decoder_layers(bench.model):
-            for module in _linears(layer):
-                weight = next(module.parameters())
-                down = torch.randn(rank, module.in_features, generator=draw) / module.in_features**0.5
-                pair = (down.to(weight.device).requires_grad_(),
-                        torch.zeros(module.out_features, rank, device=weight.device, requires_grad=True))  # fmt: skip
-                pairs.append(pair)
-                stack.callback(module.register_forward_hook(_added(*pair)).remove)
-        free = [value for pair in pairs for value in pair]
+    for module in (linear for layer in decoder_layers(bench.model) for linear in _linears(layer)):
+        device = next(module.parameters()).device
+        down = torch.randn(rank, module.in_features, generator=draw) / module.in_features**0.5
+        down, up = down.to(device).requires_grad_(), torch.zeros(module.out_features, rank, device=device)
+        free += [down, up.requires_grad_()]
+        hooks.append((module, _added(down, up)))
+    with hooked(after=hooks, foreign=True):
         optimiser = torch.optim.AdamW(free, lr=rate)
 
         def train(updates: int) -> None:

@@ -1,6 +1,6 @@
 """The attack: settings, a batch of pairs, the inner loop and what it returns."""
 
-from ..model import Site, forget, output_head, resolve_sites
+from ..model import Site, forget, resolve_sites
 from .batch import PairBatch
 from .completions import Completions, shared_layout, shared_prefix
 from .directions import mean_difference, read_directions
@@ -36,7 +36,6 @@ __all__ = [
     "layout_logits",
     "layout_pass",
     "mean_difference",
-    "output_head",
     "pack",
     "read_directions",
     "resolve_sites",

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import frozen_eval
-from .continuous_advtrain import rows_before_head
+from ..model import frozen_eval, selected_rows
 
 NORMS = ("l-infty", "l2")
 
@@ -75,7 +74,7 @@ class ContinuousAttacker:
         inside = prompt_mask[..., None]
         before = torch.arange(prompt_ids.shape[1] - 1, length - 1, device=prompt.device)
         index = (torch.arange(rows, device=prompt.device)[:, None] * length + before).flatten()
-        with frozen_eval(model), torch.enable_grad(), rows_before_head(model, index):
+        with frozen_eval(model), torch.enable_grad(), selected_rows(model, (rows, length), index):
             for _ in range(self.steps):
                 leaf = (prompt + delta).to(prompt.dtype).requires_grad_()
                 output = model(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attack import output_head
-from ..model import frozen_eval
+from ..model import frozen_eval, selected_rows
 from ..ops import perturb, pgd_update_, token_loss
 
 logger = logging.getLogger(__name__)
@@ -132,7 +130,8 @@ class EmbeddingSpaceAttack:
         index = example * target_ids.shape[1] + places[:, 1]
         losses, affirmative = [], []
         flat = embeds.flatten(0, 1)
-        with frozen_eval(model), torch.enable_grad(), rows_before_head(model, index):
+        shape = (target_ids.shape[0], target_ids.shape[1])
+        with frozen_eval(model), torch.enable_grad(), selected_rows(model, shape, index):
             for step in range(1, self.iters + 1):
                 leaf = perturb(flat, delta[0], rows).requires_grad_()
                 output = model(inputs_embeds=leaf.view(embeds.shape), attention_mask=attention_mask, use_cache=False)
@@ -165,18 +164,3 @@ class EmbeddingSpaceAttack:
     def get_adv_embeddings(self, input_embeds: Tensor, adv_perturbation: Tensor, adv_perturbation_mask: Tensor) -> Any:
         """The perturbed embeddings [B, L, H]; the mask is [B, L, 1]."""
         return input_embeds + adv_perturbation * adv_perturbation_mask
-
-
-@contextmanager
-def rows_before_head(model: nn.Module, index: Tensor) -> Iterator[None]:
-    """Within it the model's head gets [1, N, H]: of all hidden states [B, L, H] those of the tokens in index [N]."""
-
-    def select(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = inputs[0].flatten(0, 1)
-        return (hidden.index_select(0, index.to(hidden.device))[None], *inputs[1:])
-
-    handle = output_head(model).register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,7 +1,7 @@
 """What is known of a model and done to it for the time of an attack."""
 
 from .facts import forget, known, model_key, ours, remembered, say_once
-from .head import output_head
+from .head import selected_rows
 from .hooks import hooked
 from .modes import as_if_trained, eval_mode, frozen_eval, merged_adapters, probing
 from .perturbation import rows_by_length
@@ -22,12 +22,12 @@ __all__ = [
     "merged_adapters",
     "model_key",
     "ours",
-    "output_head",
     "probing",
     "remembered",
     "resolve_sites",
     "rows_by_length",
     "say_once",
+    "selected_rows",
     "unwrapped",
     "with_hidden",
 ]

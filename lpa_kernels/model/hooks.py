@@ -16,15 +16,22 @@ Hook = Callable[..., Any]
 
 @contextmanager
 def hooked(
-    after: Iterable[tuple[nn.Module, Hook]] = (), before: Iterable[tuple[nn.Module, Hook]] = ()
+    after: Iterable[tuple[nn.Module, Hook]] = (),
+    before: Iterable[tuple[nn.Module, Hook]] = (),
+    *,
+    foreign: bool = False,
 ) -> Iterator[None]:
-    """Within it, forward hooks `after` and forward pre-hooks `before` are on their modules."""
-    handles = []
+    """Within it, forward hooks `after` and forward pre-hooks `before` are on their modules.
+
+    Args:
+        foreign: they count as a user's, which are part of the model's key: an attack within is of the changed model.
+    """
+    handles, mark = [], (lambda hook: hook) if foreign else ours
     try:
         for module, hook in before:
-            handles.append(module.register_forward_pre_hook(ours(hook)))
+            handles.append(module.register_forward_pre_hook(mark(hook)))
         for module, hook in after:
-            handles.append(module.register_forward_hook(ours(hook)))
+            handles.append(module.register_forward_hook(mark(hook)))
         yield
     finally:
         for handle in handles:

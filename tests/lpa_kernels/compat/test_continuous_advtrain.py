@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lpa_kernels.compat import EmbeddingSpaceAttack
-from lpa_kernels.compat.continuous_advtrain import rows_before_head
 from tests.support.lat_setting import small_model
 from tests.support.models import VOCAB, tiny
 
@@ -180,12 +178,3 @@ def test_bad_input_is_named(caplog):
         make(model).attack(model, ids, torch.full_like(targets, -100), attention)
     with pytest.raises(ValueError, match="no token of the prompt"):
         make(model).attack(model, ids, ids, attention)
-
-
-def test_the_head_is_put_back_after_an_error():
-    model = tiny("llama", device="cpu")
-    with pytest.raises(RuntimeError, match="inside"), rows_before_head(model, torch.tensor([0])):
-        raise RuntimeError("inside")
-    assert not model.lm_head._forward_pre_hooks
-    with pytest.raises(ValueError, match="no output embeddings"), rows_before_head(nn.Linear(1, 1), torch.tensor([0])):
-        pass
