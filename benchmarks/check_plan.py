@@ -103,7 +103,7 @@ def planned(case: dict[str, Any]) -> int:
     """Bytes at the peak, by `lpa plan`."""
     import torch
 
-    from lpa.plan import PlanShape, estimate
+    from lpa.memory import PlanShape, estimate
 
     found = estimate(
         configuration(case),
@@ -122,8 +122,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, TrainerCallback
 
     from lpa import LPATrainer
+    from lpa.memory import PlanShape
     from lpa.models import load
-    from lpa.plan import PlanShape
     from tests.support.jobs import allow_fsdp, planned_data
 
     class Reset(TrainerCallback):

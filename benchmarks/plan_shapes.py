@@ -21,7 +21,7 @@ from benchmarks.measure import command, table
 from lpa import LPAConfig
 from lpa.commands.plan import gigabytes
 from lpa.files import write_json, write_text
-from lpa.plan import FOUR_BIT, PARTS, Pass, PlanShape, Run, estimate, on_meta
+from lpa.memory import FOUR_BIT, PARTS, Pass, PlanShape, Run, estimate, on_meta
 
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 MODELS = {

@@ -61,7 +61,7 @@ def counted(family: str, pairs: int, dry: bool) -> dict[str, float]:
     from transformers import AutoConfig
 
     from lpa import LPAConfig
-    from lpa.plan import Estimate, PlanShape, estimate
+    from lpa.memory import Estimate, PlanShape, estimate
 
     own, parts = shape(family, pairs, dry), max(BATCH // pairs, 1)
     completion = (own.rejected + own.chosen) // 2  # as many tokens and labels

@@ -29,7 +29,7 @@ No GPU was measured."""
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    from ..plan import PlanShape
+    from ..memory import PlanShape
 
     found = parser("lpa plan", "Tell memory and work of a run of lpa train, which takes the same options.")
     for flag, (name, text) in LENGTHS.items():
@@ -46,8 +46,8 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     from transformers.utils import logging as transformers_logging
 
     from ..config import LPAConfig
+    from ..memory import estimate
     from ..models import ModelError, adapter_base, resolve
-    from ..plan import estimate
 
     transformers_logging.set_verbosity_error()
     options = TrainOptions(**{name: values[name] for name in TrainOptions.__annotations__})
@@ -86,7 +86,7 @@ def planned_dtype(options: Any) -> tuple[Any, str | None]:
     """(dtype of the weights or None for the configuration's, kind of quantisation) that the options ask for."""
     import torch
 
-    from ..plan import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED
+    from ..memory import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED
 
     kind = EIGHT_BIT if options.load_in_8bit else None
     if options.load_in_4bit:
@@ -98,7 +98,7 @@ def planned_dtype(options: Any) -> tuple[Any, str | None]:
 
 def as_text(found: Any) -> str:
     """An `Estimate` for a terminal: memory by part and phase, and the work."""
-    from ..plan import PARTS
+    from ..memory import PARTS
 
     phases = list(found.phases.values())
     rows = [(part, [phase[part] for phase in phases]) for part in PARTS if any(phase[part] for phase in phases)]

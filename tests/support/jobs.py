@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from lpa import LPAConfig, LPATrainer
-from lpa.plan import PlanShape
+from lpa.memory import PlanShape
 from lpa.training.step import LPAStep
 from lpa_kernels import LatentPGD
 from tests.support import faults as faulty

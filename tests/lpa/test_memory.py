@@ -27,7 +27,7 @@ from transformers import (
 
 from benchmarks import check_plan
 from lpa import LPAConfig, LPATrainer, cli
-from lpa.plan import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED, PlanShape, estimate
+from lpa.memory import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED, PlanShape, estimate
 from lpa_kernels import PairBatch
 from tests.support.jobs import planned_data
 from tests.support.tiny import tiny_config
