@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..model.blocks import UnsupportedStack, read_decoder
 from ..model.facts import hooks_everywhere, hooks_on, model_key, remembered, text_config
+from ..model.hooks import forwards
 from ..model.modes import as_if_trained
 from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
@@ -29,6 +31,7 @@ from .verdicts import HALF_TOLERANCE, ROUNDINGS, rounded_embeddings, rounded_up
 
 _HALF_GRADIENTS = 0.2  # of the root mean square: half precision alone moves both ways' by some percent
 _HALVES = (torch.float16, torch.bfloat16)
+_ROWS = 8  # of logits that are compared at once
 
 
 class Streams:
@@ -153,7 +156,13 @@ class StackForward:
         with torch.no_grad():
             logits = self.head(rows)
             slope = self.head.slope(logits)
-        yield Differentiable(logits, lambda output, grad: back(self.head.back(grad, slope)))
+
+        def taken(output: Tensor, grad: Tensor) -> list[Tensor]:
+            below = self.head.back(grad, slope)
+            output.untyped_storage().resize_(0)  # else the caller holds the logits while most else is held too
+            return back(below)
+
+        yield Differentiable(logits, taken)
 
 
 def why_not_stacked(
@@ -215,10 +224,14 @@ def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout, backend
     rows = len(layout.row_tokens)
     width = stacked.head.linear.weight.shape[1]
     deltas = [(torch.randn(rows, width, generator=draw) * 0.01).to(layout.branch.device) for _ in sites]
-    with plain(deltas, False) as theirs:
-        logits = theirs.values.detach().clone()
+    places = stacked.stack.tokens.places
+    # blocks keep their inputs alone, and run again for their gradients: a check must not take more than the loop
+    again = ((b, partial(checkpoint, b.forward, use_reentrant=False, preserve_rng_state=False))
+             for b in decoder_layers(model))  # fmt: skip
+    with forwards(again), plain(deltas, False) as theirs:
+        logits = theirs.values.detach()
         grad = torch.randn(logits.shape, generator=draw).to(logits)
-        wanted = theirs.gradients(theirs.values, grad.clone())
+        wanted = [each[places] for each in theirs.gradients(theirs.values, grad)]
     del theirs  # and the activations that it holds
     with stacked(deltas, False) as ours:
         if reason := _apart("logits", ours.values, logits, HALF_TOLERANCE):
@@ -228,17 +241,18 @@ def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout, backend
                 noise = _size(rounded.values.detach() - logits) / _size(logits)
             if _apart("logits", ours.values, logits, ROUNDINGS * noise):
                 return reason
+        del logits
         found = ours.gradients(ours.values, grad)
-    places = stacked.stack.tokens.places
     for site, one, other in zip(sites, found, wanted, strict=True):
-        if reason := _apart(f"gradients at {site.name}", one.flatten(), other[places].flatten(), _HALF_GRADIENTS):
+        if reason := _apart(f"gradients at {site.name}", one.view(1, -1), other.view(1, -1), _HALF_GRADIENTS):
             return reason
     return ""
 
 
 def _apart(what: str, ours: Tensor, theirs: Tensor, half: float) -> str:
     """half: the share of `theirs` that they may differ by in half precision."""
-    error, scale = _size(ours - theirs), _size(theirs)
+    scale, parts = _size(theirs), zip(ours.split(_ROWS), theirs.split(_ROWS), strict=True)
+    error = float(torch.tensor([_size(a - b) for a, b in parts]).amax())  # amax, unlike max, passes NaN on
     within = scale * (half if theirs.dtype in _HALVES else FLOAT32_TOLERANCE)
     return "" if error <= within else f"its {what} differ from the model's own by {error:.1e} of {scale:.1e}"
 

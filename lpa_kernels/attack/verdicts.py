@@ -27,6 +27,7 @@ HALF_TOLERANCE = 0.03  # of a row of logits; bf16 rounds to 1e-2
 ROUNDINGS = 4  # times what one rounding of the embeddings changes: a near tie may turn in any pass
 _CHOICES = ("index_topk", "keep_window_size", "indexer_budget")  # how many of all keys an attention chooses
 _LEAK = 0.1  # of the largest logit: a model that sees what it is asked for moves more, inputs quantised together less
+_NEAR = 64  # tokens before others whose logits these must leave as they are
 _LEAST = 16  # tokens by which rows may grow at least before they are judged anew
 
 
@@ -231,17 +232,19 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
     try:
         with as_if_trained(model), probing(model):
             before = run(ids)
-            if before.shape[0] != ids.shape[1]:
+            if (answered := before.shape[0]) != ids.shape[1]:
                 return (
-                    f"{name} answers {ids.shape[1]} tokens with the logits of {before.shape[0]}: it puts virtual "
+                    f"{name} answers {ids.shape[1]} tokens with the logits of {answered}: it puts virtual "
                     "tokens before them, as prompt tuning does, which no engine supports; attack the model without "
                     "them, or use LoRA"
                 ), ""
-            moved, scale = _largest(run(other).sub_(before)[:kept]), _largest(before)
+            scale, few = _largest(before), slice(max(kept - _NEAR, 0), kept)
+            before = before[few].clone()  # all logits take memory
+            moved = _largest(run(other)[few].sub_(before))
             allowed = scale * (HALF_TOLERANCE if is_half(model) else FLOAT32_TOLERANCE)
             if moved > allowed or is_sharded(model):  # where sharded, all ranks make the same passes
                 with rounded_embeddings(model):
-                    allowed = max(allowed, ROUNDINGS * _largest(run(ids).sub_(before)))
+                    allowed = max(allowed, ROUNDINGS * _largest(run(ids)[few].sub_(before)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import registry
 
+T = TypeVar("T")
 ACTIVATIONS = ("silu", "gelu_tanh")
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
@@ -78,20 +83,49 @@ def swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor, activation: str) ->
     else:
         active = F.gelu(x, approximate="tanh")
         slope = torch.ops.aten.gelu_backward(g * up, x, approximate="tanh")
-    up.copy_(active.mul_(g))
+    torch.mul(active, g, out=up)
     gate.copy_(slope)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
-    """x [T, heads, D], the first 2R entries of each head rotated by the row of cos and sin [P, R] of its position."""
+_kept = WeakTensorKeyDictionary()
+
+
+def _kept_with(first: Tensor, others: Sequence[Tensor], key: Hashable, make: Callable[[], T]) -> T:
+    """What `make` gives of these tensors: made once for as long as `first` lives and none is another or written to."""
+    if any(t.is_inference() for t in (first, *others)):
+        return make()
+    made: dict[Hashable, Any] = _kept.setdefault(first, {})
+    versions = [t._version for t in (first, *others)]
+    refs, before, found = made.get(key, ((), None, None))
+    if before != versions or any(ref() is not t for ref, t in zip(refs, others, strict=True)):
+        found = make()
+        made[key] = [weakref.ref(t) for t in others], versions, found
+    return cast(T, found)
+
+
+def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, places: Tensor, back: bool = False) -> Tensor:
+    """x [T, heads, D], the first 2R entries of each head rotated by the row of cos and sin [P, R] of its position.
+
+    Args:
+        places: [T, 2], branch and position of each token. back: the other way round.
+    """
     if cos is None or sin is None:
         return x
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    a, b, rest = x.split([c.shape[-1], c.shape[-1], x.shape[-1] - 2 * c.shape[-1]], -1)
-    return torch.cat([a * c - b * s, b * c + a * s, rest], -1)
+    turns = partial(_turns, cos, sin, places, back)
+    own, other = _kept_with(places, (cos, sin), ("turns", id(cos), back), turns)
+    width = own.shape[-1]
+    part = x[..., :width]
+    turned = (part * own).addcmul_(part.roll(width // 2, -1), other)
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+
+
+def _turns(cos: Tensor, sin: Tensor, places: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """[T, 1, 2R] each: what an entry is multiplied by, and what its partner in the other half is."""
+    c, s = cos[places[:, 1]][:, None], sin[places[:, 1]][:, None]
+    return torch.cat([c, c], -1), torch.cat([s, -s] if back else [-s, s], -1)
 
 
 class _Side(NamedTuple):
@@ -130,57 +164,82 @@ def _side(starts: Tensor, longest: int, tokens: int) -> _Side:
     return _Side(index if whole else torch.where(real, index, 0), None if whole else real, places)
 
 
-class _Rows(NamedTuple):
-    """Queries and keys of the rows of a stream side by side, padded to the longest row.
+class _Seen(NamedTuple):
+    """What the queries of the rows of a stream see, side by side and padded to the longest row.
 
     Attributes:
-        q: [B, kv heads, m * queries, D], the m heads of a group one after the other, times the scores' scale.
-        k, v: [B, kv heads, keys, D].
         bias: [B, 1, m * queries, keys], 0 where a key is seen, else -inf; 0 in all of a query that sees nothing.
-        blind: [B, 1, m * queries, 1], which queries see nothing, past the end of a row among them.
+        blind: [B, 1, m * queries, 1], which queries see nothing, past the end of a row among them; None for none.
         queries, keys: where they stand in their streams.
+    """
+
+    bias: Tensor
+    blind: Tensor | None
+    queries: _Side
+    keys: _Side
+
+
+class _Rows(NamedTuple):
+    """Queries and keys of the rows of a stream, as `seen` has them.
+
+    Attributes:
+        q: [B, kv heads, m * queries, D], the m heads of a group one after the other.
+        k, v: [B, kv heads, keys, D].
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor
-    blind: Tensor
-    queries: _Side
-    keys: _Side
+    seen: _Seen
+
+    def sighted(self, x: Tensor) -> Tensor:
+        """x as q is, 0 for queries that see nothing."""
+        return x if self.seen.blind is None else x.masked_fill(self.seen.blind, 0)
 
     def by_head(self, x: Tensor) -> Tensor:
         """x [Tq, heads, ...] as q is, 0 for queries that see nothing."""
-        return self.queries.padded(_wide(x)).reshape(*self.q.shape[:3], -1).masked_fill(self.blind, 0)
+        return self.sighted(self.seen.queries.padded(_wide(x)).reshape(*self.q.shape[:3], -1))
 
     def by_token(self, x: Tensor) -> Tensor:
         """[B, queries, heads, D] of x as q is."""
-        return x.reshape(len(x), -1, self.queries.tokens.shape[1], x.shape[3]).transpose(1, 2)
+        return x.reshape(len(x), -1, self.seen.queries.tokens.shape[1], x.shape[3]).transpose(1, 2)
 
-    def scores(self, softcap: float) -> Tensor:
+    def scores(self, scale: float, softcap: float) -> Tensor:
         """[B, kv heads, m * queries, keys], before the mask."""
-        scores = self.q @ self.k.transpose(-1, -2)
+        scores = (self.q @ self.k.transpose(-1, -2)).mul_(scale)
         return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 
 def _rows(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, q_places: Tensor, k_places: Tensor,
-    q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, scale: float, window: int,
+    q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, window: int,
 ) -> _Rows:  # fmt: skip
-    queries, keys = _side(q_starts, longest_q, len(q)), _side(k_starts, longest_k, len(k))
+    q, k, v = rotated(_wide(q), cos, sin, q_places), rotated(_wide(k), cos, sin, k_places), _wide(v)
+    group = q.shape[1] // k.shape[1]
+    seen = _kept_with(
+        q_places, (k_places, q_starts, k_starts), (longest_q, longest_k, window, group, q.dtype),
+        partial(_seen, q_places, k_places, q_starts, k_starts, longest_q, longest_k, window, group, q.dtype),
+    )  # fmt: skip
+    q, k, v = seen.queries.padded(q), seen.keys.padded(k), seen.keys.padded(v)
+    return _Rows(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, seen)
+
+
+def _seen(
+    q_places: Tensor, k_places: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, window: int,
+    group: int, dtype: torch.dtype,
+) -> _Seen:  # fmt: skip
+    queries, keys = _side(q_starts, longest_q, len(q_places)), _side(k_starts, longest_k, len(k_places))
     q_branch, q_position = q_places[queries.tokens].unbind(-1)
     k_branch, k_position = k_places[keys.tokens].unbind(-1)
     seen = seen_by(q_branch[:, :, None], q_position[:, :, None], k_branch[:, None], k_position[:, None], window)
     for side, real in ((queries, queries.real), (keys, keys.real)):
         if real is not None:
             seen &= real[:, :, None] if side is queries else real[:, None]
-    seen = seen.repeat(1, q.shape[1] // k.shape[1], 1)[:, None]
+    seen = seen.repeat(1, group, 1)[:, None]
     blind = ~seen.any(-1, keepdim=True)
-    q = queries.padded(rotated(_wide(q) * scale, cos, sin, q_places[:, 1]))
-    k, v = keys.padded(rotated(_wide(k), cos, sin, k_places[:, 1])), keys.padded(_wide(v))
-    q = q.reshape(len(seen), k.shape[1], -1, q.shape[3])
-    bias = q.new_zeros(seen.shape).masked_fill_(~(seen | blind), float("-inf"))
-    return _Rows(q, k, v, bias, blind, queries, keys)
+    bias = torch.zeros_like(seen, dtype=dtype).masked_fill_(~(seen | blind), float("-inf"))
+    none = blind.device.type == "cpu" and not bool(blind.any())  # a GPU would be waited for
+    return _Seen(bias, None if none else blind, queries, keys)
 
 
 def seen_by(q_branch: Tensor, q_position: Tensor, k_branch: Tensor, k_position: Tensor, window: int) -> Tensor:
@@ -203,14 +262,14 @@ def attention(
     out, logsums = torch.empty_like(q, memory_format=torch.contiguous_format), _wide(q.new_zeros(q.shape[1::-1]))
     if not q.numel() or not len(k):
         return out.zero_(), logsums
-    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, scale, window)
+    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, window)
     if _in_torch(rows, softcap):
-        found, lse = _flash(rows.q, rows.k, rows.v, attn_mask=rows.bias, scale=1.0)
+        found, lse = _flash(rows.q, rows.k, rows.v, attn_mask=rows.seen.bias, scale=scale)
     else:
-        scores = rows.scores(softcap).add_(rows.bias)
+        scores = rows.scores(scale, softcap).add_(rows.seen.bias)
         found, lse = scores.softmax(-1) @ rows.v, scores.logsumexp(-1)
-    rows.queries.write(rows.by_token(found.masked_fill(rows.blind, 0)), out)
-    rows.queries.write(rows.by_token(lse[..., None].masked_fill(rows.blind, 0))[..., 0], logsums.t())
+    rows.seen.queries.write(rows.by_token(rows.sighted(found)), out)
+    rows.seen.queries.write(rows.by_token(rows.sighted(lse[..., None]))[..., 0], logsums.t())
     return out, logsums
 
 
@@ -224,28 +283,30 @@ def attention_backward_(
         for into in (d_q, d_k, d_v):
             into.zero_()
         return
-    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, scale, window)
-    d_out, o = rows.by_head(grad), rows.by_head(out)
+    rows = _rows(q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, window)
+    seen, d_out, o = rows.seen, rows.by_head(grad), rows.by_head(out)
     stored = rows.by_head(lse.t()[..., None])
     if _in_torch(rows, softcap):
         found = _flash_backward(
-            d_out, rows.q, rows.k, rows.v, o, stored[..., 0].contiguous(), 0.0, False, attn_mask=rows.bias, scale=1.0
+            d_out, rows.q, rows.k, rows.v, o, stored[..., 0].contiguous(), 0.0, False, attn_mask=seen.bias, scale=scale
         )
     else:
-        scores = rows.scores(softcap)
-        p = (scores + rows.bias).sub_(stored).exp_()
-        slope = (d_out @ rows.v.transpose(-1, -2)).sub_(torch.linalg.vecdot(d_out, o)[..., None]).mul_(p)
+        scores = rows.scores(scale, softcap)
+        p = (scores + seen.bias).sub_(stored).exp_()
+        slope = (d_out @ rows.v.transpose(-1, -2)).sub_(torch.linalg.vecdot(d_out, o)[..., None]).mul_(p).mul_(scale)
         if softcap:
             slope *= 1 - (scores / softcap).square()
         found = slope @ rows.k, slope.transpose(-1, -2) @ rows.q, p.transpose(-1, -2) @ d_out
-    by_token = rows.by_token(found[0]).mul(scale), found[1].transpose(1, 2), found[2].transpose(1, 2)
-    back = None if sin is None else -sin
+    by_token = rows.by_token(found[0]), found[1].transpose(1, 2), found[2].transpose(1, 2)
     for x, side, places, into in zip(
-        by_token, (rows.queries, rows.keys, rows.keys), (q_places, k_places, None), (d_q, d_k, d_v), strict=True
+        by_token, (seen.queries, seen.keys, seen.keys), (q_places, k_places, None), (d_q, d_k, d_v), strict=True
     ):
-        whole = x.new_empty(into.shape)
-        side.write(x, whole)
-        into.copy_(whole if places is None else rotated(whole, cos, back, places[:, 1]))
+        if places is None or cos is None:
+            side.write(x, into)
+        else:
+            whole = x.new_empty(into.shape)
+            side.write(x, whole)
+            into.copy_(rotated(whole, cos, sin, places, back=True))
 
 
 def _takes(*args: object) -> str | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lpa_kernels.model import blocks
 from lpa_kernels.model.blocks import Linear, UnsupportedStack, read_decoder
 from lpa_kernels.model.stack import Given, rules_of
 from lpa_kernels.ops import seen_by, swiglu
@@ -23,7 +24,7 @@ def close(given: Tensor, wanted: Tensor) -> bool:
     return bool((given - wanted).abs().max() <= 1e-12 * wanted.abs().max())
 
 
-def test_a_linear_map_with_an_adapter_forward_backward_split_and_merged():
+def test_a_linear_map_with_an_adapter_forward_backward_and_split():
     x, grad = drawn(5, 6), drawn(5, 8, seed=1)
     linear = Linear(drawn(8, 6, seed=2), drawn(8, seed=3), drawn(2, 6, seed=4), drawn(8, 2, seed=5), 0.7)
     assert linear.a is not None
@@ -31,7 +32,6 @@ def test_a_linear_map_with_an_adapter_forward_backward_split_and_merged():
     weight = linear.weight + 0.7 * linear.b @ linear.a
     wanted = x @ weight.t() + linear.bias
     assert close(linear(x), wanted)
-    assert close(linear.merged()(x), wanted)
     assert close(torch.cat([part(x) for part in linear.split([3, 5])], 1), wanted)
     assert close(linear.back(grad), grad @ weight)
     into = drawn(5, 6, seed=6)
@@ -47,6 +47,24 @@ def test_an_adapter_is_added_to_the_weight_where_that_takes_fewer_operations():
     assert close(linear(many)[:4], linear(many[:4]))
     grad = drawn(50, 8, seed=1)
     assert close(linear.back(grad)[:4], linear.back(grad[:4]))
+
+
+def test_a_sum_of_weight_and_adapter_is_made_once_for_a_backward_pass_and_the_next_forward(monkeypatch):
+    linear, many = Linear(drawn(8, 6, seed=2), None, drawn(2, 6, seed=4), drawn(8, 2, seed=5), 0.7), drawn(50, 6)
+    wanted = linear(many)
+    assert not linear.held
+    linear.back(drawn(50, 8, seed=1))
+    monkeypatch.setattr(Linear, "_summed", None)
+    assert torch.equal(linear(many), wanted)
+    assert not linear.held
+
+
+def test_a_wide_head_in_parts_is_the_whole_product(monkeypatch):
+    linear, x = Linear(drawn(70, 6).float()), drawn(5, 6, seed=1).float()
+    wanted = linear(x)
+    monkeypatch.setattr(blocks, "_WIDE", 64)
+    monkeypatch.setattr(blocks, "_PART", 16)
+    assert torch.allclose(linear(x), wanted, rtol=1e-6, atol=1e-6)
 
 
 # two rows, of a prefix of 3, completions of 2 and 2, and of a prefix of 2 and one completion of 1
