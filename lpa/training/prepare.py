@@ -147,7 +147,6 @@ def pairs_as_tokens(
     if collator is None:
         if tokenizer is None:
             raise ValueError("give processing_class (a tokenizer), or a data_collator that needs none")
-        fix_date(tokenizer, config)
         dataset = encode_pairs(
             load_pairs(dataset), tokenizer, system_prompt=config.system_prompt or None,
             max_length=_limit(model, config), **config.chat_options,
@@ -169,7 +168,6 @@ def benign_as_tokens(
         system = config.benign_system_prompt
         if system is None and dataset is None:
             system = config.system_prompt
-        fix_date(tokenizer, config)
         dataset = encode_benign(
             load_benign(dataset), tokenizer, system_prompt=system or None, max_length=_limit(model, config),
             **config.chat_options,
@@ -199,8 +197,8 @@ def _check_tokens(dataset: Any, columns: Sequence[str], model: Any) -> None:
 
 
 def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> Any:
-    """What `LPATrainer` takes as its benign data set: where `OWN` is given, the model's own answers under the config's
-    benign system prompt, made where the model lies.
+    """The benign data set for `LPATrainer`: for `OWN` the model's own answers under the config's benign system prompt,
+    made where the model lies; anything else as it is given.
 
     Raises:
         ValueError: `OWN`, and the config leaves the benign system prompt open; the trainer would then ask under none.
@@ -209,7 +207,6 @@ def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> 
         return given
     if config.benign_system_prompt is None:
         raise ValueError(f"benign={OWN!r} needs benign_system_prompt: what the model is asked under; '' for none")
-    fix_date(tokenizer, config)
     return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None, **config.chat_options)
 
 

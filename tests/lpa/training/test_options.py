@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from lpa import LPATrainer
 from lpa.data import load_pairs
+from lpa.training import prepare
 from lpa.training.evaluating import eval_sets
 from lpa.training.optimisers import Fresh
 from lpa.training.progress import eval_line
@@ -329,6 +330,19 @@ def test_a_run_is_resumed_on_another_day(tmp_path: Path, monkeypatch: pytest.Mon
         trainer = trainer_of(tmp_path, save_strategy="steps", lpa_steps=number)
         assert trainer.args.chat_template_date == "2026-03-09"
         trainer.train(resume_from_checkpoint=number == 2)
+
+
+def test_tokenising_and_asking_the_model_do_not_change_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ strftime_now('%Y-%m-%d') }} " + TOKENIZER.chat_template)
+    monkeypatch.setattr(prepare, "own_answers", lambda *_, **__: [{"prompt": "I agree", "response": "no"}])
+    config, model = tiny_config(tmp_path, kl_coef=0.1, benign_system_prompt=""), tiny_model(len(TOKENIZER))
+    before = config.to_dict()
+    benign = prepare.benign_source("own", model, TOKENIZER, config)
+    prepare.benign_as_tokens(benign, model, TOKENIZER, config, None)
+    prepare.pairs_as_tokens(rows(2), model, TOKENIZER, config, None)
+    assert config.to_dict() == before
 
 
 def test_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
