@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -77,17 +78,30 @@ def size(tensor: Tensor) -> int:
 
 
 class Launches(TorchDispatchMode):
-    """Within it, every launch."""
+    """Within it, every launch, and the most bytes that tensors made within it took at one time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[Kernel] = Counter()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def _hold(self, made: list[Tensor], given: list[Tensor]) -> None:
+        """Count the memory of what an operation made, unless it was there before."""
+        before = {t.untyped_storage()._cdata for t in given}
+        for t in made:
+            memory = t.untyped_storage()
+            if memory._cdata not in before:
+                self._alive[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(number for _, number in self._alive.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__
         given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self._hold(made, given)
         if func.is_view or not (given or made) or name.startswith(FREE):
             return result
         number, work, sides = sum(map(size, [*given, *made])), 0, (0, 0)
@@ -177,8 +191,8 @@ def bytes_in(value: Any) -> int:
     return sum(held.values())
 
 
-def step_of(own: Shape) -> tuple[Counter[Kernel], int]:
-    """The launches of one inner step of a shape, and the bytes that its forward pass saves for the backward."""
+def step_of(own: Shape) -> tuple[Counter[Kernel], int, int]:
+    """Of one inner step of a shape: its launches, the bytes that its forward saves, and the most that it takes."""
     launches, batch, model = Launches(), batch_of(own).to("cpu"), model_on_meta(own)
     options = settings.AttackSettings(epsilon=EPSILON, step_size=STEP_SIZE, steps=1, backend="triton")
     with without_values(own, launches):
@@ -194,12 +208,12 @@ def step_of(own: Shape) -> tuple[Counter[Kernel], int]:
             step()
         kernels = launches.kernels.copy()
         forward.stack.forward(dict(zip(forward.names, held.deltas, strict=True)))
-        return kernels, bytes_in(list(forward.stack.saved.values()))
+        return kernels, bytes_in(list(forward.stack.saved.values())), launches.peak
 
 
 def counts(family: str, pairs: int, dry: bool = False) -> dict[str, Any]:
     """An inner step's operations, launches, bytes, and milliseconds by the assumed rates."""
-    (kernels, saved), plan = step_of(shape(family, pairs, dry)), counted(family, pairs, dry)
+    (kernels, saved, peak), plan = step_of(shape(family, pairs, dry)), counted(family, pairs, dry)
     by_name: dict[str, dict[str, float]] = {}
     for kernel, many in kernels.items():
         row = by_name.setdefault(
@@ -220,16 +234,19 @@ def counts(family: str, pairs: int, dry: bool = False) -> dict[str, Any]:
         "step ms, products in tiles": spent[1],
         "by the floor, products in tiles": spent[1] / floor,
         "saved GB": saved / 1e9,
-        "attack GB": plan["planned attack GB without activations"] + saved / 1e9,
+        "step's GB": peak / 1e9,
+        "attack GB": plan["planned attack GB without a step"] + peak / 1e9,
         "update GB": plan["planned peak GB"],
         "update GB, checkpointed": plan["planned peak GB, checkpointed"],
         "kernels": {name: by_name[name] for name in sorted(by_name, key=lambda name: -by_name[name]["GB"])},
     }
 
 
-COLUMNS = {"launches": ".0f", "GB outside products": ".1f", "floor ms": ".1f", "step ms": ".1f", "by the floor": ".2f",
-           "step ms, products in tiles": ".1f", "by the floor, products in tiles": ".2f", "attack GB": ".1f",
-           "update GB": ".1f", "update GB, checkpointed": ".1f"}  # fmt: skip
+COLUMNS = {
+    "launches": ".0f", "GB outside products": ".1f", "floor ms": ".1f", "step ms": ".1f", "by the floor": ".2f",
+    "step ms, products in tiles": ".1f", "by the floor, products in tiles": ".2f", "saved GB": ".2f",
+    "step's GB": ".2f", "attack GB": ".1f", "update GB": ".1f", "update GB, checkpointed": ".1f",
+}  # fmt: skip
 
 
 def summary(steps: dict[str, Any]) -> str:

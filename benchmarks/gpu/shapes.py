@@ -79,5 +79,5 @@ def counted(family: str, pairs: int, dry: bool) -> dict[str, float]:
         "tokens": found.tokens,
         "planned peak GB": round(found.peak.total() / 1e9, 2),
         "planned peak GB, checkpointed": round(checkpointed.peak.total() / 1e9, 2),
-        "planned attack GB without activations": round((attack.total() - attack["activations"]) / 1e9, 2),
+        "planned attack GB without a step": round((attack.total() - attack["activations"] - attack["logits"]) / 1e9, 2),
     }
