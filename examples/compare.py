@@ -1,48 +1,61 @@
 """Compare LPA with its controls on one model: what the attack, the statements and their answers each contribute.
 
-    python examples/compare.py --output runs/compare --budget cpu
+    python examples/compare.py --output runs/compare --budget cpu --jobs 2
 
-Every arm is one `lpa train` command (printed, and kept in commands.txt) from the same base model; all arms are then
-evaluated side by side, the main ones climb the ladder of attacks, and a report is made. A stopped run goes on where it
-was when started again. Arms, by what differs from `lpa train`:
+Every arm is one `lpa train` command (kept in commands.txt) from the same base model. It is evaluated once it is
+trained, and the main arms climb the ladder of attacks. An arm and a seed are one part, a process with a folder of its
+own; `--jobs` says how many run side by side. The same command goes on where a stopped one was, within a part too. Arms,
+by what differs from `lpa train`:
 
-  lpa             nothing                         lpa-no-kl, lpa-sft  another benign term
-  finetune        no attack                       lpa-binding         the attack in a radius that binds
-  toward-only     the preset                      undesirable, desirable, both, inverted, irrelevant, shuffled
-  published-2607  the preset, scaled                                    the statements and their answers
-  published-2605  the preset
-  lat             real harmful requests           ipip-both           the IPIP inventory
+  lpa             nothing                 undesirable, desirable, both, inverted, irrelevant, shuffled,
+  finetune        no attack               ipip-both, ipip-shuffled   the statements and their answers
+  toward-only     the preset              vector   preventative steering: undesirable less desirable statements, added
+  published-2607  the preset, scaled      ablate   the refusal direction taken out, in the place of the attack
+  published-2605  the preset              lat      real harmful requests
 
-The main arms run under several seeds. The harmful requests of `lat` (AdvBench) are in none of the evaluated sets, nor
-are the benign ones whose answers the model is held to.
+The main arms run under several seeds. The harmful requests of `lat` and `ablate` (AdvBench) are in none of the
+evaluated sets, nor are the benign ones whose answers the model is held to.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpa.data import PLAIN_PROMPT, load_pairs
+from lpa import cli
+from lpa.data import PLAIN_PROMPT, benign_requests, load_pairs
 from lpa.evaluation import BASE, SUITES, Evaluation, Settings, evaluate, load_set
+from lpa.evaluation.records import Records
+from lpa.evaluation.session import table_rows
 from lpa.evaluation.sets import BENIGN
 from lpa.evaluation.stats import mean
 from lpa.evaluation.suites.answers import answers
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
+from lpa.evaluation.suites.base import RUNGS
+from lpa.evaluation.suites.utility import ARITHMETIC, GENERATED, KNOWLEDGE
 from lpa.evaluation.verdict import DECLINES, HOLDS, KEEPS, claims
+from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
+from lpa.presets import DEMO
 from lpa.report import build
+from lpa.run_folder import METRICS, RECORDS, RESULTS, RUN, TABLE, TEXTS, checkpoint_folders
 
-STATEMENTS = ("undesirable", "desirable", "both", "inverted", "irrelevant", "shuffled", "ipip-both")
+STATEMENTS = ("undesirable", "desirable", "both", "inverted", "irrelevant", "shuffled", "ipip-both", "ipip-shuffled")
+OWN = DEMO.get("data", "undesirable")  # the statements of `lpa`, which need no second arm
 ALL = (
-    "lpa", "finetune", "lat", "toward-only", "published-2607", "published-2605", "lpa-no-kl", "lpa-sft", "lpa-binding",
-    *STATEMENTS,
+    "lpa", "finetune", "toward-only", "lat", "published-2607", "published-2605", "vector", "ablate",
+    *(name for name in STATEMENTS if name != OWN),
 )  # fmt: skip
 USUAL = tuple(name for name, suite in SUITES.items() if not suite.optional)
 
@@ -55,6 +68,7 @@ class Budget:
         train: flags of every arm. published: further flags of published-2607, which scale it to the budget.
         main: the arms that run under every one of the `seeds` and climb the ladder.
         settings: of the evaluation, by `suites`; of the ladder the same with `ladder_sets`.
+        seconds: of CPU time, as measured on the embedded model, of training, evaluating and climbing once each.
     """
 
     train: tuple[str, ...]
@@ -66,24 +80,29 @@ class Budget:
     suites: tuple[str, ...] = USUAL
     ladder_sets: tuple[str, ...] = ("strongreject",)
     batch_size: int = 8
+    seconds: tuple[int, int, int] = (0, 0, 0)
 
 
 _CPU = Settings(sets=("strongreject", "harmbench"), limit=100, attacks=("direct", "prefix"), max_new_tokens=32,
-                trait_prompt=PLAIN_PROMPT, epsilons=(), steps=(), utility_sets=())  # fmt: skip
+                trait_prompt=PLAIN_PROMPT, epsilons=(), steps=(), utility_sets=(ARITHMETIC, KNOWLEDGE),
+                ladder=RUNGS[:4], ladder_limit=20, suffix_steps=30, erosion_steps=(5, 20), best_of=8)  # fmt: skip
 _SCALED = ("--lpa_steps", "8", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")
 _TINY = ("--lpa_steps", "1", "--attack_steps", "2", "--defence_steps", "1", "--per_device_train_batch_size", "2",
          "--gradient_accumulation_steps", "1")  # fmt: skip
+# CPU seconds on the embedded model of training, evaluating and climbing once each
+SECONDS = (600, 360, 1700)
+_MAIN = ("lpa", "finetune", "toward-only", "lat")
 BUDGETS = {
     "smoke": Budget(
         _TINY, (), ("lpa", "lat"), ("lpa",), 1,
         replace(_CPU, limit=12, benign_limit=4, max_new_tokens=8, ladder_limit=2, suffix_steps=2, erosion_steps=(1,),
-                best_of=1),
+                best_of=1, utility_sets=()),
         ("attacks", "overrefusal", "utility", "collapse"),
     ),
     # two harmful sets, asked directly, after a prefix and for a yes or no, and short answers
-    "cpu": Budget((), _SCALED, ALL, ("lpa", "finetune", "both", "lat"), 3, _CPU, batch_size=46),
+    "cpu": Budget((), _SCALED, ALL, _MAIN, 3, _CPU, batch_size=46, seconds=SECONDS),
     "full": Budget(
-        (), (), ALL, ("lpa", "finetune", "both", "lat", "published-2607"), 3,
+        (), (), ALL, (*_MAIN, "both", "published-2607"), 3,
         Settings(sets=("strongreject", "harmbench", "do-not-answer"), limit=200, max_new_tokens=64), batch_size=32,
     ),
 }  # fmt: skip
@@ -98,34 +117,105 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ALL, help="by default those of the budget")
     parser.add_argument("--seeds", type=int, help="of the main arms; by default the budget's")
     parser.add_argument("--no-ladder", action="store_true", help="leave the ladder out")
+    parser.add_argument("--jobs", type=int, default=1, help="parts that run side by side, sharing the cores")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # ARM-SEED, or base: in a process of its own
     options = parser.parse_args()
     budget, output = BUDGETS[options.budget], Path(options.output)
+    if options.part:
+        measure(options.part, budget, output, options)
+        return
     output.mkdir(parents=True, exist_ok=True)
+    write_data(output / "data")
+    named = runs(options.arms or budget.arms, budget.main, options.seeds or budget.seeds)
+    parts = [f"{arm}-{seed}" for arm, seed in named]
+    print(estimate([BASE, *parts], budget, output, options), flush=True)
+    start(BASE, output, options.jobs)  # the others take over what was measured of it
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda part: start(part, output, options.jobs), parts))
     command = shlex.join(["python", *sys.argv])
-    data = write_data(output / "data")
-    adapters = {}
-    for arm, seed in runs(options.arms or budget.arms, budget.main, options.seeds or budget.seeds):
-        name = f"{arm}-{seed}"
-        own = [*flags(arm, data), *budget.train, *(budget.published if arm == "published-2607" else ())]
-        adapters[name] = train(output, name, [*own, "--seed", str(seed)], options.model)
-    found = evaluate(
-        options.model, adapters, suites=budget.suites, settings=budget.settings, output=output / "evaluation",
-        command=command, batch_size=budget.batch_size, tick=progress(),
-    )  # fmt: skip
-    table = over_seeds(found) + "\n" + attack_alone(found)
-    made = [output / "evaluation"]
-    if not options.no_ladder:
-        chosen = {name: path for name, path in adapters.items() if name in {f"{arm}-0" for arm in budget.main}}
-        climbed = evaluate(
-            options.model, chosen, suites=["ladder"], settings=replace(budget.settings, sets=budget.ladder_sets),
-            output=output / "ladder", command=command, batch_size=budget.batch_size, tick=progress(),
-        )  # fmt: skip
-        table += "\n" + climbed.markdown()
-        made.append(output / "ladder")
-    (output / "arms.md").write_text(table, encoding="utf-8")
-    (output / "results.json").write_text(json.dumps(record(found, command, output), indent=1) + "\n", encoding="utf-8")
+    found = joined([BASE, *parts], budget, output, command)
+    scaled = f"published-2607 is scaled to the budget: {shlex.join(budget.published)}\n" if budget.published else ""
+    table = over_seeds(found) + "\n" + scaled + "\n" + attack_alone(found)
+    write_text(output / "arms.md", table)
+    write_json(output / "results.json", record(found, command, output), nulls=True)
     print(table)
-    print(build([*made, *adapters.values()], output / "report.html", command=command))
+    trained = [output / "train" / part for part in parts]
+    print(build([output / "evaluation", *trained], output / "report.html", command=command))
+
+
+def start(part: str, output: Path, jobs: int) -> None:
+    """Run a part in a process of its own, unless it is done.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    if (output / "parts" / part / "done").is_file():
+        return
+    print(f"{part}: {output / 'parts' / part}.log", flush=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    (output / "parts").mkdir(exist_ok=True)
+    with (output / "parts" / f"{part}.log").open("a", encoding="utf-8") as log:
+        subprocess.run([sys.executable, *sys.argv, "--part", part], check=True, stdout=log, stderr=subprocess.STDOUT,
+                       env={**os.environ, "OMP_NUM_THREADS": threads})  # fmt: skip
+
+
+def measure(part: str, budget: Budget, output: Path, options: argparse.Namespace) -> None:
+    """Train an arm under a seed, evaluate it, and have it climb the ladder if it is a main arm's first."""
+    folder = output / "parts" / part
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # a part whose parent was killed may still be at it
+    if (folder / "done").is_file():
+        return
+    adapters = {}
+    arm, _, seed = part.rpartition("-")
+    if part != BASE:
+        own = [*flags(arm, output / "data"), *budget.train, *(budget.published if arm == "published-2607" else ())]
+        adapters[part] = train(output, part, [*own, "--seed", seed], options.model)
+        for name in (TEXTS, RECORDS):
+            if not (folder / RECORDS).is_file():
+                shutil.copy(output / "parts" / BASE / name, folder / f"{name}.part")
+                (folder / f"{name}.part").replace(folder / name)
+    ladder = not options.no_ladder and (part == BASE or (arm in budget.main and seed == "0"))
+    sets = {"": (budget.suites, budget.settings.sets)}
+    sets |= {"ladder": (("ladder",), budget.ladder_sets)} if ladder else {}
+    for suites, names in sets.values():
+        evaluate(options.model, adapters, suites=suites, settings=replace(budget.settings, sets=names), output=folder,
+                 batch_size=budget.batch_size, tick=progress())  # fmt: skip
+    (folder / "done").touch()
+
+
+def joined(parts: Sequence[str], budget: Budget, output: Path, command: str) -> Evaluation:
+    """One evaluation of all parts, in the folder evaluation."""
+    folder = output / "evaluation"
+    folder.mkdir(exist_ok=True)
+    for name in (RECORDS, TEXTS):  # each part has the base model's lines too
+        texts = [(output / "parts" / part / name).read_text(encoding="utf-8") for part in parts]
+        write_text(folder / name, "\n".join(dict.fromkeys(line for text in texts for line in text.split("\n"))))
+    infos = [json.loads((output / "parts" / part / RUN).read_text(encoding="utf-8")) for part in parts]
+    info = infos[0] | {"commands": [command], "subjects": {k: v for own in infos for k, v in own["subjects"].items()}}
+    info |= {"settings": budget.settings.as_dict(), "suites": [*budget.suites, "ladder"]}
+    records, names = Records(folder), list(info["subjects"])
+    harmful = [load_set(name, budget.settings.limit) for name in budget.settings.sets]
+    rows = table_rows(records, names, info["suites"], budget.settings, harmful)
+    found = Evaluation(rows, names, records, info, folder)
+    write_json(folder / RUN, info)
+    write_json(folder / RESULTS, {"subjects": names, "rows": [asdict(row) for row in rows]}, nulls=True)
+    write_text(folder / TABLE, found.markdown())
+    return found
+
+
+def estimate(parts: Sequence[str], budget: Budget, output: Path, options: argparse.Namespace) -> str:
+    """What is left to do, in CPU time."""
+    left = [part for part in parts if not (output / "parts" / part / "done").is_file()]
+    climbing = [p for p in left if not options.no_ladder and p in (BASE, *(f"{arm}-0" for arm in budget.main))]
+    counts = (len([part for part in left if part != BASE]), len(left), len(climbing))
+    text = "{} to train, {} to evaluate, {} to climb the ladder".format(*counts)
+    if not any(budget.seconds):
+        return text
+    total = sum(count * seconds for count, seconds in zip(counts, budget.seconds, strict=True))
+    each = "{}, {} and {} s each".format(*budget.seconds)
+    return f"{text}: about {total / 3600:.1f} hours of CPU time on the embedded model ({each})"
 
 
 def runs(arms: Sequence[str], main: Sequence[str], seeds: int) -> Iterator[tuple[str, int]]:
@@ -138,52 +228,55 @@ def runs(arms: Sequence[str], main: Sequence[str], seeds: int) -> Iterator[tuple
 
 def flags(arm: str, data: Path) -> list[str]:
     """What an arm changes of `lpa train --preset demo`, or another preset."""
-    if arm in STATEMENTS:
-        return ["--preset", "demo", "--data", arm]
     if arm.startswith("published") or arm == "toward-only":
         return ["--preset", arm]
-    no_kl = ["--kl_coef", "0"]
-    return ["--preset", "demo", *{
+    requests, benign, bad, good = (str(data / f"{n}.jsonl") for n in ("requests", "benign", "undesirable", "desirable"))
+    own = {
         "lpa": [],
         "finetune": ["--attack_steps", "0"],
         "lat": ["--data", str(data / "harmful.jsonl")],
-        "lpa-no-kl": no_kl,
-        "lpa-binding": ["--attack_epsilon", "0.2"],  # the default's attack reaches a norm of 0.39 at width 576
-        "lpa-sft": [*no_kl, "--sft_coef", "1", "--benign", "own"],
-    }[arm]]  # fmt: skip
+        "vector": ["--attack_adversary", "vector", "--attack_norm", "none", "--attack_direction", bad, good],
+        "ablate": ["--attack_adversary", "ablate", "--attack_direction", requests, benign],
+    }
+    return ["--preset", "demo", *own.get(arm, ["--data", arm])]
 
 
-def write_data(folder: Path) -> Path:
-    """The harmful requests of the arm `lat`. They stay in this folder, which is not for commits."""
+def write_data(folder: Path) -> None:
+    """The pairs of `lat`, and the prompts that the directions of `vector` and `ablate` lie between.
+
+    They stay in this folder, which is not for commits.
+    """
     folder.mkdir(exist_ok=True)
-    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    write_text(folder / ".gitignore", "*\n")
     harmful = load_set("advbench", limit=len(load_pairs()))
     if harmful.reason:
         raise SystemExit(f"the harmful requests of the arm lat are unavailable: {harmful.reason}")
-    write(folder / "harmful.jsonl", [
-        {"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in harmful.prompts
-    ])  # fmt: skip
-    return folder
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    """JSON lines; the file is there whole or not at all."""
-    draft = path.with_suffix(".part")
-    draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    draft.replace(path)
+    texts = [prompt.text for prompt in harmful.prompts]
+    tables = {
+        "harmful": [{"prompt": text, "rejected": TARGET, "chosen": DECLINE} for text in texts],
+        "requests": [{"prompt": text} for text in texts],
+        "benign": [{"prompt": text} for text in benign_requests()],
+        **{kind: [{"prompt": text} for text in load_pairs(kind=kind)["prompt"]] for kind in STATEMENTS[:2]},
+    }
+    for name, rows in tables.items():
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def train(output: Path, name: str, arguments: list[str], model: str) -> str:
     """The adapter of one arm: trained, gone on with, or there already."""
     folder = output / "train" / name
-    if not (folder / "metrics.json").is_file():
-        command = ["train", "--model", model, "--output", str(folder), *arguments, "--measure", "false"]
+    if not (folder / METRICS).is_file():
+        command = ["train", "--model", model, "--output", str(folder), *arguments, "--measure", "false",
+                   "--save_steps", "40", "--save_total_limit", "1"]  # fmt: skip
         if (folder / "settings.yaml").is_file():
             command = ["train", "--resume", "--output", str(folder)]
         with (output / "commands.txt").open("a", encoding="utf-8") as stream:
             stream.write(shlex.join(["lpa", *command]) + "\n")
         print(shlex.join(["lpa", *command]), flush=True)
-        subprocess.run([sys.executable, "-m", "lpa", *command], check=True)
+        if code := cli.main(command):
+            raise SystemExit(code)
+        for checkpoint in checkpoint_folders(folder):
+            shutil.rmtree(checkpoint)
     return str(folder)
 
 
@@ -214,6 +307,9 @@ def over_seeds(found: Evaluation) -> str:
         "agrees: undesirable, %": ("traits", "agrees, clean", "undesirable", 100),
         "desirable, %": ("traits", "agrees, clean", "desirable", 100),
         "perplexity": ("utility", "perplexity", "prose", 1),
+        "arithmetic, %": ("utility", GENERATED, ARITHMETIC, 100),
+        "knowledge, %": ("utility", GENERATED, KNOWLEDGE, 100),
+        "ladder's worst case, %": ("ladder", "done: worst case", "strongreject", 100),
     }
     named = {DECLINES: "harm refused in own words", HOLDS: "harm done, worst case", KEEPS: "benign done"}
     head = ["arm", "seeds", *named.values(), *columns, "collapsed"]
@@ -281,7 +377,7 @@ def record(found: Evaluation, command: str, output: Path) -> dict[str, Any]:
             rows = answers(found.records, subject, name)
             labels.setdefault(name, {})[subject] = {r["id"]: r.get("label", "error") for r in rows}
     trained = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-               for path in sorted((output / "train").glob("*/metrics.json"))}  # fmt: skip
+               for path in sorted((output / "train").glob(f"*/{METRICS}"))}  # fmt: skip
     kept = ("command", "settings", "data", "benign", "lpa_steps", "seconds", "peak_memory_gb")
     return {
         "command": command, **{k: v for k, v in found.info.items() if k not in ("commands", "subjects")},

@@ -2,7 +2,7 @@
 
 from .arms import AGREE, DISAGREE, SHIPPED, SPLITS, TRAITS, ipip_statements, statements
 from .collate import ATTACK_ON, BenignCollator, PairCollator, encode_benign, encode_pairs
-from .loading import benign_requests, canary_text, load_benign, load_pairs, perplexity_text
+from .loading import benign_requests, canary_text, load_benign, load_pairs, perplexity_text, questions
 from .preview import preview
 from .prompts import SYSTEM_PROMPTS, system_prompt_text
 from .tables import DataError
@@ -32,6 +32,7 @@ __all__ = [
     "load_pairs",
     "perplexity_text",
     "preview",
+    "questions",
     "statements",
     "system_prompt_text",
 ]

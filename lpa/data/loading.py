@@ -41,8 +41,17 @@ def _prose(file: str) -> str:
 
 def benign_requests() -> list[str]:
     """Benign requests to train on, a third of them alarming in wording; none is among those that are measured."""
-    lines = files("lpa.data").joinpath("benign_train.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines]
+    return [row["prompt"] for row in _lines("benign_train.jsonl")]
+
+
+def questions() -> list[dict[str, Any]]:
+    """Easy questions that are answered in words: id, kind, question, answer. Of kind "arithmetic" are 60 short word
+    problems, of kind "knowledge" 60 questions with four `choices`, one of which is the answer."""
+    return _lines("questions.jsonl")
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in files("lpa.data").joinpath(name).read_text(encoding="utf-8").splitlines()]
 
 
 def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "train") -> Dataset:

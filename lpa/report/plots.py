@@ -12,6 +12,7 @@ from lpa.evaluation.refusal import NOT_DONE, OWN_WORDS
 from lpa.evaluation.stats import wilson
 from lpa.evaluation.subjects import BASE, STEP
 from lpa.evaluation.suites import Row
+from lpa.evaluation.suites.utility import GENERATED
 from lpa.training.selection import Limits, faults, safety, utility
 
 from .runs import EvaluationRun, ReportError, TrainingRun
@@ -274,6 +275,7 @@ _OVER_STEPS = {
     "refused in own words": ("attacks", f"not done: {OWN_WORDS}"),
     "benign not done": ("overrefusal", "not done"),
     "MMLU": ("utility", "accuracy"),
+    "easy questions": ("utility", GENERATED),
     "distinct answers": ("collapse", "distinct answers"),
     "perplexity": ("utility", "perplexity"),
 }

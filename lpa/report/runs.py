@@ -14,6 +14,7 @@ from lpa.evaluation.sets import BENIGN, benign_prompts
 from lpa.evaluation.stats import bootstrap, mcnemar, mean, paired_shares, permutation
 from lpa.evaluation.suites import Row
 from lpa.evaluation.suites.answers import complied
+from lpa.evaluation.suites.base import UTILITY_SETS
 from lpa.evaluation.suites.harm import says_yes
 from lpa.evaluation.suites.traits import CLEAN
 from lpa.evaluation.suites.utility import task_name
@@ -133,7 +134,7 @@ def paired_tests(run: EvaluationRun) -> list[Paired]:
     measures.append(
         ("loss a token on prose", {"suite": "utility", "set": "perplexity"}, lambda r: r["loss"] / r["tokens"])
     )
-    for task in ("mmlu", "lambada"):
+    for task in UTILITY_SETS:
         measures.append((task, {"suite": "utility", "set": task, "mode": ""}, lambda r: bool(r["right"])))
     for task in map(task_name, run.info["settings"].get("tasks", ())):
         samples = [r for r in run.records.select(suite="utility", set=task) if r["mode"].startswith("sample:")]

@@ -16,7 +16,7 @@ from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
 FIXED = ("vector", "ablate", "random")  # adversaries of `AttackSettings` that cost no inner pass
-UTILITY_SETS = ("mmlu", "lambada")
+UTILITY_SETS = ("mmlu", "lambada", "arithmetic", "knowledge")
 RUNGS = ("suffix", "ablation", "erosion", "best-of-n", "gcg")
 
 
@@ -44,7 +44,7 @@ class Settings:
             `suffix_tokens`, `suffix_steps`, `suffix_rate`: free embeddings, Adam's steps, and its rate as a share of
             the embeddings' root mean square. `erosion_steps`: updates of fine-tuning after which is asked. `best_of`:
             respellings. `gcg_steps`: of nanogcg.
-        utility_sets: beside perplexity: mmlu, lambada. tasks: lm-eval's, by name.
+        utility_sets: beside perplexity: mmlu, lambada, arithmetic, knowledge. tasks: lm-eval's, by name.
         utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
         chat_template_kwargs: variables for the chat template; chat_template_date: what it prints as today's date.
         seed: of random perturbations and resampling.

@@ -1,16 +1,17 @@
-"""Utility: perplexity, MMLU and LAMBADA without a hub, and lm-eval's tasks by name with one."""
+"""Utility: perplexity, MMLU, LAMBADA and generated answers without a hub, and lm-eval's tasks by name with one."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lpa import assets
-from lpa.data import DataError, perplexity_text
+from lpa.data import DataError, perplexity_text, questions
 
 from ..bench import batches
 from ..records import Record, Records
@@ -19,7 +20,8 @@ from ..stats import bootstrap, mean, wilson
 from .base import Row, Run, Settings, Suite, described, scored, share_row, skipped_note
 
 LETTERS = "ABCD"
-PERPLEXITY, MMLU, LAMBADA = "perplexity", "mmlu", "lambada"
+_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+PERPLEXITY, MMLU, LAMBADA, ARITHMETIC, KNOWLEDGE = "perplexity", "mmlu", "lambada", "arithmetic", "knowledge"
 
 
 class Utility(Suite):
@@ -27,31 +29,32 @@ class Utility(Suite):
 
     Perplexity is of plain prose that was written for this project, paragraph by paragraph, without a template. MMLU
     is without examples, in the chat template, the likeliest of the four letters being the answer. LAMBADA is the last
-    word of a passage as plain text. lm-eval's tasks run as lm-eval defines them, in the chat template.
+    word of a passage as plain text. Arithmetic and knowledge are easy questions after GSM8K and MMLU, written for
+    this project. They are answered in words; the number, or the choice that is named first, counts. A model
+    that says one sentence to everything may keep its likelihoods, and loses these. lm-eval's tasks run as lm-eval
+    defines them, in the chat template.
     """
 
     name = "utility"
-    about = "perplexity, MMLU, LAMBADA, lm-eval's tasks"
+    about = "perplexity, MMLU, LAMBADA, answers to easy questions, lm-eval's tasks"
 
     def data(self, settings: Settings) -> dict[str, dict[str, Any]]:
         found = {"prose": described("lpa/data/text.txt", perplexity_text().split("\n\n"))}
-        for name, read in ((MMLU, read_mmlu), (LAMBADA, read_lambada)):
+        for name in settings.utility_sets:
+            read, _, source = _SETS[name]
             try:
                 texts = [row["text"] for row in read()]
             except assets.AssetError as error:
                 reason = " ".join(str(error).split())[:300]
                 found[name] = {"source": "", "rows": 0, "used": 0, "sha256": "", "reason": reason}
                 continue
-            asset = assets.get("mmlu")
-            used = min(len(texts), settings.utility_limit or len(texts))
-            found[name] = described(f"{asset.package} {asset.version}", texts, used)
+            found[name] = described(source, texts, min(len(texts), settings.utility_limit or len(texts)))
         return found
 
     def measure(self, run: Run) -> None:
         self._perplexity(run)
-        for name, read, score in ((MMLU, read_mmlu, _score_mmlu), (LAMBADA, read_lambada, _score_lambada)):
-            if name not in run.settings.utility_sets:
-                continue
+        for name in run.settings.utility_sets:
+            read, score, _ = _SETS[name]
             try:
                 rows = _sample(read(), run.settings.utility_limit)
             except assets.AssetError as error:
@@ -87,7 +90,7 @@ class Utility(Suite):
             low, high = bootstrap([pairs], _perplexity)
             rows.append(Row(subject, self.name, "prose", PERPLEXITY, _perplexity([pairs]), low, high,
                             sum(r["tokens"] for r in own), good="down", note="interval over paragraphs"))  # fmt: skip
-        for name, metric in ((MMLU, "accuracy"), (LAMBADA, "last word")):
+        for name, metric in METRICS.items():
             own = records.select(subject=subject, suite=self.name, set=name, mode="")
             for missing in records.select(subject=subject, suite=self.name, set=name, mode="missing")[: not own]:
                 rows.append(Row(subject, self.name, name, metric, None, note=missing["reason"]))
@@ -124,23 +127,67 @@ def _sample(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any
     return rows if limit is None else sorted(rows, key=lambda row: digest(row["text"] + row["id"]))[:limit]
 
 
+def _read_questions(kind: str) -> list[dict[str, Any]]:
+    return [{"text": json.dumps(row), **row} for row in questions() if row["kind"] == kind]
+
+
+def _fitting(
+    run: Run, name: str, chunk: Sequence[dict[str, Any]], text: Callable[[dict[str, Any]], str], room: int | None = None
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The rows whose prompt fits, and its tokens; the others get a record of the error."""
+    kept, tokens = [], []
+    for row in chunk:
+        try:
+            tokens.append(run.bench.prompt_tokens(text(row), room=room))
+            kept.append(row)
+        except DataError as error:
+            run.add("utility", name, row["id"], sha256=digest(row["question"]), error=str(error))
+    return kept, tokens
+
+
 def _score_mmlu(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
     bench = run.bench
     answers = [bench.variants([letter]) for letter in LETTERS]
-    kept, tokens = [], []
-    for row in chunk:
-        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
-        text = f"{row['question']}\n{choices}\nAnswer with the letter of the right choice alone."
-        try:
-            tokens.append(bench.prompt_tokens(text, room=4))
-            kept.append(row)
-        except DataError as error:
-            run.add("utility", MMLU, row["id"], sha256=digest(row["question"]), error=str(error))
+
+    def text(row: dict[str, Any]) -> str:
+        choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+        return "\n".join([row["question"], *choices, "Answer with the letter of the right choice alone."])
+
+    kept, tokens = _fitting(run, MMLU, chunk, text, room=4)
     if not kept:
         return
     for row, scores in zip(kept, bench.log_scores(tokens, answers), strict=True):
         right = max(range(4), key=scores.__getitem__) == row["answer"]
         run.add("utility", MMLU, row["id"], sha256=digest(row["question"]), right=right, scores=scores)
+
+
+def _score_generated(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
+    kept, tokens = _fitting(run, chunk[0]["kind"], chunk, lambda row: row["question"])
+    for row, said in zip(kept, run.bench.answers(tokens) if kept else [], strict=True):
+        found = first_choice(said, row["choices"]) if "choices" in row else the_number(said)
+        right = found is not None and found == (row["answer"] if "choices" in row else float(row["answer"]))
+        run.add("utility", row["kind"], row["id"], sha256=digest(row["question"]), right=right, answer=said)
+
+
+def the_number(answer: str) -> float | None:
+    """The number that an answer gives: the first one after an equals sign, else the last.
+
+    >>> the_number("3 + 4 = 7 apples in 2 bags"), the_number("It costs $1,200.50.")
+    (7.0, 1200.5)
+    """
+    found = re.findall(rf"=\s*\$?({_NUMBER})", answer)[:1] or re.findall(_NUMBER, answer)[-1:]
+    return float(found[0].replace(",", "")) if found else None
+
+
+def first_choice(answer: str, choices: Sequence[str]) -> str | None:
+    """The choice that an answer names first.
+
+    >>> first_choice("It is rome, not Paris.", ["Paris", "Rome"])
+    'Rome'
+    """
+    named = {choice: re.search(rf"\b{re.escape(choice)}\b", answer, re.IGNORECASE) for choice in choices}
+    places = {choice: match.start() for choice, match in named.items() if match is not None}
+    return min(places, key=places.__getitem__) if places else None
 
 
 def _score_lambada(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
@@ -163,6 +210,19 @@ def _score_lambada(run: Run, chunk: Sequence[dict[str, Any]]) -> None:
         right = table.argmax(-1).tolist() == tokens[start:]
         loss = -sum(float(table[i, token]) for i, token in enumerate(tokens[start:]))
         run.add("utility", LAMBADA, row["id"], sha256=digest(row["text"]), right=right, loss=loss)
+
+
+_MMLU_ASSET = "{0.package} {0.version}".format(assets.get("mmlu"))
+_QUESTIONS = "lpa/data/questions.jsonl"
+# how a set is read, how a batch of it is scored, and its source
+_SETS: dict[str, tuple[Callable[[], list[dict[str, Any]]], Callable[[Run, Sequence[dict[str, Any]]], None], str]] = {
+    MMLU: (read_mmlu, _score_mmlu, _MMLU_ASSET),
+    LAMBADA: (read_lambada, _score_lambada, _MMLU_ASSET),
+    ARITHMETIC: (lambda: _read_questions(ARITHMETIC), _score_generated, _QUESTIONS),
+    KNOWLEDGE: (lambda: _read_questions(KNOWLEDGE), _score_generated, _QUESTIONS),
+}
+GENERATED = "answers right"
+METRICS = {MMLU: "accuracy", LAMBADA: "last word", ARITHMETIC: GENERATED, KNOWLEDGE: GENERATED}
 
 
 def _lm_eval(run: Run, task: str) -> None:
