@@ -191,7 +191,8 @@ def joined(parts: Sequence[str], budget: Budget, output: Path, command: str) -> 
     folder.mkdir(exist_ok=True)
     for name in (RECORDS, TEXTS):  # each part has the base model's lines too
         texts = [(output / "parts" / part / name).read_text(encoding="utf-8") for part in parts]
-        write_text(folder / name, "\n".join(dict.fromkeys(line for text in texts for line in text.split("\n"))))
+        lines = dict.fromkeys(line for text in texts for line in text.split("\n") if line)
+        write_text(folder / name, "".join(f"{line}\n" for line in lines))
     infos = [json.loads((output / "parts" / part / RUN).read_text(encoding="utf-8")) for part in parts]
     info = infos[0] | {"commands": [command], "subjects": {k: v for own in infos for k, v in own["subjects"].items()}}
     info |= {"settings": budget.settings.as_dict(), "suites": [*budget.suites, "ladder"]}
