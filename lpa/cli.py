@@ -77,4 +77,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = isinstance(error, (ValueError, RuntimeError, OSError, ArithmeticError, ImportError))
         text = str(error) if known else f"{type(error).__name__}: {error} (this may be a bug of lpa)"
         print(f"error: {text}\n({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)

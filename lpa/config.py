@@ -47,7 +47,7 @@ _FREE = {"lpa_steps", "per_device_train_batch_size", "gradient_accumulation_step
          "save_total_limit", "logging_nan_inf_filter", "canary_steps", "canary_prompts", "canary_max_new_tokens",
          "canary_set", "canary_max_refusal", "canary_max_perplexity", "canary_patience",
          "canary_keep_best"}  # fmt: skip
-# and of `TrainingArguments` what it may not
+# settings of `TrainingArguments` that a resumed run may not change
 _BOUND = ("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
           "lr_scheduler_kwargs", "warmup_steps")  # fmt: skip
 # the first setting of each group of `lpa train --help`, and the group's name
@@ -426,7 +426,7 @@ def json_object(name: str, value: Any) -> Any:
 
 
 class _Usual(LPAConfig):
-    """The defaults. Made without a look at the devices, which would wait for the other ranks' look at theirs."""
+    """The defaults. It does not look at the devices, since that would wait for the other ranks."""
 
     _setup_devices = torch.device("cpu")
 

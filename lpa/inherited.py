@@ -45,7 +45,7 @@ _SAMPLING = "each LPA step shuffles, and cuts its batch by length"
 _METRICS = "evaluate() gathers no predictions; it tells eval_loss, eval_preferred and eval_margin"
 _COMPILED = "a compiled model does not see the hooks that perturb it"
 _DTYPE = "the model runs in the dtype that it is loaded in (lpa train --dtype)"
-# Refused where they are set to something else than their default: why, and what to use.
+# Refused where they are set to another value than their default: why, and what to use.
 REFUSED = {
     "num_train_epochs": "a run's length is lpa_steps",
     "average_tokens_across_devices": "normaliser says what a loss is a mean of",
@@ -124,7 +124,7 @@ def _as_usual(field: Field[Any], value: Any) -> bool:
 
 
 def _accelerator_as_usual(value: Any) -> bool:
-    """Whether an accelerator_config (None, a dict, a file or an object) says nothing of what is not done here."""
+    """Whether an accelerator_config (None, a dict, a file or an object) leaves what LPA does not use at its default."""
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     if not value:

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from lpa_kernels.model import resolve_sites
+
 from . import assets
+from .files import write_json
 from .run_folder import ADAPTER
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -85,6 +88,28 @@ def resolve(name: str | Path) -> str:
     return str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
 
 
+def outline(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """The modules of a model, or of an adapter's base, on the meta device; None where they cannot be made."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(adapter_base(name) or name), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # loading the model says what is wrong
+        return None
+
+
+def check_sites(model: Any, sites: Sequence[str]) -> None:
+    """Refuse sites that an outline does not have. Names of modules are left out, since adapters change them.
+
+    Raises:
+        ValueError: the model has no such site.
+    """
+    if model is not None and (numbered := [site for site in sites if ":" in site]):
+        resolve_sites(model, numbered)
+
+
 def adapter_base(name: str | Path, **options: Any) -> str | None:
     """The base model that an adapter names; None where `name` is no adapter.
 
@@ -131,9 +156,20 @@ def base_and_adapters(model: str | None, adapters: Sequence[str]) -> tuple[str, 
         return (model, list(adapters)) if base is None else (base, [model, *adapters])
     paths = [path if Path(path).exists() else path.rpartition("=")[2] for path in adapters]
     named = dict.fromkeys(base for path in paths if (base := adapter_base(path)) is not None)
-    if len({resolve(base) for base in named}) > 1:  # a run's checkpoints name an asset's folder, its adapter the asset
+    if len({resolve(base) for base in named}) > 1:  # checkpoints of former releases name an asset's folder
         raise ModelError(f"the adapters are of several base models ({', '.join(named)}); give one as --model")
     return next(iter(named), DEFAULT_MODEL), list(adapters)
+
+
+def name_base(folder: Path) -> None:
+    """Have a saved adapter name an asset as its users do: the asset's folder is a path of this machine."""
+    if (file := folder / ADAPTER).is_file():
+        held, names = (
+            json.loads(file.read_text(encoding="utf-8")),
+            {str(_folder_of(name)): name for name in GGUF_MODELS},
+        )
+        if name := names.get(held.get("base_model_name_or_path")):
+            write_json(file, held | {"base_model_name_or_path": name})
 
 
 def _with_adapter(model: Any, tokenizer: Any, where: str, known: dict[str, Any]) -> tuple[Any, Any]:
@@ -146,6 +182,8 @@ def _with_adapter(model: Any, tokenizer: Any, where: str, known: dict[str, Any])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         told = " ".join(str(error).split())[:300]
         raise ModelError(f"the adapter {where} does not fit {model.config._name_or_path!r}: {told}") from error
+    for held in adapted.peft_config.values():  # where peft finds its configuration; `name_base` gives an asset its name
+        held.base_model_name_or_path = model.config._name_or_path
     if (Path(where) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(where)
     return adapted.eval(), tokenizer
@@ -161,9 +199,13 @@ def context_length(model: Any) -> int | None:
     return None
 
 
+def _folder_of(name: str) -> Path:
+    return assets.cache_dir() / "models" / f"{name}-{assets.get(name).sha256[:12]}"
+
+
 def _dequantised(name: str) -> Path:
     """The folder with the asset's weights as float32 safetensors, and its tokenizer. Made once: it is slow."""
-    target = assets.cache_dir() / "models" / f"{name}-{assets.get(name).sha256[:12]}"
+    target = _folder_of(name)
     if (target / "config.json").is_file():
         return target
     source = assets.fetch(name)

@@ -25,10 +25,12 @@ def run(arguments: Sequence[str]) -> int:
 
     from ..config import json_object
     from ..evaluation.chat import chat
+    from ..evaluation.subjects import check_adapters, named_adapters
     from ..models import base_and_adapters, load
 
     quiet_loading()
     base, adapters = base_and_adapters(options.model, options.adapter)
+    check_adapters(named_adapters(adapters))
     model, tokenizer = load(base, dtype=options.dtype)
     model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chat(

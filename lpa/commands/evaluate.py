@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     from ..evaluation import SUITES, Settings, evaluate
     from ..evaluation.subjects import checkpoints_of
     from ..models import base_and_adapters
-    from . import quiet_loading
+    from . import Progress, quiet_loading
 
     console = Console()
     if options.list:
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     limits = ("limit", "benign_limit", "trait_limit", "utility_limit")
     if "limit" in chosen:
         chosen = dict.fromkeys(limits, chosen["limit"]) | chosen
-        if chosen["limit"]:
+        if chosen["limit"] > 0:
             chosen.setdefault("ladder_limit", min(chosen["limit"], Settings.ladder_limit))
     for name in limits:
         if chosen.get(name) == 0:
@@ -60,12 +60,19 @@ def run(arguments: Sequence[str]) -> int:
     if options.chat_template_kwargs:
         chosen["chat_template_kwargs"] = json_object("--chat-template-kwargs", options.chat_template_kwargs)
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
-    settings = Settings(**values)
+    if options.batch_size < 1:
+        parser.error(f"--batch-size={options.batch_size} must be at least 1")
+    try:
+        settings = Settings(**values)
+    except ValueError as error:  # it names fields, and these are set by options
+        flags = {action.dest: action.option_strings[-1] for action in reversed(parser._actions)}
+        told = re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), str(error))
+        parser.error(told.replace("None for all", "0 for all"))
     quiet_loading()
     base, adapters = base_and_adapters(
         options.model, [*options.adapter, *(f"{name}={path}" for name, path in steps.items())]
     )
-    with _Progress(console) as tick:
+    with Progress(console) as tick:
         result = evaluate(
             base,
             adapters,
@@ -94,11 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="a folder, a hub name, or an asset's name; by default the adapters', else the embedded model")
     add("--adapter", action="extend", nargs="+", default=[], metavar="[NAME=]FOLDER", help="adapters to set beside it")
-    add(
-        "--checkpoints",
-        metavar="RUN",
-        help="set the checkpoints of a training run beside it; the report draws them",
-    )
+    add("--checkpoints", metavar="RUN", help="set the checkpoints of a training run beside it; the report draws them")
     add("--suite", action="extend", nargs="+", help="suites to run; by default all but the ladder (see --list)")
     add("--list", action="store_true", help="list the suites")
     add("--output", metavar="FOLDER", help="for records and results; a stopped run there is continued")
@@ -170,43 +173,3 @@ class _Renamed(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, space: Any, values: Any, option_string: Any = None) -> None:
         parser.error(f"{option_string} is called {self.now} now")
-
-
-class _Progress:
-    """One line that is rewritten on a terminal; elsewhere a line a phase and every 30 seconds."""
-
-    def __init__(self, console: Any) -> None:
-        self.status = console.status("loading") if console.is_terminal else None
-        self.what, self.begun, self.first, self.told = "", 0.0, 0, 0.0  # the phase, since when and from where
-
-    def __enter__(self) -> _Progress:
-        if self.status is not None:
-            self.status.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now, new = time.monotonic(), what != self.what
-        if new:
-            self.what, self.begun, self.first = what, now, done
-        line = f"{what} {done}/{total}{time_left(now - self.begun, done - self.first, total - done)}"
-        if self.status is not None:
-            self.status.update(line)
-        elif new or now - self.told > 30:
-            print(line, flush=True)
-            self.told = now
-
-
-def time_left(seconds: float, done: int, left: int) -> str:
-    """ ", about ... left", by the pace of what was done in so many seconds; "" where nothing is known or left.
-
-    >>> time_left(30.0, 10, 20)
-    ', about 1:00 left'
-    """
-    if not done or not left:
-        return ""
-    minutes, rest = divmod(round(seconds / done * left), 60)
-    return f", about {minutes}:{rest:02} left"

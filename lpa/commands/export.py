@@ -18,12 +18,14 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights")
     options = parser.parse_args(arguments)
     from ..evaluation.export import export_merged
+    from ..evaluation.subjects import check_adapters, named_adapters
     from ..models import base_and_adapters, load
 
     quiet_loading()
     base, adapters = base_and_adapters(options.model, [options.adapter] if options.adapter else [])
     if len(adapters) != 1:
         parser.error(f"one adapter can be merged, and {', '.join(adapters) or 'none'} is given; use --adapter FOLDER")
+    check_adapters(named_adapters(adapters))
     model, tokenizer = load(base, dtype=options.dtype)
     check = export_merged(model, tokenizer, adapters[0], options.output)
     print(

@@ -123,8 +123,8 @@ def parsed(parser: Any, given: Sequence[str]) -> tuple[dict[str, Any], list[str]
     Of a preset, the YAML files and the command line, each goes over the one before.
 
     Raises:
-        ValueError: a file or a setting in it is not as it should be.
-        SystemExit: an option on the command line is not; or help was asked for.
+        ValueError: a file cannot be read, or a setting in it is wrong.
+        SystemExit: an option on the command line is wrong, or help was asked for.
     """
     if {"-h", "--help", "--help-all"} & set(given):
         parser.parse_args(given)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .options import TrainOptions, parsed, parser
 
-# flag -> (field of PlanShape, what it is)
+# flag -> (field of PlanShape, what it is); by default as long as the longest of the data that are named
 LENGTHS = {
     "prompt_tokens": ("prompt", "Tokens of a prompt, with its template and system prompt."),
     "completion_tokens": ("completion", "Tokens of each completion."),
@@ -23,7 +23,8 @@ Of the packed engine, or of the reference one where that is asked for; a frozen 
 it can) keeps less in the attack.
 Of one rank; FSDP2's units are those that accelerate makes, and a block's weights come while another one is in use.
 Not in it: what NCCL or gloo keep for themselves; what Python, libraries and a GPU's driver take; what an allocator
-keeps beyond the tensors (with glibc's defaults much, docs/scale.md); loading; measuring before and after.
+keeps beyond the tensors (with glibc's defaults much, docs/scale.md); loading; canaries; evaluations; measuring before
+and after.
 No GPU was measured."""
 
 
@@ -33,20 +34,21 @@ def run(arguments: Sequence[str]) -> int:
 
     found = parser("lpa plan", "Tell memory and work of a run of lpa train, which takes the same options.")
     for flag, (name, text) in LENGTHS.items():
-        found.add_argument(f"--{flag}", type=int, default=getattr(PlanShape, name), help=text)
+        text += f" By default those of the longest row of --data or --benign, else {getattr(PlanShape, name)}."
+        found.add_argument(f"--{flag}", type=int, help=text)
     found.add_argument("--ranks", type=int, default=1, help="Ranks that run it, by DDP or with --fsdp by FSDP2; batch "
                         "sizes are each rank's, as for lpa train.")  # fmt: skip
     values, _ = parsed(found, arguments)
-    shape = PlanShape(**{name: values.pop(flag) for flag, (name, _) in LENGTHS.items()})
-    return _plan(values, shape, values.pop("ranks"))
+    lengths = {name: values.pop(flag) for flag, (name, _) in LENGTHS.items()}
+    return _plan(values, {name: tokens for name, tokens in lengths.items() if tokens is not None}, values.pop("ranks"))
 
 
-def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
+def _plan(values: dict[str, Any], lengths: dict[str, int], ranks: int) -> int:
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     from ..config import LPAConfig
-    from ..memory import estimate
+    from ..memory import PlanShape, estimate
     from ..models import ModelError, adapter_base, resolve
 
     transformers_logging.set_verbosity_error()
@@ -60,6 +62,7 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
         raise ModelError(
             f"the configuration of {options.model!r} cannot be read ({error}); give a folder, a hub name or an asset"
         ) from error
+    shape = PlanShape(**_longest(options, args, resolve(base)) | lengths)
     dtype, quantized = planned_dtype(options)
     found = estimate(
         config,
@@ -80,6 +83,40 @@ def _plan(values: dict[str, Any], shape: Any, ranks: int) -> int:
     print(as_text(found))
     print(f"\n{ASSUMPTIONS}")
     return 0
+
+
+def _longest(options: TrainOptions, args: Any, base: str) -> dict[str, int]:
+    """The most tokens of prompts and completions in the run's data; nothing where neither data nor their system prompt
+    is named, which takes the tokenizer of the model `base`.
+
+    Raises:
+        ValueError: data that cannot be read or that no term takes, or there is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from ..data import PLAIN_PROMPT, benign_requests, encode_benign, encode_pairs, load_benign, load_pairs
+    from ..training.prepare import OWN, OWN_TOKENS, check_benign
+
+    if not (options.data or options.benign) and args.system_prompt == type(args).system_prompt:
+        return {}
+    check_benign(args, options.benign)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+    chat = {"max_length": args.max_length, **args.chat_options}
+    pairs = encode_pairs(load_pairs(options.data), tokenizer, system_prompt=args.system_prompt or None, **chat)
+    found = {"prompt": _most(pairs, "prompt"), "completion": max(_most(pairs, "rejected"), _most(pairs, "chosen"))}
+    if not {"sft", "kl"} & set(args.coefs):
+        return found
+    own, system = options.benign == OWN, args.benign_system_prompt
+    if system is None:
+        system = PLAIN_PROMPT if own else None if options.benign else args.system_prompt
+    rows = load_benign([{"prompt": text, "response": "-"} for text in benign_requests()] if own else options.benign)
+    benign = encode_benign(rows, tokenizer, system_prompt=system or None, **chat)
+    answer = OWN_TOKENS if own else _most(benign, "response")
+    return found | {"benign_prompt": _most(benign, "prompt"), "benign_answer": answer}
+
+
+def _most(rows: Any, part: str) -> int:
+    return max(map(len, rows[f"{part}_tokens"]))
 
 
 def planned_dtype(options: Any) -> tuple[Any, str | None]:

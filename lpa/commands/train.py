@@ -9,13 +9,13 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from .. import run_folder as folder
 from ..presets import PRESETS
-from . import quiet_loading
+from . import Progress, quiet_loading
 from .options import TrainOptions, asked, parsed, parser
 
 
@@ -38,6 +38,7 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
     own = {*TrainOptions.__annotations__, "config", "preset"}
     if options.benign == "own" and values["benign_system_prompt"] is None:
         values = values | {"benign_system_prompt": PLAIN_PROMPT}  # they are asked for as they are answered
+    preset = {name: values[name] for name in PRESETS[values["preset"]] if values[name] is not None}
     for name in ("system_prompt", "benign_system_prompt"):
         values[name] = system_prompt_text(values[name])  # settings.yaml keeps the text: a file may change
     config = LPAConfig(**{k: v for k, v in values.items() if k not in own} | {"output_dir": str(output)})
@@ -45,24 +46,31 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
     output = Path(config.output_dir)
 
     import torch
+    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    from ..data import load_pairs
+    from ..data import load_benign, load_pairs
     from ..evaluation.measure import table
     from ..files import write_json, write_text, writing
     from ..models import adapter_base, load
     from ..quantization import quantized_loading
     from ..training.card import model_card
-    from ..training.prepare import OWN, benign_source, fix_date, trained_share
+    from ..training.prepare import OWN, benign_source, check_before_loading, fix_date, trained_share
     from ..training.ranks import from_main
     from ..training.resuming import check_resumed
     from ..training.trainer import LPATrainer
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers_logging.set_verbosity_error()  # what it says is about a loop that here is only a part
+    transformers_logging.set_verbosity_error()  # its advice is on a training loop that LPA replaces
     quiet_loading()
     begun = time.time()
+    main = config.process_index == 0
+    say = print if main else _silent
+    if preset:
+        say(f"preset {values['preset']}: " + ", ".join(f"{name} {value}" for name, value in preset.items()))
     pairs = load_pairs(options.data)
+    check_before_loading(config, options.model, options.benign, options.trust_remote_code)
+    benign = options.benign if options.benign in (None, OWN) else load_benign(options.benign)
     loading: dict[str, Any] = {
         "dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
         "attn_implementation": options.attn_implementation,
@@ -79,27 +87,25 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
     if options.benign == OWN and not (config.fsdp or getattr(model, "is_quantized", False)):
         model.to(config.device)
     fix_date(tokenizer, config, new=not options.resume)
-    benign = benign_source(options.benign, model, tokenizer, config)
+    say(f"{options.model}: {trained_share(model)[1] / 1e6:.1f}M weights on {config.device}", flush=True)
+    with Progress(Console()) if main else nullcontext(_silent) as tick:
+        benign = benign_source(benign, model, tokenizer, config, tick)
     trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign)
-    main = trainer.is_world_process_zero()
-    say = print if main else _silent
     checkpoint = trainer.last_checkpoint() if options.resume else None
     if checkpoint is not None:
         from_main(trainer.accelerator, lambda: check_resumed(checkpoint, trainer.kept_settings()))
     elif options.resume:
         from_main(trainer.accelerator, lambda: folder.check_resumable(output))
-    if main:  # only now: what was wrong with the settings, the data or the model has been told
+    if main:  # only now: settings, data and model have been checked
         if not options.resume:
             folder.clear(output)
         folder.keep_settings(output, asked(values | {"chat_template_date": config.chat_template_date}), commands)
     trainer.accelerator.wait_for_everyone()
-    trained, total = trained_share(trainer.model)
-    if values["preset"] != "none":
-        say(f"preset {values['preset']}: " + ", ".join(f"{k} {v}" for k, v in PRESETS[values["preset"]].items()))
     say(
-        f"{options.model}: {total / 1e6:.1f}M weights on {config.device}, {trained / 1e6:.1f}M of them trained; "
-        f"{len(pairs)} pairs; {config.lpa_steps} LPA steps of {trainer.batch_size} pairs, {config.inner_steps} inner "
-        f"steps and {config.defence_steps} updates each; output: {output}"
+        f"{trained_share(trainer.model)[0] / 1e6:.1f}M weights are trained; {len(pairs)} pairs; {config.lpa_steps} LPA "
+        f"steps of {trainer.batch_size} pairs, {config.inner_steps} inner steps and {config.defence_steps} updates "
+        f"each; output: {output}",
+        flush=True,
     )
     before = _before(trainer, options, output)
     if options.resume:
@@ -114,7 +120,7 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
         trainer.accelerator.end_training()
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)  # the signal may have been another rank's
     base = adapter_base(options.model)
-    _save(trainer, base or options.model)
+    _save(trainer)
     after = _measure(trainer, options)
     record = _record(options, trainer, pairs, before, after) | {
         "model": base or options.model,
@@ -130,8 +136,6 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
         write_json(output / folder.METRICS, record)
         write_text(output / folder.CARD, model_card(record))
     if before:
-        from rich.console import Console
-
         Console().print(table(before, after))
     say(f"done in {record['seconds']:.0f} s"
         + (f", {record['peak_memory_gb']:.2f} GB" if record["peak_memory_gb"] else "") + f"; {output}")  # fmt: skip
@@ -183,12 +187,12 @@ def _measure(trainer: Any, options: TrainOptions) -> dict[str, float]:
     )  # fmt: skip
 
 
-def _silent(*_: Any) -> None:
+def _silent(*_: Any, **__: Any) -> None:
     pass
 
 
 def _seconds_before(checkpoint: Path | None) -> float:
-    """How long the LPA steps took that a checkpoint brings along."""
+    """Seconds that the LPA steps in a checkpoint took."""
     if checkpoint is None:
         return 0.0
     log = json.loads((checkpoint / folder.STATE).read_text(encoding="utf-8"))["log_history"]
@@ -222,16 +226,14 @@ def _stopping(trainer: Any) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _save(trainer: Any, base: str) -> None:
-    """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors.
-
-    An adapter names `base`, as the user calls that model: an asset's folder is a path of this machine.
-    """
-    from ..files import staged, write_json, writing
+def _save(trainer: Any) -> None:
+    """The adapter (or, fully trained, the model with its tokenizer) into the output folder, as safetensors."""
+    from ..files import staged, writing
+    from ..models import name_base
     from ..training.ranks import agree
 
     model, output = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
-    state, error = trainer.trained_state(), None
+    state, error = trainer.trained_state(), None  # type: tuple[Any, Exception | None]
     if trainer.is_world_process_zero():
         try:
             with writing("the trained model", output, "make room and --resume: its checkpoint is there"), \
@@ -239,9 +241,8 @@ def _save(trainer: Any, base: str) -> None:
                 model.save_pretrained(part, state_dict=state)
                 if not hasattr(model, "peft_config"):
                     trainer.processing_class.save_pretrained(part)
-                for file in part.glob(folder.ADAPTER):
-                    write_json(file, json.loads(file.read_text()) | {"base_model_name_or_path": base})
-        except OSError as raised:
+                name_base(part)
+        except Exception as raised:  # of any kind: the other ranks must learn of it
             error = raised
     agree(trainer.accelerator, error)
 

@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         preview(
             tokenizer, shown, system_prompt=options.system_prompt or None, attack_on=options.attack_on,
             chat_template_kwargs=json_object("--chat-template-kwargs", options.chat_template_kwargs),
-            date=options.chat_template_date,
+            date=options.chat_template_date
         )  # fmt: skip
         return 0
     from rich.console import Console

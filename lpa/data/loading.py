@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -19,9 +20,10 @@ PAIR_COLUMNS = ("prompt", "rejected", "chosen")
 BENIGN_COLUMNS = ("prompt", "response")
 _OPTIONAL = ("id", "trait", "facet")
 _STATEMENTS, _KEYS = ("statement", "item", "text"), ("key", "keyed", "label", "kind")
-# what the key of a statement says: that it is to be agreed with, or not; the last two hold a minus sign, no hyphen
+# keys of statements that are to be agreed with, and of those that are not; the last two hold a minus sign, U+2212
 _AGREED = {"1", "+1", "+", "positive", "desirable", "agree"}
 _NOT_AGREED = {"-1", "-", "negative", "undesirable", "disagree", "\u22121", "\u2212"}
+_DECIMALS = re.compile(r"\.0*$")  # a key that went through a spreadsheet or pandas is "1.0"
 
 
 def perplexity_text() -> str:
@@ -185,7 +187,7 @@ def _of_statement(row: Row, where: str) -> Row | None:
     if statement is None or key is None or "completion" in row:
         return None
     value = row[key]
-    word = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
+    word = _DECIMALS.sub("", str(value).strip().lower())
     if isinstance(value, bool) or word not in _AGREED | _NOT_AGREED:
         raise DataError(
             f"{where}: {key} is {value!r}; it must be +1, positive or desirable for a statement that is to be agreed "

@@ -40,8 +40,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a template is given messages: contents in parts, the system's text in the user's, an empty list of tools,
-    without the switches that ask for no thought; and whose text asks for none."""
+    """How a template is given messages: contents in parts; the system's text in the user's; an empty list of tools;
+    without the switches for thoughts (bare); and in whose text "/no_think" stands."""
 
     parts: bool = False
     folded: bool = False
@@ -180,7 +180,7 @@ class Rendering:
         finished = _between(self._answered(way), _PROMPT, _ANSWER)
         if finished is None:
             return own, own
-        if own.startswith(finished):  # a thought that is open or empty, or else what an answer does not follow
+        if own.startswith(finished):  # an open or an empty thought is kept; no answer follows anything else
             more = own[len(finished) :]
             thought = _open_thought(more) or _CLOSE.search(more)
             return own, own if thought or not more.strip() else finished

@@ -21,6 +21,10 @@ class DataError(ValueError):
     """A data set cannot be used as it is; the message names the file and the row."""
 
 
+class UnavailableError(DataError):
+    """A data set of the hub cannot be had now; the message says why."""
+
+
 def rows_of(source: Any, split: str = "train", **hub: Any) -> Iterator[tuple[str, Row]]:
     """(where, row) of every row.
 
@@ -166,8 +170,9 @@ def _named(name: str, split: str, hub: Mapping[str, Any]) -> Iterable[Any]:
 
     try:
         found: Iterable[Any] = datasets.load_dataset(name, split=split, **hub)
-    except Exception as error:  # the library and its hub raise many kinds
-        raise DataError(
+    except Exception as error:  # the library and its hub raise many kinds; of a wrong split or configuration this one
+        kind = DataError if isinstance(error, ValueError) else UnavailableError
+        raise kind(
             f"{name!r} is no file or folder here, and datasets cannot load it (split {split!r}): {error}"
         ) from error
     return found

@@ -14,7 +14,7 @@ from lpa_kernels.model import remembered
 from ..config import LPAConfig
 from ..data import ChatEncoder
 from ..models import context_length
-from .sets import load_set
+from .sets import Prompt, load_set
 
 PROMPTS = 64  # of each set
 
@@ -41,7 +41,10 @@ def directions_of(model: Any, config: LPAConfig, sites: Sequence[Site], tokenize
         encoder = ChatEncoder(
             tokenizer, config.system_prompt or None, context_length(model) or 2**31, **config.chat_options
         )
-        sets = [_prompts(name, encoder) for name in given]
+        sets = [
+            [torch.tensor(encoder.row(prompt.text, [], "the prompt")[0][0]) for prompt in _prompts(name)]
+            for name in given
+        ]
         if not hasattr(model, "disable_adapter"):
             return mean_difference(model, sites, *sets)
         with adapters_off(model):
@@ -50,8 +53,22 @@ def directions_of(model: Any, config: LPAConfig, sites: Sequence[Site], tokenize
     return remembered(model, "directions between prompts", key, find)
 
 
-def _prompts(name: str, encoder: ChatEncoder) -> list[Tensor]:
-    """The token ids of a set's prompts.
+def check_direction(config: LPAConfig) -> None:
+    """Read what `attack_direction` names, before a model is loaded.
+
+    Raises:
+        ValueError: no such file, or a set that is unavailable.
+    """
+    given = config.attack_direction or []
+    if len(given) == 1:
+        read_directions(given[0])
+    else:
+        for name in given:
+            _prompts(name)
+
+
+def _prompts(name: str) -> Sequence[Prompt]:
+    """The prompts of a set.
 
     Raises:
         ValueError: the set is unavailable, and why.
@@ -62,4 +79,4 @@ def _prompts(name: str, encoder: ChatEncoder) -> list[Tensor]:
         found = found if benign.reason else benign
     if found.reason:
         raise ValueError(f"attack_direction: the set {name!r} is unavailable: {found.reason}")
-    return [torch.tensor(encoder.row(prompt.text, [], "the prompt")[0][0]) for prompt in found.prompts]
+    return found.prompts

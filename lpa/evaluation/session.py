@@ -17,13 +17,13 @@ import torch
 from ..data import ChatEncoder, rendering
 from ..environment import versions
 from ..files import write_json, write_text
-from ..models import DEFAULT_MODEL, load
+from ..models import DEFAULT_MODEL, check_sites, load, outline
 from ..run_folder import RESULTS, RUN, TABLE
 from .bench import Bench, quiet_generation
 from .judges import Judge, judge_answers
 from .records import Records
 from .sets import BENIGN, HARM_SETS, PromptSet, load_set, set_name
-from .subjects import EvaluationError, Subjects, named_adapters
+from .subjects import EvaluationError, Subjects, check_adapters, named_adapters
 from .suites import SUITES, Row, Run, Settings
 from .table import as_markdown, as_table
 from .verdict import verdict_rows
@@ -108,15 +108,21 @@ def evaluate(
         tell: called with a line for each set that is a file or on the hub: how it was read, and its first prompt.
 
     Raises:
-        EvaluationError: no suite or an unknown one, an adapter that does not fit, a judge that cannot be loaded, or a
-            folder that holds another evaluation.
+        EvaluationError: no suite or an unknown one, an adapter that does not fit, a set that is misnamed or malformed,
+            a judge that cannot be loaded, or a folder that holds another evaluation.
         lpa.models.ModelError, lpa.assets.AssetError: no model.
     """
     # a limit on the harmful sets alone holds for the benign one too
     wanted = settings or Settings(**({"benign_limit": options["limit"]} if "limit" in options else {}) | options)
     if settings is not None and options:
         raise EvaluationError(f"give settings or {', '.join(options)}, not both")
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size={batch_size} must be at least 1")
     chosen = _suites(suites)
+    paths = named_adapters(adapters)
+    check_adapters(paths)
+    if isinstance(model, (str, Path)) and wanted.sites:
+        check_sites(outline(model), wanted.sites)
     judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
     benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
     # the default sets have no choice: beside benign sets it is about those
@@ -131,14 +137,15 @@ def evaluate(
     ]  # fmt: skip
     wanted = replace(
         wanted, sets=tuple(map(set_name, wanted.sets)),
-        benign_sets=tuple(set_name(name, harmful=False) for name in wanted.benign_sets),
+        benign_sets=tuple(set_name(name, harmful=False) for name in wanted.benign_sets)
     )  # fmt: skip
     for prompts in (*harmful, *more_benign):
+        if prompts.mistake:
+            raise EvaluationError(f"the set {prompts.name}: {prompts.reason}")
         if prompts.reason:
             logger.warning("%s is unavailable: %s", prompts.name, prompts.reason)
         elif prompts.format and tell is not None:
             tell(prompts.shown)
-    paths = named_adapters(adapters)
     if isinstance(model, (str, Path)):
         name, (model, own) = str(model), load(model, dtype=dtype)
         tokenizer = tokenizer or own

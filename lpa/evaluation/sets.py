@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lpa import assets
-from lpa.data.tables import SUFFIXES, DataError, is_text, rows_of
+from lpa.data.tables import SUFFIXES, DataError, UnavailableError, is_text, rows_of
 
 from .formats import LABEL_COLUMNS, Format, recognise
 
@@ -34,8 +34,8 @@ _HUB: dict[str, tuple[str, dict[str, Any], str | None]] = {
         "LLM-Tuning-Safety/HEx-PHI",
         {"data_files": [f"category_{n}.csv" for n in (1, *range(3, 12))], "split": "train", "header": None,
          "names": ["prompt"], "skip_blank_lines": True},
-        "prompt",
-    ),
+        "prompt"
+    )
 }  # fmt: skip
 
 
@@ -61,6 +61,7 @@ class PromptSet:
 
     Attributes:
         harmful: whether its texts must stay out of results that are shared.
+        mistake: whether the reason is a wrong name of a file, a column, ...; else the set is unavailable.
         sha256: of all texts of the source, one a line, whichever are used.
         format: as what its rows were read. left_out: how many rows are not among the prompts, by why.
     """
@@ -74,6 +75,7 @@ class PromptSet:
     reason: str = ""
     format: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
+    mistake: bool = False
 
     @property
     def shown(self) -> str:
@@ -155,15 +157,18 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
     try:
         found = _read(given, harmful, choice or Choice())
     except (assets.AssetError, OSError, ValueError, ImportError, csv.Error) as error:
-        return PromptSet(name, harmful, reason=_one_line(error))
-    except Exception as error:  # the hub's library raises many kinds
-        return PromptSet(name, harmful, reason=f"{type(error).__name__}: {_one_line(error)}")
+        mistake = isinstance(error, ValueError) and not isinstance(error, UnavailableError)
+        return PromptSet(name, harmful, reason=_one_line(error), mistake=mistake)
     prompts, source = found.prompts, found.source
     if not prompts:
         left_out = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
         told = f" ({left_out} left out)" if left_out else ""
         return PromptSet(
-            name, harmful, source=source, reason=f"{source} holds no {'' if harmful else 'benign '}prompts{told}"
+            name,
+            harmful,
+            source=source,
+            reason=f"{source} holds no {'' if harmful else 'benign '}prompts{told}",
+            mistake=True,
         )
     whole = digest("\n".join(prompt.text for prompt in prompts))
     used = prompts
@@ -207,6 +212,8 @@ def _read(name: str, harmful: bool, choice: Choice) -> _Found:
             raise DataError(f"there is no file {path}")
         return _chosen(_local(path, choice), path.name, path.stem, harmful, choice)
     known, _, revision = name.partition("@")
+    if path.suffix and path.parent.is_dir() and path.parent != Path():
+        raise DataError(f"there is no file {path} with one of the endings {', '.join(_FILES)}")
     if known not in _HUB and "/" not in name:
         names = ", ".join((BENIGN, *HARM_SETS, *_HUB))
         raise ValueError(

@@ -23,6 +23,8 @@ STEP = "step "  # before the updates in a checkpoint's name
 class EvaluationError(ValueError):
     """The evaluation is impossible as asked; the message says why and what to do."""
 
+    exit_status = 2
+
 
 def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
     """Adapter paths by a short name: the mapping's key, NAME of "NAME=PATH", or the last folders that tell them apart.
@@ -44,6 +46,16 @@ def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) ->
         if name == BASE or names.count(name) > 1:
             raise EvaluationError(f"two subjects would be called {name!r}; name adapters as NAME=PATH")
     return dict(pairs)
+
+
+def check_adapters(paths: Mapping[str, str]) -> None:
+    """Refuse what is no adapter, before a model is loaded.
+
+    Raises:
+        EvaluationError: one cannot be read; the message names it.
+    """
+    for path in paths.values():
+        _adapter_config(path)
 
 
 def checkpoints_of(run: str | Path) -> dict[str, str]:
@@ -183,14 +195,13 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return hasher.hexdigest()
 
 
-def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:
-    """An adapter's configuration and tensors.
+def _adapter_config(path: str) -> Any:
+    """An adapter's configuration.
 
     Raises:
-        EvaluationError: there is none.
+        EvaluationError: there is none, or no weights beside it.
     """
     from peft import PeftConfig
-    from peft.utils import load_peft_weights
 
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
@@ -198,11 +209,28 @@ def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:
         raise EvaluationError(f"{path} holds no adapter_config.json; it is {what}")
     if folder.is_dir() and not any(folder.glob("adapter_model*.safetensors")):
         raise EvaluationError(f"{path} holds no adapter_model.safetensors; adapters in pickles (.bin) are not read")
-    where = str(folder) if folder.exists() else path
+    with _reading(path) as where:
+        return PeftConfig.from_pretrained(where)
+
+
+def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """An adapter's configuration and tensors.
+
+    Raises:
+        EvaluationError: they cannot be read.
+    """
+    from peft.utils import load_peft_weights
+
+    config = _adapter_config(path)
+    config.inference_mode = True
+    with _reading(path) as where:
+        return config, load_peft_weights(where, device="cpu")
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[str]:
+    folder = Path(path).expanduser()
     try:
-        config = PeftConfig.from_pretrained(where)
-        weights = load_peft_weights(where, device="cpu")
+        yield str(folder) if folder.exists() else path
     except Exception as error:  # hub and file errors of many kinds
         raise EvaluationError(f"the adapter {path} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    config.inference_mode = True
-    return config, weights

@@ -32,6 +32,22 @@ _BATCH = 8
 _COMPLETION_WORDS = 3  # a shorter completion ("No") is also the beginning of many an honest answer
 
 
+def watched(config: LPAConfig) -> tuple[Sequence[Prompt], dict[str, Any]]:
+    """(the harmful requests that are watched, what describes them), both empty without a canary_set.
+
+    Raises:
+        ValueError: canary_set is unavailable.
+    """
+    if config.canary_set is None:
+        return (), {}
+    found = load_set(config.canary_set)
+    if found.reason:
+        raise ValueError(f"canary_set={config.canary_set!r} is unavailable: {found.reason}")
+    # lpa evaluate takes the prompts with the least hashes, so these have the greatest
+    last = sorted(found.prompts, key=lambda prompt: prompt.sha256)[-config.canary_prompts :]
+    return last, found.described() | {"used": len(last)}
+
+
 class Canaries:
     """The prompts, and how they are asked: always in the same batches and greedily, so that nothing is drawn at random.
 
@@ -51,16 +67,7 @@ class Canaries:
             tokenizer, system_prompt=config.system_prompt or None, attack_on=config.attack_on, **config.chat_options
         )
         self.benign = benign_prompts(FILE)[: config.canary_prompts]
-        self.harmful, self.source = self._harmful() if config.canary_set else ((), {})
-
-    def _harmful(self) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
-        assert self.config.canary_set is not None
-        found = load_set(self.config.canary_set)
-        if found.reason:
-            raise ValueError(f"canary_set={self.config.canary_set!r} is unavailable: {found.reason}")
-        # lpa evaluate takes the prompts with the least hashes, so these have the greatest
-        last = sorted(found.prompts, key=lambda prompt: prompt.sha256)[-self.config.canary_prompts :]
-        return tuple(last), found.described() | {"used": len(last)}
+        self.harmful, self.source = watched(config)
 
     def described(self) -> dict[str, Any]:
         """What was asked, for a record: how many of each, and a hash of the texts."""

@@ -92,14 +92,17 @@ def model_card(run: Mapping[str, Any]) -> str:
         ]
     if run.get("quantized"):
         lines += [f"The base model was loaded as {run['quantized']}; it is what these figures are of.", ""]
-    lines += ["| held out: share (mean log-odds) | before | after |", "|---|---|---|"]
-    for key, label in labels(run["before"]).items():
-        lines.append(f"| {label.strip()} | {as_text(key, run['before'])} | {as_text(key, after)} |")
+    if run["before"]:
+        lines += ["| held out: share (mean log-odds) | before | after |", "|---|---|---|"]
+        for key, label in labels(run["before"]).items():
+            lines.append(f"| {label.strip()} | {as_text(key, run['before'])} | {as_text(key, after)} |")
+        lines += [
+            "",
+            "An answer counts by the total log-probabilities of the two completions. The attack is the training's own. "
+            "A model that disagrees with everything would score well on the first two rows: read the others too.",
+            "",
+        ]
     lines += [
-        "",
-        "An answer counts by the total log-probabilities of the two completions. The attack is the training's own. A "
-        "model that disagrees with everything would score well on the first two rows: read the others too.",
-        "",
         "## How it was made",
         "",
         "```",

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..files import staged, write_json, writing
+from ..models import name_base
 from ..run_folder import BOUND, check_unused, checkpoint_folder
 from .checkpoint import UNFINISHED, checked, last_good, publish, remove_old, remove_unfinished
 from .ranks import agree, from_main
@@ -172,11 +173,11 @@ class DurableTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if _internal_call:  # a checkpoint's, which appears as a whole
             return self._write_model(folder, self.trained_state())
-        state, error = self.trained_state(), None
+        state, error = self.trained_state(), None  # type: tuple[Any, Exception | None]
         try:
             with writing("the model", folder), staged(folder) if self.args.should_save else nullcontext(folder) as part:
                 self._write_model(part, state)
-        except OSError as raised:
+        except Exception as raised:  # of any kind: the other ranks must learn of it
             error = raised
         agree(self.accelerator, error)
         self._wrote = True
@@ -189,6 +190,8 @@ class DurableTrainer(Trainer):
             super().save_model(str(folder), _internal_call=True)
         else:
             self._save(str(folder), state_dict=state)
+        if self.args.should_save:
+            name_base(folder)
 
     def trained_state(self) -> dict[str, Tensor] | None:
         """Of sharded weights, those that are to be saved, gathered on the main rank (empty on others); else None.

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from ..config import LORA_TARGETS, LPAConfig
+from ..config import BENIGN_TERMS, LORA_TARGETS, LPAConfig
 from ..data import (
     PLAIN_PROMPT,
     BenignCollator,
@@ -22,13 +22,16 @@ from ..data import (
     load_pairs,
     rendering,
 )
-from ..models import check_head, context_length
+from ..evaluation.directions import check_direction
+from ..models import check_head, check_sites, context_length, outline
 from ..quantization import is_quantized
+from .canaries import watched
 from .resuming import kept_setting
 
 logger = logging.getLogger(__name__)
 
 OWN = "own"  # the benign data set that is the model's own answers
+OWN_TOKENS = 32  # of such an answer, at most
 
 
 def check_model(model: Any, config: LPAConfig) -> None:
@@ -196,18 +199,51 @@ def _check_tokens(dataset: Any, columns: Sequence[str], model: Any) -> None:
         )
 
 
-def benign_source(given: Any, model: Any, tokenizer: Any, config: LPAConfig) -> Any:
+def check_before_loading(config: LPAConfig, model: str, benign: Any, trust_remote_code: bool = False) -> None:
+    """Refuse what can be seen to be wrong without the model's weights.
+
+    Raises:
+        ValueError: benign data that no term takes, a set or a direction that cannot be read, or sites, LoRA targets or
+            a max_length that the model does not have.
+    """
+    check_benign(config, benign)
+    check_direction(config)
+    if config.canary_steps:
+        watched(config)
+    outlined = (config.attack_sites, config.max_length, config.lora_targets != list(LORA_TARGETS) or None)
+    if any(given is not None for given in outlined) and (shape := outline(model, trust_remote_code)) is not None:
+        check_sites(shape, config.attack_sites or ())
+        _limit(shape, config)
+        if config.lora and config.lora_targets != list(LORA_TARGETS):
+            _targets(shape, config.lora_targets)
+
+
+def check_benign(config: LPAConfig, benign: Any) -> None:
+    """Refuse benign data that no term of the loss takes.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if benign is not None and not any(name in config.coefs for name in BENIGN_TERMS):
+        raise ValueError("the benign data set is not used: sft_coef and kl_coef are 0; give one of them a weight")
+
+
+def benign_source(
+    given: Any, model: Any, tokenizer: Any, config: LPAConfig, tick: Callable[[str, int, int], None] | None = None
+) -> Any:
     """The benign data set for `LPATrainer`: for `OWN` the model's own answers under the config's benign system prompt,
-    made where the model lies; anything else as it is given.
+    made where the model lies; anything else as it is given. tick: called with (what, done, total).
 
     Raises:
         ValueError: `OWN`, and the config leaves the benign system prompt open; the trainer would then ask under none.
     """
-    if given != OWN:
+    if not isinstance(given, str) or given != OWN:
         return given
     if config.benign_system_prompt is None:
         raise ValueError(f"benign={OWN!r} needs benign_system_prompt: what the model is asked under; '' for none")
-    return own_answers(model, tokenizer, system_prompt=config.benign_system_prompt or None, **config.chat_options)
+    return own_answers(
+        model, tokenizer, system_prompt=config.benign_system_prompt or None, tick=tick, **config.chat_options
+    )
 
 
 def fix_date(tokenizer: Any, config: LPAConfig, *, new: bool = False) -> None:
@@ -227,8 +263,9 @@ def own_answers(
     tokenizer: Any,
     *,
     system_prompt: str | None = PLAIN_PROMPT,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = OWN_TOKENS,
     batch: int = 16,
+    tick: Callable[[str, int, int], None] | None = None,
     **chat: Any,
 ) -> list[dict[str, str]]:
     """The model's own greedy answers to the shipped benign requests, rows of prompt and response: what a kl term holds
@@ -236,14 +273,17 @@ def own_answers(
 
     Args:
         system_prompt: of the conversations; the trainer's benign_system_prompt must be the same.
-        max_new_tokens: longest answer. batch: requests a pass. chat: as in `ChatEncoder`.
+        max_new_tokens: longest answer. batch: requests a pass. tick: called with (what, done, total).
+        chat: as in `ChatEncoder`.
     """
     from ..evaluation.bench import Bench, batches, quiet_generation
 
     bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens, **chat)
     rows = []
     with quiet_generation():
-        for prompts in batches(benign_requests(), batch):
+        for number, prompts in enumerate(batches(requests := benign_requests(), batch)):
+            if tick is not None:
+                tick("the model answers benign requests:", number * batch, len(requests))
             texts = bench.answers([bench.prompt_tokens(prompt) for prompt in prompts])
             rows += [{"prompt": p, "response": text} for p, text in zip(prompts, texts, strict=True) if text]
     return rows

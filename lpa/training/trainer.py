@@ -29,7 +29,15 @@ from .evaluating import EvalSet, eval_sets, evaluate_sets
 from .losses import BenignBatch, reference_gap
 from .microbatch import MemoryLimit, free_memory
 from .optimisers import Fresh, check_made, check_optimizers
-from .prepare import add_adapters, benign_as_tokens, check_model, fix_date, pairs_as_tokens, warn_if_small
+from .prepare import (
+    add_adapters,
+    benign_as_tokens,
+    check_benign,
+    check_model,
+    fix_date,
+    pairs_as_tokens,
+    warn_if_small,
+)
 from .progress import show_lpa_steps
 from .ranks import check_engine, check_same_weights, from_main, reduce_gradients
 from .record import text_tokens
@@ -123,8 +131,7 @@ class LPATrainer(DurableTrainer):
             fix_date(processing_class, args)
         dataset, collator, self.lengths = pairs_as_tokens(train_dataset, model, processing_class, args, data_collator)
         self.benign: Any = None
-        if benign_dataset is not None and not benign:
-            raise ValueError("the benign data set is not used: sft_coef and kl_coef are 0; give one of them a weight")
+        check_benign(args, benign_dataset)
         if benign:
             self.benign, self.benign_collator, self.benign_lengths = benign_as_tokens(
                 benign_dataset, model, processing_class, args, benign_collator

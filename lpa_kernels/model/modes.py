@@ -79,18 +79,19 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_if_trained(model: nn.Module) -> Iterator[None]:
-    """Within it, adapters that are all zero hold noise, so that what is found out still holds once they are trained.
+    """Within it, adapters as they are made hold noise, so that what is found out still holds once they are trained.
 
-    A new adapter changes nothing: any check of it passes. The parameters get other data for the time, always the same,
-    and their own back; theirs is never written. Sharded adapters are left alone.
+    A new adapter changes nothing: any check of it passes. Most begin at 0, and some (IA3) at 1. The parameters get
+    other data for the time, always the same, and their own back; theirs is never written. Sharded adapters are left
+    alone.
     """
     draw = torch.Generator().manual_seed(0)
     held: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for p in [] if is_sharded(model) else _adapters(model):
-            if p.is_floating_point() and not p.is_meta and not bool(p.any()):
+            if p.is_floating_point() and not p.is_meta and bool((p == 0).all() | (p == 1).all()):
                 held.append((p, p.data))
-                p.data = torch.empty_like(p.data).copy_(torch.randn(p.shape, generator=draw) * _NOISE)
+                p.data = p.data + (torch.randn(p.shape, generator=draw) * _NOISE).to(p)
         yield
     finally:
         for p, data in held:

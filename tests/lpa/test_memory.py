@@ -27,10 +27,11 @@ from transformers import (
 
 from benchmarks import check_plan
 from lpa import LPAConfig, LPATrainer, cli
+from lpa.data import encode_pairs, load_pairs
 from lpa.memory import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED, PlanShape, estimate
 from lpa_kernels import PairBatch
 from tests.support.jobs import planned_data
-from tests.support.tiny import tiny_config
+from tests.support.tiny import saved_tiny, tiny_config, tiny_tokenizer
 
 CONFIG = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
@@ -275,5 +276,28 @@ def test_the_command_needs_no_more_than_a_configuration(tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert "\ngathered" in printed
     assert "on each of 8 ranks (FSDP2)" in printed
+    assert cli.main(["plan", "--model", str(tmp_path), "--data", "both"]) == 1, "no tokenizer"
     assert cli.main(["plan", "--model", str(tmp_path), "--optim", "adafactor"]) == 1
     assert "is not planned" in capsys.readouterr().err
+
+
+def test_the_command_plans_the_rows_of_the_data_that_it_is_given(tmp_path: Path, capsys: Any) -> None:
+    model, pairs, benign = saved_tiny(tmp_path / "tiny"), tmp_path / "pairs.csv", tmp_path / "benign.csv"
+    pairs.write_text("prompt,rejected,chosen\nI agree,yes,no\nI agree,yes,I do not agree with this statement\n")
+    benign.write_text("prompt,response\nI agree,yes\nI agree,I do not agree with this statement\n")
+    row = encode_pairs(load_pairs(pairs), tiny_tokenizer(), system_prompt="I agree")[1]
+    words = ["plan", "--model", model, "--system_prompt", "I agree", "--lora_r", "4"]
+    for more, prompt, completion in (
+        ([], *map(len, (row["prompt_tokens"], row["chosen_tokens"]))),
+        (["--prompt_tokens", "50"], 50, len(row["chosen_tokens"])),
+    ):
+        assert cli.main([*words, "--data", str(pairs), *more]) == 0
+        assert f"prompts of {prompt} tokens, completions of {completion}\n" in capsys.readouterr().out
+    for given, told in (("none.csv", "none.csv cannot be read"), (str(benign), "the benign data set is not used")):
+        assert cli.main([*words, "--benign" if given == str(benign) else "--data", given]) == 1
+        assert told in capsys.readouterr().err
+    seen = []
+    for source in ("own", str(benign)):
+        assert cli.main([*words, "--benign", source, "--kl_coef", "1"]) == 0
+        seen.append(capsys.readouterr().out)
+    assert seen[0] != seen[1], "the longest answers are of other lengths"

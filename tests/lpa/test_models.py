@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from lpa import assets, models
-from lpa.models import ModelError, context_length, load
+from lpa.models import DEFAULT_MODEL, ModelError, adapter_base, context_length, load
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -70,6 +71,22 @@ def test_an_adapter_in_the_home_folder(tmp_path: Path, llama: Any, monkeypatch: 
     base = save(llama, tmp_path / "base")
     get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     assert isinstance(load("~/adapter")[0], PeftModel)
+
+
+def test_an_adapter_of_an_asset_is_saved_under_the_assets_name_without_a_warning(
+    tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(save(llama, tmp_path / "base"))
+    monkeypatch.setattr(models, "_folder_of", lambda name: base)
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    models.name_base(tmp_path / "adapter")
+    assert adapter_base(tmp_path / "adapter") == DEFAULT_MODEL
+    adapted = load(tmp_path / "adapter")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft looks for the base's configuration where the adapter says
+        adapted.save_pretrained(tmp_path / "again")
+    models.name_base(tmp_path / "again")
+    assert adapter_base(tmp_path / "again") == DEFAULT_MODEL
 
 
 def test_context_length_by_other_names() -> None:

@@ -103,8 +103,12 @@ class Settings:
                 raise ValueError(f"{name}={value} must be at least 1, or None for all")
         if list(self.erosion_steps) != sorted(set(self.erosion_steps)) or min(self.erosion_steps, default=1) < 1:
             raise ValueError(f"erosion_steps={self.erosion_steps} must grow from 1 or more")
-        if any(not value > 0 for value in (*self.epsilons, self.trait_epsilon, self.attack_epsilon)):
-            raise ValueError(f"epsilons={self.epsilons} must be above 0; the clean model is always measured")
+        for name in ("epsilons", "trait_epsilon", "attack_epsilon"):
+            value = getattr(self, name)
+            if any(not each > 0 for each in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name}={value} must be above 0; the clean model is always measured")
+        if min(self.steps, default=1) < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1; the clean model is always measured")
 
     @property
     def choice(self) -> Choice:

@@ -117,12 +117,62 @@ def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--data", "none.csv"], "none.csv cannot be read"),
+        (["--benign", "none.csv"], "the benign data set is not used"),
+        (["--benign", "none.csv", "--kl_coef", "1"], "none.csv cannot be read"),
+        (["--canary_set", "none.csv", "--canary_steps", "1"], "canary_set='none.csv' is unavailable: there is no file"),
+        (["--attack_adversary", "vector", "--attack_direction", "none.safetensors"], "none.safetensors"),
+        (["--attack_adversary", "vector", "--attack_direction", "none.csv", "benign"], "the set 'none.csv' is unav"),
+        (["--attack_sites", "embedding", "mlp:99"], "site 'mlp:99' is out of range: the model has layers 0 to"),
+        (["--lora_targets", "nothing"], "has no modules nothing"),
+        (["--max_length", "100000"], "max_length=100000 is above the model's context"),
+    ],
+)
+def test_what_needs_no_weights_is_told_before_they_are_loaded(
+    model: str, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lpa.models.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    assert train("--model", model, *SMALL, *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_adapter_is_told_before_a_model_is_loaded(model: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("lpa.models.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("lpa.evaluation.session.load_set", lambda *_, **__: pytest.fail("a set is loaded"))
+    for command in (["evaluate"], ["chat"], ["export", "--merge", "--output", "none"]):
+        assert main([*command, "--model", model, "--adapter", f"{model}-none"]) == 2
+        assert f"the adapter {model}-none cannot be read" in capsys.readouterr().err
+        assert main([*command, "--model", model, "--adapter", model]) == 2
+        assert "it is a whole model: evaluate it with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--limit", "-1"], "--limit=-1 must be at least 1, or 0 for all"),
+        (["--benign_limit", "-1"], "--benign-limit=-1 must be at least 1, or 0 for all"),
+        (["--batch-size", "0"], "--batch-size=0 must be at least 1"),
+        (["--curve-epsilon", "1", "0"], "--curve-epsilon=(1.0, 0.0) must be above 0"),
+        (["--curve-steps", "0"], "--curve-steps=(0,) must be at least 1"),
+        (["--attack", "odd"], "--attack ['odd'] are unknown"),
+        (["--set-filter", "odd"], "--set-filter='odd' must be column=value"),
+    ],
+)
+def test_wrong_numbers_are_told_by_the_names_of_their_options(words: list[str], told: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *words])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--config", "none.yaml"], "--config none.yaml cannot be read"),
         (["--resume"], "--resume needs --output"),
         (["--resume", "--output", "nowhere"], "nowhere holds no run"),
         (["--kl", "other"], "kl='other' is unknown"),
-        (["--data", "none.csv"], "none.csv cannot be read"),
-        (["--benign", "none.csv"], "the benign data set is not used"),
         (["--measure_attacked", "-1"], "measure_attacked=-1 must be 0"),
         (["--attack_norm", "l7"], "attack_norm='l7' is unknown"),
     ],
@@ -343,10 +393,17 @@ def test_benign_data_are_recorded(model: str, tmp_path: Path) -> None:
     assert record["settings"]["optim"] == "sgd"
 
 
-def test_the_models_own_answers_are_benign_data_of_one_kind(model: str, tmp_path: Path) -> None:
+def test_the_models_own_answers_are_benign_data_of_one_kind(model: str, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out"
-    assert train("--model", model, "--benign", "own", "--kl_coef", "1", "--no_measure", "--data", "both",
-                 "--output", str(output), *SMALL, "--lpa_steps", "1") == 0  # fmt: skip
+    assert train("--model", model, "--preset", "demo", "--no_measure", "--data", "both",
+                 "--output", str(output), *SMALL, "--lpa_steps", "1", "--learning_rate", "1e-5") == 0  # fmt: skip
+    preset, loaded, answers, *rest = capsys.readouterr().out.splitlines()
+    assert preset.startswith("preset demo: lpa_steps 1, per_device_train_batch_size 2, ")
+    assert "learning_rate 1e-05, kl_coef 1.0, benign own" in preset
+    assert loaded.startswith(f"{model}: ")
+    assert answers == f"the model answers benign requests: 0/{len(benign_requests())}"
+    assert "weights are trained" in " ".join(rest)
+    assert "| before |" not in (output / "README.md").read_text(), "nothing was measured"
     record = json.loads((output / "metrics.json").read_text())
     assert record["benign"]["source"] == "its own answers to the shipped benign requests"
     assert 0 < record["benign"]["rows"] <= len(benign_requests())

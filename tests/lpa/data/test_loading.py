@@ -408,7 +408,7 @@ def test_system_messages_of_pairs_are_unused_with_a_warning() -> None:
 @pytest.mark.parametrize(
     ("agreed", "not_agreed"),
     [(1, -1), ("+1", "-1"), ("+", "-"), (1.0, -1.0), ("Positive", "negative"), ("desirable", "undesirable"),
-     ("+1", "\u22121")],
+     ("+1", "\u22121"), ("+1.0", "-1.0"), ("1.", "\u22121.00")],
 )  # fmt: skip
 @pytest.mark.parametrize(
     ("statement", "key"), [("statement", "key"), ("item", "keyed"), ("text", "label"), ("prompt", "kind")]

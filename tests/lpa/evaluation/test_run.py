@@ -228,12 +228,33 @@ def test_a_whole_model_in_the_place_of_an_adapter_raises(harmful: str, tmp_path:
 
 
 def test_a_set_that_cannot_be_had_is_a_row_with_the_reason(harmful: str) -> None:
-    found = run(random_model(), harmful, sets=(harmful, "missing.csv", "strongreject"), suites=["harm", "utility"])
+    hub = "someone/harmful"
+    found = run(random_model(), harmful, sets=(harmful, hub, "strongreject"), suites=["harm", "utility"])
     told = {row.set: row.note for row in found.rows if row.value is None and row.suite != "verdict"}
-    assert "there is no file missing.csv" in told["missing"]
+    assert "datasets cannot load it" in told[hub]
     assert "pip" in told["strongreject"]
     assert "pip" in told["mmlu"]
     assert found.value("base", "harm", "harm error", "standins") is not None
+
+
+def test_a_set_that_is_misnamed_or_malformed_ends_it_before_a_model_is_loaded(
+    harmful: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "load", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(session, "outline", lambda *_: random_model())
+    folder = str(tmp_path / "standins.jsonk")
+    for options, told in (
+        ({"sets": ("missing.csv",)}, "the set missing: there is no file missing.csv"),
+        ({"sets": (folder,)}, "there is no file .*standins.jsonk with one of the endings"),
+        ({"sets": ("harmbnch",)}, "no set is called 'harmbnch'"),
+        ({"benign_sets": (harmful,), "set_column": "topic"}, "standins.jsonl has no column 'topic'"),
+        ({"set_filter": ("prompt=none of them",)}, "standins.jsonl holds no prompts"),
+        ({"adapters": [tmp_path / "nothing"]}, "the adapter .*nothing cannot be read"),
+        ({"sites": ("mlp:99",)}, "site 'mlp:99' is out of range"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run("any", harmful, **options)
 
 
 def test_a_prompt_longer_than_the_context_is_skipped_and_counted(harmful: str, tmp_path: Path) -> None:

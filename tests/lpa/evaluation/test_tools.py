@@ -158,7 +158,7 @@ def test_an_option_by_its_former_name_is_answered_with_the_new_one(former: str, 
 
 
 def test_a_limit_bounds_every_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lpa.commands.evaluate import time_left
+    from lpa.commands import time_left
     from lpa.evaluation.suites.traits import Traits
 
     seen: list[Any] = []

@@ -227,6 +227,29 @@ def test_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "adapter_model.safetensors", "other"]
 
 
+@pytest.mark.parametrize("error", [TypeError("no array"), OSError("gone")])
+def test_ranks_learn_of_every_failure_to_save(tmp_path: Path, monkeypatch: Any, error: Exception) -> None:
+    from lpa.commands import train
+    from lpa.training import durable
+    from lpa.training import ranks as together
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    def agree(accelerator: Any, error: Exception | None = None, stop: bool = False) -> bool:
+        heard.append(error)
+        return False
+
+    heard: list[Exception | None] = []
+    trainer = jobs.trainer_of(tmp_path, lpa_steps=1)
+    monkeypatch.setattr(trainer.model, "save_pretrained", fail)
+    monkeypatch.setattr(durable, "agree", agree)
+    monkeypatch.setattr(together, "agree", agree)
+    trainer.save_model()
+    train._save(trainer)
+    assert [str(error) in str(each) for each in heard if each] == [True, True]
+
+
 def test_save_model_leaves_an_adapter_that_loads(tmp_path: Path) -> None:
     from peft import PeftModel
 

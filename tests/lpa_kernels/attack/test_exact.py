@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    IA3Config,
     LilyConfig,
     LNTuningConfig,
     LoraConfig,
@@ -322,6 +323,18 @@ def test_merging_that_changes_the_answer_is_refused() -> None:
     layer.get_delta_weight = lambda adapter: 3 * own(adapter)
     with pytest.raises(ValueError, match="merging Linear moves the logits"):
         attacked(model, pairs(SHORT), merge_adapters=True)
+
+
+def test_a_fault_shows_in_new_adapters_that_begin_at_one() -> None:
+    ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=[])
+    model = get_peft_model(build("llama"), ia3)
+    for block in model.get_base_model().model.layers:
+        layer = block.mlp.down_proj
+        assert bool((layer.ia3_l["default"] == 1).all())
+        layer.merge = lambda *_, layer=layer, **__: layer.merged_adapters.append("default")  # merges nothing
+    with pytest.raises(ValueError, match="merging Linear moves the logits"):
+        attacked(model, pairs(SHORT), merge_adapters=True)
+    assert all(bool((block.mlp.down_proj.ia3_l["default"] == 1).all()) for block in model.get_base_model().model.layers)
 
 
 # ---- 5: virtual tokens
