@@ -83,6 +83,10 @@ class LPAConfig(TrainingArguments):
 
     Raises:
         ValueError: a setting that is unknown, contradicts another or cannot be used; the message says which.
+
+    >>> config = LPAConfig("run", lpa_steps=8, kl_coef=0.5, use_cpu=True)
+    >>> config.max_steps, config.coefs
+    (32, {'toward': 0.333..., 'away': 0.333..., 'kl': 0.333...})
     """
 
     # the run

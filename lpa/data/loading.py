@@ -80,6 +80,10 @@ def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "t
     Raises:
         DataError: an unreadable file, a missing column, no rows, empty cells, or equal completions.
     Warns: duplicates (kept once), a set of one row, a prompt with opposite labels, and unused system messages.
+
+    >>> pairs = load_pairs([{"statement": "I lie.", "key": -1}, {"statement": "I help.", "key": 1}])
+    >>> pairs[0]["chosen"], pairs[1]["chosen"]
+    ('I do not agree with this statement.', 'I agree with this statement.')
     """
     if isinstance(source, str) and source in SHIPPED and not Path(source).exists():
         source, kind = None, source

@@ -27,6 +27,11 @@ class PairBatch:
 
     Raises:
         ValueError: a shape, dtype or mask does not fit; the message names the field, its value and what would be right.
+
+    >>> ids, last = torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])
+    >>> batch = PairBatch(ids, last, torch.tensor([[1, 2, 4]]), last, ~last)
+    >>> len(batch), batch.counts
+    (1, (1, 1))
     """
 
     rejected_ids: Tensor

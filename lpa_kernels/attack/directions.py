@@ -47,6 +47,13 @@ def mean_difference(
 
     Raises:
         ValueError: a set is empty, or a site is unknown.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+    >>> model = LlamaForCausalLM(LlamaConfig(**size))
+    >>> found = mean_difference(model, "mlp:0", [torch.tensor([1, 2])], [torch.tensor([3])])
+    >>> {site: tuple(direction.shape) for site, direction in found.items()}
+    {'mlp:0': (8,)}
     """
     found = resolve_sites(model, sites)
     for name, prompts in (("towards", towards), ("away", away)):

@@ -26,6 +26,12 @@ class Objective:
             all completion tokens of KL(unperturbed || perturbed); a negative weight drives the two apart.
         l2_penalty: weight of the sum over sites of norm2(delta) / sqrt(B * La * H), attacked positions or not.
         beta, label_smoothing, reference_free: of "dpo" and "ipo".
+
+    Raises:
+        ValueError: an unknown term, no term, terms that exclude each other, or a number out of its range.
+
+    >>> Objective({"toward": 1.0, "kl": 0.1}).terms
+    ['toward', 'kl']
     """
 
     coefs: Mapping[str, float] = field(default_factory=lambda: {"toward": 0.5, "away": 0.5})

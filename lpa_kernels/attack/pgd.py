@@ -45,7 +45,17 @@ class LatentPGD:
         changes: fields of `AttackSettings` that differ from `settings`: LatentPGD(model, sites, epsilon=2.0, steps=8).
 
     Raises:
-        ValueError: an unknown or impossible setting or site; the message names it and its value.
+        ValueError: an impossible setting or an unknown site; the message names it and its value.
+        TypeError: a name that is no setting.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+    >>> model = LlamaForCausalLM(LlamaConfig(**size))
+    >>> ids, last = torch.tensor([[1, 2, 3]]), torch.tensor([[False, False, True]])
+    >>> batch = PairBatch(ids, last, torch.tensor([[1, 2, 4]]), last, ~last)  # the prompt 1, 2 is attacked
+    >>> attack = LatentPGD(model, ["embedding", "mlp:0"], epsilon=1.0, steps=2).attack(batch)
+    >>> len(attack.losses), {site: tuple(norms.shape) for site, norms in attack.norms.items()}
+    (2, {'embedding': (2,), 'mlp:0': (2,)})
     """
 
     def __init__(
