@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--erosion-steps", type=int, action="extend", nargs="+",
         help="updates of fine-tuning after which is asked (default: 5 10 20 40)")  # fmt: skip
     add("--best-of", type=int, help="respellings of a request (default: 16)")
-    add("--judge", help="a classifier that judges the answers too, by folder or hub name")
+    add("--judge", help="a classifier that judges the answers too, by folder or hub name, or as judgezoo:NAME")
     add("--judge-prompt", metavar="FILE", help="the judge's question, with {prompt} and {answer}")
     add(
         "--completion",

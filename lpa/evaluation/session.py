@@ -20,7 +20,7 @@ from ..files import write_json, write_text
 from ..models import DEFAULT_MODEL, check_sites, load, outline
 from ..run_folder import RESULTS, RUN, TABLE
 from .bench import Bench, quiet_generation
-from .judges import Judge, judge_answers
+from .judges import judge_answers, judge_of
 from .records import Records
 from .sets import BENIGN, HARM_SETS, PromptSet, load_set, set_name
 from .subjects import EvaluationError, Subjects, check_adapters, named_adapters
@@ -123,7 +123,7 @@ def evaluate(
     check_adapters(paths)
     if isinstance(model, (str, Path)) and wanted.sites:
         check_sites(outline(model), wanted.sites)
-    judge = Judge(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
+    judge = judge_of(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
     benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
     # the default sets have no choice: beside benign sets it is about those
     choice = None if wanted.benign_sets and wanted.sets == HARM_SETS else wanted.choice

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -365,6 +368,39 @@ def test_a_yes_no_judge_and_a_classifier_judge(harmful: str, tmp_path: Path) -> 
     LlamaForSequenceClassification(config(len(tokenizer()))).save_pretrained(named)
     with pytest.raises(EvaluationError, match="label_0, label_1; one must be among"):
         run(speaker("No"), harmful, suites=["attacks"], judge=str(named))
+
+
+def test_a_judge_of_judgezoo(harmful: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"suites": ["attacks"], "judge": "judgezoo:mock"}
+    with pytest.raises(EvaluationError, match=r"'judgezoo:mock' needs a package .*: pip install judgezoo"):
+        run(speaker("No"), harmful, **options)
+
+    class Zoo:
+        """The shape of judgezoo 0.1.9's Judge."""
+
+        @classmethod
+        def from_name(cls, name: str) -> Zoo:
+            if name != "mock":
+                raise ValueError(f"Unknown judge {name}")
+            return cls()
+
+        def __call__(self, chats: list[list[dict[str, str]]]) -> dict[str, list[float | None]]:
+            assert [turn["role"] for turn in chats[0]] == ["user", "assistant"]
+            assert {chat[1]["content"] for chat in chats} == {"No"}
+            last = [chat[0]["content"].split("number ")[1][0] for chat in chats]
+            return {"p_harmful": [{"0": 1.0, "1": None, "2": 0.25}.get(number, 0.0) for number in last]}
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "judgezoo" or None)
+    monkeypatch.setitem(sys.modules, "judgezoo", SimpleNamespace(Judge=Zoo))  # type: ignore[arg-type]
+    found = run(speaker("No"), harmful, **options)
+    assert found.value("base", "attacks", "harmful by judge: direct") == pytest.approx(1 / 7)
+    judged = found.records.select(suite="judge")
+    assert sorted(round(r["score"], 3) for r in judged if "score" in r)[-2:] == [round(math.log(1 / 3), 3), 20.723]
+    assert [r["error"] for r in judged if "error" in r] == ["judgezoo gave no judgement"]
+    with pytest.raises(EvaluationError, match="'judgezoo:other' cannot be had: Unknown judge other"):
+        run(speaker("No"), harmful, **options | {"judge": "judgezoo:other"})
+    with pytest.raises(EvaluationError, match="'judgezoo:mock' has its own question"):
+        run(speaker("No"), harmful, **options, judge_prompt="{prompt} {answer}")
 
 
 def test_a_judge_reads_whole_exchanges_or_none_and_a_question_in_its_own_marks_as_it_stands(tmp_path: Path) -> None:
