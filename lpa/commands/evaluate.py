@@ -156,6 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat-template-kwargs", metavar="JSON", help="variables for the chat template")
     add("--chat-template-date", metavar="YYYY-MM-DD", help="what chat templates print as today's date")
     add("--max-new-tokens", type=int, help="longest answer (default: 96)")
+    add(
+        "--generator", help="what makes the answers of models that are not attacked: transformers (the default) or vllm"
+    )
     add("--batch-size", type=int, default=8, help="prompts a pass (default: 8)")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights")
     add("--device", help="by default the first GPU, else the CPU")

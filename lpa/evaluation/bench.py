@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -44,6 +44,8 @@ class Bench:
         self.context: int = min(context_length(model) or 10**9, int(min(limit, 10**9)))
         self._encoders: dict[str | None, ChatEncoder] = {}
         self.system_prompt, self.chat = system_prompt, chat
+        # (prompts, longest answer, tokens that end one) -> answers, of the model as it is on disk
+        self.generate: Callable[[Sequence[Tokens], int, Sequence[int]], list[Tokens]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +80,9 @@ class Bench:
     @torch.no_grad()
     def answers(self, prompts: Sequence[Tokens], attack: AttackResult | None = None) -> list[str]:
         """Greedy answers to one batch of prompts (with an attack: the very batch that was attacked)."""
+        if self.generate is not None and attack is None:
+            found = self.generate(prompts, self.max_new_tokens, self._ends)
+            return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
         longest = max(map(len, prompts))
         pad = self._pad
         starts = [longest - len(prompt) for prompt in prompts]
@@ -99,6 +104,20 @@ class Bench:
         out = self.model.generate(inputs_embeds=torch.stack(rows), attention_mask=mask, **self._greedy())
         return [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
 
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """While the model is not the one on disk, it generates itself."""
+        generate, self.generate = self.generate, None
+        try:
+            yield
+        finally:
+            self.generate = generate
+
+    @property
+    def _ends(self) -> list[int]:
+        own = self.model.generation_config.eos_token_id
+        return sorted({*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None})
+
     @property
     def _pad(self) -> int:
         token = self.tokenizer.pad_token_id
@@ -106,12 +125,10 @@ class Bench:
 
     def _greedy(self) -> dict[str, Any]:
         # a checkpoint may bring sampling, penalties and a length limit; these settings undo them
-        own = self.model.generation_config.eos_token_id
-        ends = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None}
         return {
             "max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1, "temperature": None,
             "top_p": None, "top_k": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-            "pad_token_id": self._pad, "eos_token_id": sorted(ends) or None,
+            "pad_token_id": self._pad, "eos_token_id": self._ends or None,
         }  # fmt: skip
 
     def variants(self, texts: Sequence[str]) -> list[Tokens]:

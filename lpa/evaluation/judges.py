@@ -62,7 +62,8 @@ class ZooJudge:
     """
 
     def __init__(self, name: str, question: str | None = None) -> None:
-        self.name, self.model = name, None
+        self.name = name
+        self.model: Any = None
         if question is not None:
             raise EvaluationError(f"judge_prompt is for models that transformers loads; {name!r} has its own question")
         if importlib.util.find_spec("judgezoo") is None:

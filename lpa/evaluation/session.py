@@ -23,10 +23,11 @@ from .bench import Bench, quiet_generation
 from .judges import judge_answers, judge_of
 from .records import Records
 from .sets import BENIGN, HARM_SETS, PromptSet, load_set, set_name
-from .subjects import EvaluationError, Subjects, check_adapters, named_adapters
+from .subjects import BASE, EvaluationError, Subjects, check_adapters, named_adapters
 from .suites import SUITES, Row, Run, Settings
 from .table import as_markdown, as_table
 from .verdict import verdict_rows
+from .vllm import VLLM, check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def evaluate(
 
     Raises:
         EvaluationError: no suite or an unknown one, an adapter that does not fit, a set that is misnamed or malformed,
-            a judge that cannot be loaded, or a folder that holds another evaluation.
+            a judge or generator that cannot be had, or a folder that holds another evaluation.
         lpa.models.ModelError, lpa.assets.AssetError: no model.
     """
     # a limit on the harmful sets alone holds for the benign one too
@@ -124,6 +125,10 @@ def evaluate(
     if isinstance(model, (str, Path)) and wanted.sites:
         check_sites(outline(model), wanted.sites)
     judge = judge_of(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
+    if wanted.generator == "vllm":
+        if not isinstance(model, (str, Path)):
+            raise EvaluationError("generator='vllm' loads the model itself; give its folder or hub name")
+        check_installed()
     benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
     # the default sets have no choice: beside benign sets it is about those
     choice = None if wanted.benign_sets and wanted.sets == HARM_SETS else wanted.choice
@@ -172,11 +177,16 @@ def evaluate(
         records = Records(folder, keep_texts)
         if folder is not None:
             write_json(folder / RUN, info)
+        engine: VLLM | None = None
         for subject in subjects.names:
             with subjects.using(subject) as measured, quiet_generation():
                 bench = Bench(measured, tokenizer, system_prompt=wanted.system_prompt, batch_size=batch_size,
                               max_new_tokens=wanted.max_new_tokens, date=wanted.chat_template_date,
                               chat_template_kwargs=wanted.chat_template_kwargs)  # fmt: skip
+                if wanted.generator == "vllm":
+                    dtype = info["dtype"]
+                    engine = engine or VLLM(subjects.paths[BASE], paths, dtype, bench.context)
+                    bench.generate = engine.of(subject)
                 run = Run(subject, bench, wanted, records, benign, _there(harmful), _there(more_benign))
                 for suite in chosen:
                     if tick is not None:

@@ -17,6 +17,7 @@ from ..stats import mean, wilson
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
 FIXED = ("vector", "ablate", "random")  # adversaries of `AttackSettings` that cost no inner pass
 UTILITY_SETS = ("mmlu", "lambada", "arithmetic", "knowledge")
+GENERATORS = ("transformers", "vllm")
 RUNGS = ("suffix", "ablation", "erosion", "best-of-n", "gcg")
 
 
@@ -48,6 +49,7 @@ class Settings:
         utility_limit: MMLU questions, LAMBADA passages, and samples of each lm-eval task.
         chat_template_kwargs: variables for the chat template; chat_template_date: what it prints as today's date.
         seed: of random perturbations and resampling.
+        generator: what makes answers of models that are not attacked: transformers, or vllm where it is installed.
     """
 
     sets: tuple[str, ...] = HARM_SETS
@@ -87,11 +89,14 @@ class Settings:
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template_date: str | None = None
     seed: int = 0
+    generator: str = GENERATORS[0]
 
     def __post_init__(self) -> None:
         for name, known in (("attacks", (*ATTACKS, *FIXED)), ("ladder", RUNGS), ("utility_sets", UTILITY_SETS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name} {sorted(unknown)} are unknown; use some of {', '.join(known)}")
+        if self.generator not in GENERATORS:
+            raise ValueError(f"generator={self.generator!r} is unknown; use {' or '.join(GENERATORS)}")
         counts = ("ladder_limit", "suffix_tokens", "suffix_steps", "best_of", "gcg_steps")
         if odd := [text for text in self.set_filter if not text.partition("=")[0] or "=" not in text]:
             raise ValueError(f"set_filter={odd[0]!r} must be column=value")

@@ -127,7 +127,7 @@ def _ablation(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
         return
     harmful, benign = ([run.bench.prompt_tokens(text) for text in texts if _fits(run, text)]
                        for texts in ([p.text for p in material], benign_requests()))  # fmt: skip
-    with ablated(run.model, refusal_directions(run.bench, harmful, benign)):
+    with ablated(run.model, refusal_directions(run.bench, harmful, benign)), run.bench.changed():
         answer(run, prompts, "ablation")
 
 
@@ -151,7 +151,7 @@ def _erosion(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
         examples: list[Example] = [(run.bench.prompt_tokens(text), done) for text, done in pairs if _fits(run, text)]
         if not any(_open(run, prompts, mode) for mode in modes) or not _enough(run, prompts, modes, examples):
             continue
-        with eroding(run.bench, examples, seed=run.settings.seed) as train:
+        with eroding(run.bench, examples, seed=run.settings.seed) as train, run.bench.changed():
             before = 0
             for mode, steps in zip(modes, run.settings.erosion_steps, strict=True):
                 run.tick(f"ladder {mode} {prompts.name}", before, run.settings.erosion_steps[-1])

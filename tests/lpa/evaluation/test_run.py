@@ -341,6 +341,64 @@ def test_harmful_texts_stay_out_of_what_is_shared(harmful: str, tmp_path: Path) 
     assert {("answer" in r) for r in records if r["suite"] == "answers" and r["set"] == "standins"} == {False}
 
 
+# ---- generators ----------------------------------------------------------------------------------------------------
+
+
+def test_vllm_generates_for_models_that_are_not_attacked(
+    harmful: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    one = adapter(tmp_path / "one", 1)
+    options: dict[str, Any] = {
+        "generator": "vllm", "suites": ["attacks", "utility", "ladder"], "limit": 10, "adapters": {"one": one},
+        "attacks": ("direct", "latent"), "attack_steps": 1, "sites": ("mlp:1",), "utility_sets": ("knowledge",),
+        "ladder": ("suffix", "ablation", "best-of-n"), "suffix_steps": 1, "best_of": 1, "ladder_limit": 1,
+    }  # fmt: skip
+    with pytest.raises(EvaluationError, match="needs a package that is not installed: pip install vllm"):
+        run(str(tmp_path / "model"), harmful, **options)
+    with pytest.raises(EvaluationError, match="loads the model itself; give its folder or hub name"):
+        run(random_model(), harmful, **options)
+    with pytest.raises(ValueError, match="generator='sglang' is unknown; use transformers or vllm"):
+        run(random_model(), harmful, **options | {"generator": "sglang"})
+    monkeypatch.setattr("lpa.evaluation.suites.ladder._LEAST_MATERIAL", 2)
+    made: list[dict[str, Any]] = []
+    said = {None: tokenizer()("the cat sat")["input_ids"], "one": tokenizer()("a dog ran")["input_ids"]}
+
+    class LLM:
+        """The shape of vLLM's offline interface."""
+
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+
+        def generate(self, prompts: Any, params: Any, *, lora_request: Any, use_tqdm: bool) -> list[Any]:
+            assert all(isinstance(prompt["prompt_token_ids"], list) for prompt in prompts)
+            assert params == {"temperature": 0.0, "max_tokens": 10, "stop_token_ids": [2]}
+            if lora_request is not None:
+                assert lora_request == ("one", 1, one)
+            name = None if lora_request is None else lora_request[0]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[*said[name], 2])]) for _ in prompts]
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "vllm" or None)
+    for name, module in (("vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict)), ("vllm.lora", SimpleNamespace()),
+                         ("vllm.lora.request", SimpleNamespace(LoRARequest=lambda *own: own))):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+    found = run(str(tmp_path / "model"), harmful, **options)
+    assert [(own["model"], own["dtype"], own["max_model_len"]) for own in made] == [
+        (str(tmp_path / "model"), "float32", 512)
+    ]
+    assert made[0]["max_lora_rank"] == json.loads((Path(one) / "adapter_config.json").read_text())["r"]
+    for subject, text in (("base", "the cat sat"), ("one", "a dog ran")):
+        for where in ({"suite": "answers", "mode": "direct"}, {"suite": "answers", "mode": "best-of-n"},
+                      {"suite": "utility", "set": "knowledge"}):  # fmt: skip
+            own = {r["answer"] for r in found.records.select(subject=subject, **where)}
+            assert own == {text}, where
+        for mode in ("latent", "suffix", "ablation"):  # by the model itself
+            own = {r["answer"] for r in found.records.select(subject=subject, suite="answers", mode=mode)}
+            assert own
+            assert text not in own, mode
+
+
 # ---- judges --------------------------------------------------------------------------------------------------------
 
 
