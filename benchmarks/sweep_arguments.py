@@ -32,6 +32,7 @@ from transformers.training_args import OptimizerNames
 from benchmarks import measure
 from benchmarks.tiny_models import VOCAB, build
 from lpa import LPAConfig, LPATrainer
+from lpa.files import write_json, write_text
 from lpa.inherited import HARMLESS, OPTIONS_REFUSED, OPTIONS_USED, REFUSED, USED
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCAB))]
@@ -252,8 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         kept = [Result(**each) for each in json.loads(args.out.read_text()) if each["name"] not in args.names]
         order = [*(field.name for field in fields(TrainingArguments)), *options()]
         found = sorted([*kept, *found], key=lambda each: order.index(each.name))
-    args.out.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(table(found))
+    write_json(args.out, [asdict(each) for each in found])
+    write_text(args.out.with_suffix(".md"), table(found))
 
 
 if __name__ == "__main__":

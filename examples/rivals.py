@@ -28,6 +28,7 @@ from pathlib import Path
 from lpa.evaluation import Settings, evaluate, load_set
 from lpa.evaluation.sets import benign_prompts
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
+from lpa.files import write_json
 from lpa.models import DEFAULT_MODEL
 
 PASSES, UPDATES = 160, 4  # forward and backward passes of a batch; of which updates, an LPA step
@@ -96,7 +97,7 @@ def main() -> None:
         output=options.output / "evaluation", command=shown,
     )  # fmt: skip
     record = {"command": shown, "passes": options.passes, "rows": [asdict(row) for row in found.rows]}
-    (options.output / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.output / "results.json", record, nulls=True)
     for row in found.rows:
         print(row.subject, row.suite, row.set, row.metric, row.value)
 
