@@ -90,7 +90,7 @@ _SCALED = ("--lpa_steps", "8", "--per_device_train_batch_size", "4", "--gradient
 _TINY = ("--lpa_steps", "1", "--attack_steps", "2", "--defence_steps", "1", "--per_device_train_batch_size", "2",
          "--gradient_accumulation_steps", "1")  # fmt: skip
 # CPU seconds on the embedded model of training, evaluating and climbing once each
-SECONDS = (600, 360, 1700)
+SECONDS = (600, 400, 1000)
 _MAIN = ("lpa", "finetune", "toward-only", "lat")
 BUDGETS = {
     "smoke": Budget(

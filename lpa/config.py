@@ -152,6 +152,8 @@ class LPAConfig(TrainingArguments):
                                         "for one of ours, @FILE for a file's text.")  # fmt: skip
     benign_system_prompt: str | None = _setting(None, "System prompt of benign examples. By default that of the pairs "
                                                 "for the shipped statements, and none for other sets.")  # fmt: skip
+    benign_eos: bool = _setting(False, "End benign answers with the tokenizer's EOS, as the public code does. Pairs "
+                                "never end with it.")  # fmt: skip
     max_length: int | None = _setting(None, "Longest prompt and completion in tokens; by default the model's context.")
     chat_template_kwargs: dict[str, Any] | str | None = field(default=None, metadata={
         "help": "Variables for the chat template, in JSON: {\"reasoning_effort\": \"low\"}. Thinking is off where a "

@@ -45,6 +45,7 @@ PUBLISHED_2605: dict[str, Any] = _PUBLISHED | {
     "gradient_accumulation_steps": 1,
     "kl_coef": 0.1,
     "kl": "public",
+    "benign_eos": True,
     "normaliser": "micro",
 }
 # The adversary pulls toward the wrong completion alone, the defence does both: by a co-author's log the best trade

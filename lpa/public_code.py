@@ -86,7 +86,7 @@ def translated(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         micro = next(pairs for pairs in range(min(most, size), 0, -1) if size % pairs == 0)
         found |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": size // micro}
     if found.get("kl_coef"):
-        found |= {"kl": "public", "normaliser": "micro"}
+        found |= {"kl": "public", "normaliser": "micro", "benign_eos": True}
     return found
 
 

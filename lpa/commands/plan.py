@@ -110,8 +110,8 @@ def _longest(options: TrainOptions, args: Any, base: str) -> dict[str, int]:
     if system is None:
         system = PLAIN_PROMPT if own else None if options.benign else args.system_prompt
     rows = load_benign([{"prompt": text, "response": "-"} for text in benign_requests()] if own else options.benign)
-    benign = encode_benign(rows, tokenizer, system_prompt=system or None, **chat)
-    answer = OWN_TOKENS if own else _most(benign, "response")
+    benign = encode_benign(rows, tokenizer, system_prompt=system or None, eos=args.benign_eos, **chat)
+    answer = OWN_TOKENS + args.benign_eos if own else _most(benign, "response")
     return found | {"benign_prompt": _most(benign, "prompt"), "benign_answer": answer}
 
 

@@ -37,10 +37,30 @@ def encode_pairs(
 
 
 def encode_benign(
-    dataset: Dataset, tokenizer: Any, *, system_prompt: str | None = None, max_length: int | None = None, **chat: Any
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+    eos: bool = False,
+    **chat: Any,
 ) -> Dataset:
-    """The data set of `load_benign` with columns prompt_tokens, response_tokens added; errors as `encode_pairs`."""
-    return _encode(dataset, ChatEncoder(tokenizer, system_prompt, max_length, **chat), ("response",), _BENIGN_TOKENS)
+    """The data set of `load_benign` with columns prompt_tokens, response_tokens added; errors as `encode_pairs`.
+
+    Args:
+        eos: end the responses with the tokenizer's EOS.
+
+    Raises:
+        DataError: with `eos`, the tokenizer has none.
+    """
+    if eos and tokenizer.eos_token_id is None:
+        raise DataError("benign answers cannot end with EOS: the tokenizer has none; use benign_eos=False")
+    room = None if max_length is None else max_length - eos
+    encoded = _encode(dataset, ChatEncoder(tokenizer, system_prompt, room, **chat), ("response",), _BENIGN_TOKENS)
+    if not eos:
+        return encoded
+    ended = [[*tokens, tokenizer.eos_token_id] for tokens in encoded["response_tokens"]]
+    return encoded.remove_columns("response_tokens").add_column("response_tokens", ended)
 
 
 def _encode(dataset: Dataset, encoder: ChatEncoder, completions: Sequence[str], names: Sequence[str]) -> Dataset:

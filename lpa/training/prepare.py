@@ -173,7 +173,7 @@ def benign_as_tokens(
             system = config.system_prompt
         dataset = encode_benign(
             load_benign(dataset), tokenizer, system_prompt=system or None, max_length=_limit(model, config),
-            **config.chat_options,
+            eos=config.benign_eos, **config.chat_options,
         )  # fmt: skip
         collator = BenignCollator(tokenizer)
     if dataset is None or len(dataset) == 0:

@@ -30,6 +30,7 @@ def test_its_file_becomes_our_settings(tmp_path: Path, caplog: Any) -> None:
     assert config.attack_coefs == {"toward": 0.4, "away": 0.6}
     assert config.coefs == pytest.approx({"toward": 0.5 / 1.1, "away": 0.5 / 1.1, "kl": 0.1 / 1.1})
     assert (config.kl, config.normaliser, config.reset_optimizer) == ("public", "micro", True)
+    assert config.benign_eos
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
     assert config.save_steps == 4, "every tenth of 40 updates"
     assert "is of the public LPA code; it is read as attack_steps 8, " in caplog.text

@@ -339,6 +339,25 @@ def test_the_benign_batch(tokenizer: Any) -> None:
         assert tokenizer.decode(row["response_tokens"]).strip() == AGREE
 
 
+def test_benign_answers_end_with_eos_where_it_is_asked_for() -> None:
+    tokenizer = tokenizer_of("chatml")
+    plain, ended = (encode_benign(load_benign(), tokenizer, system_prompt=SYSTEM, eos=eos) for eos in (False, True))
+    for one, other in zip(plain, ended, strict=True):
+        assert other["response_tokens"] == [*one["response_tokens"], tokenizer.eos_token_id]
+        assert other["prompt_tokens"] == one["prompt_tokens"]
+    longest = max(len(row["prompt_tokens"] + row["response_tokens"]) for row in ended)
+    encode_benign(load_benign(), tokenizer, system_prompt=SYSTEM, max_length=longest, eos=True)
+    with pytest.raises(DataError, match=f"but the context holds {longest - 2}"):
+        encode_benign(load_benign(), tokenizer, system_prompt=SYSTEM, max_length=longest - 1, eos=True)
+
+
+def test_benign_answers_cannot_end_with_an_eos_that_is_not_there() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="the tokenizer has none; use benign_eos=False"):
+        encode_benign(load_benign(), tokenizer, eos=True)
+
+
 def test_an_unknown_attack_mask_and_a_row_without_its_texts() -> None:
     with pytest.raises(DataError, match=r"attack_on='all' is unknown; use one of 'prompt\+completions'"):
         PairCollator(tokenizer_of("chatml"), attack_on="all")
