@@ -37,6 +37,7 @@ from lpa.run_folder import checkpoint_folders
 from lpa.training.checkpoint import MANIFEST, damage, last_good
 from tests.support import any_settings, jobs
 from tests.support.hostile import cells, check_cells
+from tests.support.jobs import difference
 from tests.support.ranks import Ranks, run
 
 STEPS = 10
@@ -95,16 +96,6 @@ def watched(folder: Path, diary: Path, resume: bool) -> None:
 
 
 # ---- what is looked at ----------------------------------------------------------------------------------------------
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "weights.pt")
-
-
-def difference(one: Path, other: Path) -> float:
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 def last_step(folder: Path) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from lpa import LPATrainer
@@ -17,26 +16,18 @@ from lpa.data import canary_text, load_pairs, perplexity_text
 from lpa.evaluation import benign_prompts, load_set
 from lpa.training.canaries import FILE, Canaries
 from lpa.training.selection import Limits, best, entries_of, faults, frontier, safety, stop_reason
+from tests.support import trainers
 from tests.support.measurements import entry
-from tests.support.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
+from tests.support.tiny import rows, tiny_config, tiny_model
+from tests.support.trainers import TOKENIZER, assert_same, weights
 
-TOKENIZER = tiny_tokenizer()
 CONTEXT = 256
 
 
 def trainer_of(folder: Path, **settings: Any) -> LPATrainer:
-    callbacks = settings.pop("callbacks", None)
     chosen = {"lpa_steps": 4, "canary_steps": 1, "canary_max_new_tokens": 4, "canary_prompts": 4} | settings
     model = tiny_model(len(TOKENIZER), max_position_embeddings=CONTEXT)
-    return LPATrainer(model, tiny_config(folder, **chosen), rows(8), TOKENIZER, callbacks=callbacks)
-
-
-def weights(trainer: LPATrainer) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return trainers.trainer_of(folder, model=model, **chosen)
 
 
 def timeless(trainer: LPATrainer) -> list[dict[str, float]]:
@@ -163,7 +154,7 @@ def test_canaries_leave_training_as_it_was(tmp_path: Path, engine: str) -> None:
     watched.canaries.canaries.measure(watched.model, watched.pgd)
     assert torch.equal(state, torch.random.get_rng_state())
     watched.train()
-    assert same(weights(watched), weights(without))
+    assert_same(weights(watched), weights(without))
     assert [found["lpa_step"] for found in watched.canaries.entries] == [0, 1, 2, 3]
     assert not list((tmp_path / "with").glob("checkpoint-*")), "nothing was to be kept"
     losses = [[e["defence_total"] for e in t.state.log_history if "lpa_step" in e] for t in (watched, without)]
@@ -202,13 +193,13 @@ def test_a_collapse_ends_the_run_with_the_best_step(tmp_path: Path, collapsing: 
     assert record["stopped"].startswith("collapsed")
     one = trainer_of(tmp_path / "one", lpa_steps=1)
     one.train()
-    assert same(weights(trainer), weights(one))
+    assert_same(weights(trainer), weights(one))
     assert (tmp_path / "run" / "checkpoint-2").is_dir(), "rotation spares it"
     trainer.save_model()  # what is saved is the best
     from safetensors.torch import load_file
 
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    assert same(saved, load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors"))
+    assert_same(saved, load_file(tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors"))
 
 
 def test_a_stopped_run_that_is_resumed_ends_at_once(tmp_path: Path, collapsing: list[int]) -> None:
@@ -220,7 +211,7 @@ def test_a_stopped_run_that_is_resumed_ends_at_once(tmp_path: Path, collapsing: 
     assert collapsing == asked, "nothing is asked or trained again"
     assert again.lpa_step == 3
     assert not again.interrupted
-    assert same(weights(again), weights(first))
+    assert_same(weights(again), weights(first))
     assert again.canaries is not None
     assert first.canaries is not None
     assert again.canaries.record() == first.canaries.record()
@@ -234,7 +225,7 @@ def test_where_no_step_is_good_the_untrained_adapter_is_kept_with_a_warning(
     before = weights(trainer)
     trainer.train()
     assert trainer.lpa_step == 2
-    assert same(weights(trainer), before)
+    assert_same(weights(trainer), before)
     assert "stopped by the canaries after LPA step 2: benign requests done -60 points, for 2 meas" in caplog.text
     assert "weights of LPA step 0, the best by its canaries: no later step was safer" in caplog.text
 
@@ -270,7 +261,7 @@ def test_interrupted_and_resumed_gives_the_same_canaries(tmp_path: Path) -> None
     assert timeless(second) == timeless(whole)
     assert len(timeless(second)) == 5
     assert len({found["margin_undesirable"] for found in timeless(second)}) == 5, "they see the weights change"
-    assert same(weights(second), weights(whole))
+    assert_same(weights(second), weights(whole))
 
 
 def test_an_interrupted_run_has_its_last_weights(tmp_path: Path, collapsing: list[int]) -> None:
@@ -281,7 +272,7 @@ def test_an_interrupted_run_has_its_last_weights(tmp_path: Path, collapsing: lis
     assert trainer.interrupted
     two = trainer_of(tmp_path / "two", lpa_steps=2, canary_steps=0)
     two.train()
-    assert same(weights(trainer), weights(two))
+    assert_same(weights(trainer), weights(two))
     assert trainer.state.best_global_step == 2
     assert collapsing == [0, 1, 2]
 
