@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -70,3 +73,39 @@ def test_arms_are_compared_by_claims_over_their_seeds(compare: ModuleType) -> No
     between = claims(records, ["lpa-0", "lpa-1"], settings, ["finetune-0"])[0]
     assert between.change == pytest.approx((0 + 0.5 + 0.5 + 0) / 4)
     assert compare.told(between) in compare.attack_alone(found)
+
+
+def test_the_estimate_counts_what_is_left(compare: ModuleType, tmp_path: Path) -> None:
+    budget = replace(compare.BUDGETS["cpu"], seconds=(1000, 600, 200), main=("lpa",))
+    parts = ["base", "lpa-0", "lpa-1", "vector-0"]
+    told = compare.estimate(parts, budget, tmp_path, Namespace(no_ladder=False))
+    assert told.startswith("3 to train, 4 to evaluate, 2 to climb the ladder: about 1.6 hours of CPU time")  # 5,800 s
+    for part in ("base", "lpa-1"):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        (tmp_path / "parts" / part / "done").touch()
+    told = compare.estimate(parts, budget, tmp_path, Namespace(no_ladder=True))
+    assert told.startswith("2 to train, 2 to evaluate, 0 to climb the ladder: about 0.9 hours of CPU time")
+
+
+def test_parts_become_one_evaluation(compare: ModuleType, tmp_path: Path) -> None:
+    budget = replace(compare.BUDGETS["cpu"], settings=Settings(sets=()), suites=("overrefusal",))
+    own = [
+        {"subject": name, "suite": NAME, "set": "benign", "id": "p1", "mode": "direct", "tag": "plain", "label": label,
+         "answer": "x"}
+        for name, label in (("base", "compliance"), ("lpa-0", "refusal"))
+    ]  # fmt: skip
+    for part, held in (("base", own[:1]), ("lpa-0", own)):  # each part has the base model's records too
+        folder = tmp_path / "parts" / part
+        records = Records(folder)
+        for record in held:
+            records.add(record, harmful=part != "base" and record is own[1])
+        (folder / "texts.local.jsonl").touch()
+        subjects = {record["subject"]: {"path": "", "fingerprint": "f"} for record in held}
+        (folder / "run.json").write_text(json.dumps({"subjects": subjects, "suites": [], "commands": ["other"]}))
+    found = compare.joined(["base", "lpa-0"], budget, tmp_path, "this")
+    assert found.subjects == ["base", "lpa-0"]
+    assert len(found.records) == len((tmp_path / "evaluation/records.jsonl").read_text().splitlines()) == 2
+    assert found.value("base", "overrefusal", "not done", "benign") == 0
+    assert found.value("lpa-0", "overrefusal", "not done", "benign") == 1
+    assert found.info["commands"] == ["this"]
+    assert len((tmp_path / "evaluation/texts.local.jsonl").read_text().splitlines()) == 1
