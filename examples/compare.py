@@ -47,7 +47,7 @@ from lpa.evaluation.suites.utility import ARITHMETIC, GENERATED, KNOWLEDGE
 from lpa.evaluation.verdict import DECLINES, HOLDS, KEEPS, claims
 from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
-from lpa.presets import DEMO
+from lpa.presets import DEMO, PRESETS
 from lpa.report import build
 from lpa.run_folder import METRICS, RECORDS, RESULTS, RUN, TABLE, TEXTS, checkpoint_folders
 
@@ -242,6 +242,13 @@ def flags(arm: str, data: Path) -> list[str]:
     return ["--preset", "demo", *own.get(arm, ["--data", arm])]
 
 
+def statements_of(arm: str) -> str:
+    """The data of an arm, as `--data` names them."""
+    own = flags(arm, Path())
+    given = dict(zip(own[::2], own[1::2], strict=False))
+    return given.get("--data") or str(PRESETS[given["--preset"]].get("data", "undesirable"))
+
+
 def write_data(folder: Path) -> None:
     """The pairs of `lat`, and the prompts that the directions of `vector` and `ablate` lie between.
 
@@ -319,7 +326,7 @@ def over_seeds(found: Evaluation) -> str:
         tested = {} if arm == BASE else {claim.name: claim for claim in claims(found.records, own, settings)}
         cells = [arm, str(len(own)), *(told(tested.get(name)) for name in named)]
         for suite, metric, where, scale in columns.values():
-            if where.startswith("ipip") and arm.startswith("ipip"):
+            if where.startswith("ipip") and arm != BASE and statements_of(arm).startswith("ipip"):
                 cells.append("trained on")
                 continue
             values = [row.value for row in found.rows if row.subject in own and row.value is not None

@@ -46,6 +46,9 @@ def test_every_arm_uses_options_that_exist(compare: ModuleType) -> None:
         *SHIPPED,
         "data/harmful.jsonl",
     }
+    own = str(PRESETS["demo"].get("data", "undesirable"))
+    assert [compare.statements_of(arm) for arm in ("lpa", "vector", "ipip-both", "published-2607")] == [
+        own, own, "ipip-both", "undesirable"]  # fmt: skip
     # undesirable statements are the demo's own, so that this arm is `lpa` by another name
     assert len({tuple(own) for own in given.values()}) == len(compare.ALL)
 
