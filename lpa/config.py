@@ -384,7 +384,7 @@ class LPAConfig(TrainingArguments):
 
     @property
     def chat_options(self) -> dict[str, Any]:
-        """What is told the chat template, as arguments of `lpa.data.ChatEncoder` and all that makes one."""
+        """The chat template's variables and date, as arguments of `lpa.data.ChatEncoder`."""
         return {"chat_template_kwargs": self.chat_template_kwargs, "date": self.chat_template_date}
 
     @property

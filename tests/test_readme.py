@@ -1,4 +1,4 @@
-"""What the README and the docs name is there: links, names in code, commands."""
+"""Names in the README and the docs exist: links, names in code, commands."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""examples/rivals.py and examples/dpo.py: the arms are settings that there are, and DPO learns."""
+"""examples/rivals.py and examples/dpo.py: the arms are settings that exist, and DPO learns."""
 
 from __future__ import annotations
 

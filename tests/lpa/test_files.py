@@ -1,4 +1,4 @@
-"""JSON files are whole, hold finite numbers alone, and say where one is not."""
+"""JSON files are whole and hold finite numbers alone; an error says where one is not finite."""
 
 from __future__ import annotations
 

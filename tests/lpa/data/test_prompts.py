@@ -1,4 +1,4 @@
-"""System prompts: by name, by file, as they are, and what names neither."""
+"""System prompts: by name, by file and as text; anything else is an error."""
 
 from __future__ import annotations
 
