@@ -68,7 +68,7 @@ class Budget:
         train: flags of every arm. published: further flags of published-2607, which scale it to the budget.
         main: the arms that run under every one of the `seeds` and climb the ladder.
         settings: of the evaluation, by `suites`; of the ladder the same with `ladder_sets`.
-        seconds: of CPU time, as measured on the embedded model, of training, evaluating and climbing once each.
+        seconds: of CPU time on the embedded model, of training, evaluating and climbing once each.
     """
 
     train: tuple[str, ...]
@@ -89,8 +89,9 @@ _CPU = Settings(sets=("strongreject", "harmbench"), limit=100, attacks=("direct"
 _SCALED = ("--lpa_steps", "8", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")
 _TINY = ("--lpa_steps", "1", "--attack_steps", "2", "--defence_steps", "1", "--per_device_train_batch_size", "2",
          "--gradient_accumulation_steps", "1")  # fmt: skip
-# CPU seconds on the embedded model of training, evaluating and climbing once each
-SECONDS = (600, 400, 1000)
+# CPU seconds on the embedded model: a training of five minutes on two cores; of an evaluation and the ladder, ten times
+# what a tenth of them took
+SECONDS = (600, 600, 1000)
 _MAIN = ("lpa", "finetune", "toward-only", "lat")
 BUDGETS = {
     "smoke": Budget(
@@ -99,8 +100,9 @@ BUDGETS = {
                 best_of=1, utility_sets=()),
         ("attacks", "overrefusal", "utility", "collapse"),
     ),
-    # two harmful sets, asked directly, after a prefix and for a yes or no, and short answers
-    "cpu": Budget((), _SCALED, ALL, _MAIN, 3, _CPU, batch_size=46, seconds=SECONDS),
+    # two harmful sets, asked directly and after a prefix, and short answers
+    "cpu": Budget((), _SCALED, ALL, _MAIN, 3, _CPU, ("traits", "attacks", "overrefusal", "utility", "collapse"),
+                  batch_size=46, seconds=SECONDS),
     "full": Budget(
         (), (), ALL, (*_MAIN, "both", "published-2607"), 3,
         Settings(sets=("strongreject", "harmbench", "do-not-answer"), limit=200, max_new_tokens=64), batch_size=32,
