@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +31,12 @@ class VLLM:
     def __init__(self, model: str, adapters: Mapping[str, str], dtype: str, context: int) -> None:
         check_installed()
         import vllm
+        from peft import PeftConfig
 
-        configs = [json.loads((Path(path) / "adapter_config.json").read_text("utf-8")) for path in adapters.values()]
         options: dict[str, Any] = {}
-        if configs:
-            options = {"enable_lora": True, "max_lora_rank": max(int(config["r"]) for config in configs)}
+        if adapters:
+            rank = max(int(PeftConfig.from_pretrained(path).r) for path in adapters.values())
+            options = {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}  # what it takes
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             options["gpu_memory_utilization"] = 0.8 * free / total

@@ -387,7 +387,9 @@ def test_vllm_generates_for_models_that_are_not_attacked(
     assert [(own["model"], own["dtype"], own["max_model_len"]) for own in made] == [
         (str(tmp_path / "model"), "float32", 512)
     ]
-    assert made[0]["max_lora_rank"] == json.loads((Path(one) / "adapter_config.json").read_text())["r"]
+    rank = json.loads((Path(one) / "adapter_config.json").read_text())["r"]
+    assert made[0]["max_lora_rank"] in (8, 16)
+    assert rank <= made[0]["max_lora_rank"]
     for subject, text in (("base", "the cat sat"), ("one", "a dog ran")):
         for where in ({"suite": "answers", "mode": "direct"}, {"suite": "answers", "mode": "best-of-n"},
                       {"suite": "utility", "set": "knowledge"}):  # fmt: skip
