@@ -97,7 +97,7 @@ def shrunk(config_class: Any) -> dict[str, Any]:
             values[name] = None if value is None else shrunk(type(value))
         elif name in ("num_key_value_heads", "num_kv_heads") and value == getattr(default, "num_attention_heads", None):
             values[name] = HEADS  # attention without groups stays so
-        elif isinstance(value, dict) and "mrope_section" in value:
+        elif isinstance(value, dict) and "rope_type" in value and config_class.base_config_key == "text_config":
             half = int(4 * value.get("partial_rotary_factor", 1.0))  # of a head of 8
             values[name] = value | {"mrope_section": [half - half // 3 * 2, half // 3, half // 3]}
         elif isinstance(value, (list, tuple)) and depth and len(value) == depth and len(value) > DEPTH:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model.facts import NotYet, say_once
+from ..model.facts import NotYet, hooks_everywhere, hooks_on, is_ours, ours, say_once
 from ..model.perturbation import gradients, grid_rows, kept_for_recompute, perturbed
 from ..model.sharding import is_sharded
 from ..model.sites import Site
@@ -21,6 +24,7 @@ from .verdicts import ROUNDINGS, agreed, is_half, rounded_embeddings
 _STEPS = (1e-2, 1e-3, 1e-4, 0.1, 1.0)  # changes of a loss to aim at, in nats
 _HALF_STEPS = (0.3, 1.0, 3.0)
 _SMOOTH = 0.02
+_LAYER = 1e-3  # of a layer's slope, whose step is not bound to what a loss stands
 _TURNED = 0.05  # of the gradients, by one rounding: from here on rounding may be what is off
 
 
@@ -60,9 +64,13 @@ def wrong_gradients(
 
     leaves = [torch.zeros(rows, width, device=device, requires_grad=True) for width, device in widths]
     name, half, sharded = type(model).__name__, is_half(model), is_sharded(model)
+    unusual = _unusual(model)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _calls({} if sharded else unusual) as calls:
             grads = gradients(start := loss(leaves), leaves)
+        for kind, call in calls.items():
+            if fault := _wrong_layer(call):
+                return f"the gradients of {name} are not those of its losses: {kind} {fault}"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -73,7 +81,7 @@ def wrong_gradients(
         return ""  # the attack itself counts losses that are not finite
     # who has hooks on backward passes wants other gradients than those of the losses
     strict = not half and not any(m._backward_hooks or m._backward_pre_hooks for m in modules_of(model))
-    kinds = ", ".join(_unusual(model)) or "a hook or an autograd.Function of its own"
+    kinds = ", ".join(sorted(unusual)) or "a hook or an autograd.Function of its own"
 
     @torch.no_grad()
     def moved(*lengths: float) -> float:
@@ -115,11 +123,14 @@ def wrong_gradients(
         right = True
     if right:
         return ""
-    return (
-        f"the gradients of {name} are not those of its losses: along the gradient the loss of a text rises by "
-        f"{total:.2g} a unit by autograd and by {total * min(ratios, key=lambda r: abs(r - 1)):.2g} by finite "
-        f"differences; what may be the cause: {kinds}"
+    slopes = (
+        f"along the gradient the loss of a text rises by {total:.2g} a unit by autograd and by "
+        f"{total * min(ratios, key=lambda r: abs(r - 1)):.2g} by finite differences"
     )
+    if not unusual and _untouched(model):
+        say_once(model, f"{name} passes on a part of its gradients by its own code, which attacks follow: {slopes}")
+        return ""
+    return f"the gradients of {name} are not those of its losses: {slopes}; what may be the cause: {kinds}"
 
 
 def _grid(batch: PairBatch, text: Texts) -> Tensor:
@@ -140,10 +151,86 @@ def _agree(ratios: list[float], strict: bool) -> bool | None:
     return True if any(0.5 <= ratio <= 2 for ratio in ratios) else None
 
 
-def _unusual(model: nn.Module) -> list[str]:
-    """The classes of modules with weights that come neither from torch nor from transformers nor from peft's LoRA."""
-    known = ("torch.", "transformers.", "peft.tuners.lora.layer")
-    kinds = {type(module) for module in model.modules() if module._parameters}
-    return sorted(
-        f"{kind.__module__.split('.')[0]}'s {kind.__name__}" for kind in kinds if not kind.__module__.startswith(known)
+def _known(kind: type, *parts: str) -> bool:
+    """Whether a class of modules is torch's, transformers' own (not its quantisers') or of `parts`."""
+    return kind.__module__.startswith(("torch.", "transformers.", *parts)) and ".integrations." not in kind.__module__
+
+
+def _untouched(model: nn.Module) -> bool:
+    """Whether nothing but the libraries' own code runs in it: what cuts gradients off there does so by design."""
+    modules = modules_of(model)
+    return (
+        not hooks_everywhere()
+        and not any(map(hooks_on, modules))
+        and all(_known(type(module), "peft.") for module in modules)
+        and all("forward" not in module.__dict__ or is_ours(module.__dict__["forward"]) for module in modules)
     )
+
+
+def _unusual(model: nn.Module) -> dict[str, nn.Module]:
+    """By its class's name, the first of the modules with weights whose class is neither known nor peft's LoRA."""
+    kinds = {
+        type(module): module
+        for module in reversed(modules_of(model))
+        if module._parameters or isinstance(getattr(module, "adapter_layer_names", None), tuple)
+    }
+    return {
+        f"{kind.__module__}.{kind.__name__}": module
+        for kind, module in kinds.items()
+        if not _known(kind, "peft.tuners.lora.layer")
+    }
+
+
+@contextmanager
+def _calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Callable[[Tensor | None], Any]]]:
+    """What the modules are called with within it: by name, a function of another first argument, None for its own."""
+    found: dict[str, Callable[[Tensor | None], Any]] = {}
+
+    def keep(kind: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            first = args[0].detach()
+            found[kind] = lambda x: first if x is None else module(x, *args[1:], **kwargs)
+
+    held = [m.register_forward_pre_hook(ours(partial(keep, k)), with_kwargs=True) for k, m in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in held:
+            handle.remove()
+
+
+def _wrong_layer(call: Callable[[Tensor | None], Any]) -> str:
+    """Why a layer's backward pass does not belong to its forward pass; "" where it does, or where nothing can be seen.
+
+    Along a random direction the error of a gradient is as large a share of the slope as of the gradient, and of one
+    layer alone a step can be as large as the input. Each size of a step is taken four times: a spread is rounding.
+    """
+    x, draw = call(None), torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        out = call(leaf)
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            return ""
+        onto = torch.randn(out.shape, generator=draw).to(out.device)
+        (grad,) = torch.autograd.grad((out.float() * onto).sum(), leaf)
+    size = float(x.float().square().mean().sqrt())
+    along = torch.randn(x.shape, generator=draw).to(x.device) * size
+    slope, scale = float((grad.double() * along).sum()), float(grad.double().norm()) * size
+
+    @torch.no_grad()
+    def difference(step: float) -> float:
+        up, down = (call((x.float() + sign * step * along).to(x.dtype)) for sign in (1, -1))
+        return float(((up.double() - down.double()) * onto).sum()) / (2 * step)
+
+    for step in (0.01, 0.1, 1.0):
+        found = [difference(step * share) for share in (1.0, 0.8, 0.6, 0.4)]
+        off = abs(sum(found) / len(found) - slope)
+        spread = max(found) - min(found)
+        if off <= _LAYER * scale:
+            return ""
+        if 0 < 4 * spread < off:
+            return (
+                f"passes on other gradients than its own: along a direction what it gives rises by "
+                f"{sum(found) / len(found):.3g} by finite differences and by {slope:.3g} by autograd"
+            )
+    return ""

@@ -239,8 +239,8 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     from copies; elsewhere the copies are changed, and the weights only stand aside.
 
     Raises:
-        ValueError: the model has no adapter that can be merged, or a weight under one is quantised, or another module's
-            too.
+        ValueError: the model has no adapter that can be merged, or peft cannot merge one, or a weight under one is
+            quantised, or another module's too.
     """
     layers = _mergeable(model)
     if not layers:
@@ -274,7 +274,15 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
                 in_place = p.device.type in KEPT_ON or type(data) is not Tensor  # a shard's memory cannot be exchanged
                 held.append((p, data, copy if in_place else data))
                 p.data = data if in_place else copy
-            layer.merge()
+            try:
+                layer.merge()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # peft's own refusals do not say whose setting it was
+                raise ValueError(
+                    f"merge_adapters=True, but peft cannot merge {type(layer).__name__}: {error}; use "
+                    "merge_adapters=False"
+                ) from error
         yield
     finally:
         for module, modules, parameters, buffers in parts:  # peft exchanges some of them

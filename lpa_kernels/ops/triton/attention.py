@@ -224,12 +224,13 @@ def _gradient_of_queries(
     real_m = m < q_count
     q_branch, q_position = _places(q_places + 2 * q_first, m, real_m)
     latest = tl.max(q_position, 0)
-    query = _heads(q + q_first * q_stride + head * q_head, m, real_m, q_stride, WIDTH, PAD)
     g = _heads(grad + q_first * grad_stride + head * grad_head, m, real_m, grad_stride, WIDTH, PAD)
     o = _heads(out + q_first * out_stride + head * out_head, m, real_m, out_stride, WIDTH, PAD)
     mine = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     line = head.to(tl.int64) * queries + q_first
     tl.store(own + line + m, mine, mask=real_m)
+    # after `o` is done with: before it, Triton 3.9 spills registers on sm_80
+    query = _heads(q + q_first * q_stride + head * q_head, m, real_m, q_stride, WIDTH, PAD)
     logsum = tl.load(lse + line + m, mask=real_m, other=0.0)
     k += k_first * k_stride + (head // GROUP) * k_head
     v += k_first * v_stride + (head // GROUP) * v_head

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    BOFTConfig,
+    C3AConfig,
     IA3Config,
     LilyConfig,
     LNTuningConfig,
@@ -33,6 +35,7 @@ from lpa_kernels.model.modes import not_repacked
 SITES = ["embedding", "block:1"]
 SETTINGS: dict[str, Any] = {"steps": 3, "step_size": 0.02, "epsilon": 0.15}
 TRIGGER = 11
+ALL: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
 SHARED = ("stack", "packed")  # the engines that run a prompt once
 
 
@@ -205,7 +208,7 @@ def wrong() -> Any:
 
 
 def test_wrong_gradients_are_refused_by_the_layers_name() -> None:
-    with pytest.raises(RuntimeError, match=r"not those of its losses.*finite differences.*Repacked"):
+    with pytest.raises(RuntimeError, match=r"not those of its losses.*Repacked.*finite differences"):
         attacked(wrong(), pairs(SHORT))
 
 
@@ -231,6 +234,19 @@ class _Weaker(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return 0.7 * grads[0]
+
+
+def test_a_layer_whose_backward_is_wrong_is_refused_however_little_it_adds() -> None:
+    """peft 0.21.2 turns the gradient of C3A's inputs about: a few percent here, at right angles to the rest."""
+    config = C3AConfig(task_type="CAUSAL_LM", block_size=8, target_modules=["q_proj", "o_proj"])
+    with pytest.raises(RuntimeError, match=r"not those of its losses: \S*C3ALinear passes on other"):
+        attacked(randomised(get_peft_model(build("llama"), config)), pairs(SHORT))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_other_tuners_pass_on_their_own_gradients(dtype: torch.dtype) -> None:
+    for config in (BOFTConfig(boft_block_size=4, **ALL), IA3Config(feedforward_modules=["down_proj"], **ALL)):
+        attacked(randomised(get_peft_model(build("llama").to(dtype), config)), pairs(SHORT))
 
 
 def test_gradients_are_checked_on_a_text_that_has_some() -> None:
@@ -262,6 +278,13 @@ def test_gradients_of_a_part_are_missing(part: str, spoilt: Any) -> None:
     getattr(model.model.layers[1], part).register_forward_hook(spoil)
     with pytest.raises(RuntimeError, match="not those of its losses"):
         attacked(model, pairs(SHORT))
+
+
+def test_gradients_that_a_model_cuts_off_by_design_are_followed(caplog: pytest.LogCaptureFixture) -> None:
+    """hrm_text runs its first cycles without gradients."""
+    pytest.importorskip("transformers.models.hrm_text")
+    assert LatentPGD(build("hrm_text"), "embedding", **SETTINGS).attack(pairs(SHORT)).engine in SHARED
+    assert "HrmTextForCausalLM passes on a part of its gradients by its own code" in caplog.text
 
 
 def test_a_site_that_no_gradient_reaches_is_named() -> None:
@@ -302,6 +325,16 @@ def test_layers_that_merging_exchanges_come_back() -> None:
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert not any(getattr(module, "merged_adapters", ()) for module in model.modules())
     assert torch.allclose(merged.history["total"], attacked(model, pairs(SHORT)).history["total"], atol=1e-5)
+
+
+def test_what_peft_cannot_merge_is_named() -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"], lora_bias=True)
+    model = randomised(get_peft_model(build("llama"), config))  # whose layers have no bias to merge into
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"peft cannot merge Linear: .*lora_bias.*use merge_adapters=False"):
+        attacked(model, pairs(SHORT), merge_adapters=True)
+    assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+    assert not any(getattr(module, "merged_adapters", ()) for module in model.modules())
 
 
 class Subclass(Tensor):
