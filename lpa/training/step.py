@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,22 @@ class LPAStep:
         self.record.forget_defence()
         self.micro = [[part for micro in parts for part in micro.split(limit)] for parts in self.micro]
 
+    def ask(self, parts: Sequence[MicroBatch]) -> None:
+        """Run the base model on the parts of a micro-batch that have no attack yet.
+
+        For all micro-batches before the first attack: where one fails, no other rank waits for its passes.
+        """
+        for part in parts:
+            if not part.attacked:
+                with self.record.timed("attack"):
+                    self._ask_base_model(part)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Within it the model is as attacks run it, which it becomes once for all micro-batches."""
+        waiting = any(not part.attacked for parts in self.micro for part in parts)
+        attacks = self.trainer.objective is not None and self.args.attack_radius(self.number)
+        return self.trainer.pgd.held() if waiting and attacks else nullcontext()
+
     def attack(self, parts: Sequence[MicroBatch]) -> None:
         """Attack the parts of a micro-batch that have no attack yet."""
         for part in parts:
@@ -107,7 +124,6 @@ class LPAStep:
         return total, terms
 
     def _attack(self, micro: MicroBatch) -> None:
-        self._ask_base_model(micro)  # first: where an attack fails, its passes are the last that other ranks wait for
         trainer, args, seed = self.trainer, self.args, self._seed(micro, 0)
         torch.manual_seed(seed)
         radius = args.attack_radius(self.number)

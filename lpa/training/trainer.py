@@ -277,7 +277,7 @@ class LPATrainer(DurableTrainer):
         self._step = LPAStep(self, pairs, benign, self._memory.size)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch of one update: attacked first where it is new, then forward and backward under its attack.
+        """One micro-batch of one update, forward and backward under its attack; before the first, all are attacked.
 
         Where memory runs out on any rank, every rank runs this and all later micro-batches in halves. The update then
         starts again from its first micro-batch, because a failed backward pass leaves partial gradients. Ranks meet
@@ -301,10 +301,14 @@ class LPATrainer(DurableTrainer):
     def _attempt(self, step: LPAStep, first: int) -> list[Tensor] | None:
         """Attack and add up gradients, from micro-batch `first` on; None where memory ran out on some rank."""
         micro = step.micro[first : self._index]
-        if self._update == 0:
-            if self._memory.attempt("attack", step.attack, micro) is None:
+        if self._update == 0 and first == 0:  # all of them, so that the model becomes what attacks need once
+            if self._memory.attempt("attack", step.ask, step.micro) is None:
                 return None
-            self.agree()
+            with step.held():
+                for parts in step.micro:
+                    if self._memory.attempt("attack", step.attack, [parts]) is None:
+                        return None
+                    self.agree()
         return self._memory.attempt("update", step.update, micro)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

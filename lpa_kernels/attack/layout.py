@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from torch import Tensor
 from .batch import PairBatch
 
 PREFIX, REJECTED, CHOSEN, PADDING = 0, 1, 2, -1
+
+
+class Kept(NamedTuple):
+    """Columns before a layout's own. branch, position_ids: [B, K] int64, as in `Layout`. cache: what a model made."""
+
+    branch: Tensor
+    position_ids: Tensor
+    cache: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +49,7 @@ class Layout:
         packed: whether the model needs this layout's masks and positions (`pack`), or plain causal attention over the
             tokens is right (`unshared`).
         first_position: the position id of a text's first token, which a model may count from elsewhere than 0.
+        before: the columns that are run once, whose keys and values its tokens see; None where there are none.
         masks: attention masks made for this layout so far, and how each is made (`packed_masks` fills it).
     """
 
@@ -58,12 +67,33 @@ class Layout:
     size: int
     packed: bool
     first_position: int = 0
+    before: Kept | None = None
     masks: dict[object, tuple[Tensor, Callable[[Layout], Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, L)."""
         return self.input_ids.shape[0], self.input_ids.shape[1]
+
+    @property
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """Branch and position of all that its tokens may see, [B, K + L] each."""
+        if self.before is None:
+            return self.branch, self.position_ids
+        own, kept = (self.branch, self.position_ids), self.before[:2]
+        branch, position = (torch.cat(both, 1) for both in zip(kept, own, strict=True))
+        return branch, position
+
+    def columns(self, part: slice) -> Layout:
+        """Some columns of it, without masks: all that is attacked or scored must be in them."""
+        first, last, _ = part.indices(self.shape[1])
+        tokens, length = self.row_tokens, self.shape[1]
+        moved = tokens // length * (last - first) + tokens % length - first
+        cut = {name: getattr(self, name)[:, part] for name in ("input_ids", "position_ids", "branch", "attention_mask")}
+        return replace(
+            self, **cut, token_rows=self.token_rows.view(self.shape)[:, part].flatten(),
+            row_tokens=torch.where(tokens >= 0, moved, -1), select_positions=self.select_positions - first,
+        )  # fmt: skip
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -70,8 +70,8 @@ def packed_masks(layout: Layout) -> Iterator[MaskCalls]:
 
 
 def visible(layout: Layout) -> Tensor:
-    """[B, L, L] bool: whether query i may see key j as far as branches go (the pattern comes on top)."""
-    query, key = layout.branch[:, :, None], layout.branch[:, None, :]
+    """[B, L, K + L] bool: whether query i may see key j as far as branches go (the pattern comes on top)."""
+    query, key = layout.branch[:, :, None], layout.keys[0][:, None, :]
     return (query == key) | ((query > PREFIX) & (key == PREFIX))
 
 
@@ -125,8 +125,8 @@ def _mask(
     use_vmap: bool = False,
     **_: Any,
 ) -> Tensor:
-    """[B, 1, L, L]: bool for sdpa, True where seen; for eager 0 there and the least number of `dtype` elsewhere."""
-    if (batch_size, q_length, kv_length) != (*layout.shape, layout.shape[1]):
+    """[B, 1, L, K + L]: bool for sdpa, True where seen; for eager 0 there and the least number of `dtype` elsewhere."""
+    if (batch_size, q_length, kv_length) != (*layout.shape, layout.keys[0].shape[1]):
         raise ValueError(
             f"an attention mask of batch {batch_size}, {q_length} queries and {kv_length} keys was asked for while a "
             f"layout of shape {layout.shape} is active; call the model with its tokens and use_cache=False"
@@ -161,18 +161,20 @@ def refill_masks(layout: Layout) -> None:
 
 
 def _evaluate(layout: Layout, mask_function: Callable[..., Tensor]) -> Tensor:
-    """[B, 1, L, L] bool: the pattern at position ids, and visibility, and the diagonal for padding."""
+    """[B, 1, L, K + L] bool: the pattern at position ids, and visibility, and the diagonal for padding."""
     rows, length = layout.shape
+    positions = layout.keys[1]
     device = layout.branch.device
     row = torch.arange(rows, device=device)[:, None, None, None]
     head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    query, key = layout.position_ids[:, None, :, None], layout.position_ids[:, None, None, :]
-    pattern = mask_function(row, head, query, key).expand(rows, 1, length, length)
+    query, key = layout.position_ids[:, None, :, None], positions[:, None, None, :]
+    pattern = mask_function(row, head, query, key).expand(rows, 1, length, positions.shape[1])
     seen = pattern & visible(layout)[:, None]
     padding = (layout.branch == PADDING)[:, None, :, None]
     if bool((seen & (key > query) & ~padding).any()):
         raise ValueError("the model's attention lets a token see later ones; it cannot be packed")
-    diagonal = torch.eye(length, dtype=torch.bool, device=device)
+    diagonal = torch.ones(length, positions.shape[1], dtype=torch.bool, device=device)
+    diagonal = diagonal.tril(offset := positions.shape[1] - length).triu(offset)
     return torch.where(padding, diagonal, seen)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ..model.head import logits_of, selected_rows
 from ..model.modes import kept_flags
 from ..model.perturbation import kept_for_recompute
 from .batch import PairBatch
-from .layout import Layout, text_lengths
+from .layout import PADDING, Kept, Layout, text_lengths
 from .masks import packed_masks
 
 
@@ -125,12 +126,17 @@ def layout_rows(model: nn.Module, layout: Layout) -> PairRows:
     return PairRows(layout_logits(model, layout), layout.labels, layout.rejected, layout.example, layout.size)
 
 
-def layout_inputs(layout: Layout) -> dict[str, Tensor]:
+def layout_inputs(layout: Layout) -> dict[str, Any]:
     """What a model is called with for a layout. On tokens alone the library takes its fastest causal attention."""
     if not layout.packed:
         return {"input_ids": layout.input_ids}
     positions = layout.position_ids + layout.first_position if layout.first_position else layout.position_ids
-    return {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "position_ids": positions}
+    inputs = {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "position_ids": positions}
+    if layout.before is not None:
+        cache = copy(layout.before.cache)  # a pass adds its own to one
+        cache.layers = [copy(layer) for layer in cache.layers]
+        inputs |= {"attention_mask": (layout.keys[0] != PADDING).long(), "past_key_values": cache}
+    return inputs
 
 
 def _run(model: nn.Module, layout: Layout) -> Any:
@@ -139,8 +145,25 @@ def _run(model: nn.Module, layout: Layout) -> Any:
         return model(**layout_inputs(layout), use_cache=False)
 
 
+@torch.no_grad()
+def without_prefix(model: nn.Module, layout: Layout) -> Layout:
+    """A packed layout without the columns before the first that is attacked or scored, which are run here, once.
+
+    Exact where a model's cache holds keys and values of all tokens, and nothing else. Reads the device once.
+    """
+    index = torch.arange(layout.shape[1], device=layout.branch.device).expand(layout.shape)
+    used = (layout.token_rows >= 0).index_fill(0, layout.places, True).view(layout.shape)
+    kept = int(torch.where(used, index, layout.shape[1]).amin())
+    if kept in (0, layout.shape[1]):
+        return layout
+    first = layout.columns(slice(0, kept))
+    with selected_rows(model, first.shape, layout.places.new_zeros(1)), packed_masks(first):
+        cache = model(**layout_inputs(first), use_cache=True).past_key_values
+    return replace(layout.columns(slice(kept, None)), before=Kept(first.branch, first.position_ids, cache))
+
+
 @contextmanager
-def layout_pass(model: nn.Module, layout: Layout) -> Iterator[dict[str, Tensor]]:
+def layout_pass(model: nn.Module, layout: Layout) -> Iterator[dict[str, Any]]:
     """For passes that others run: within it `model` may be called with what is yielded, and `use_cache=False`.
 
     A backward pass may follow after it, through checkpointed activations too.

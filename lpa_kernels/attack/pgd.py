@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from .settings import AttackSettings
 from .slopes import wrong_gradients
 from .stacked import StackForward
 from .state import AttackState
-from .verdicts import way_of
+from .verdicts import prefix_kept, way_of
 
 
 class LatentPGD:
@@ -115,7 +116,7 @@ class LatentPGD:
         own = host.counts
         if not part:
             self.check_counts(*own, int(host.attack_mask.sum()))
-        with known(model), inner_mode(model, settings.merge_adapters, settings.autocast):
+        with self.held():
             widths = self.widths()  # which refuses sites by name before passes are made
             if self._directions:
                 check_widths(self._directions, self.sites, widths)
@@ -140,6 +141,15 @@ class LatentPGD:
             _check_finite(found)
             self._check_gradients_finite(state)
         return found
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it the model is as attacks run it, so that several attacks need not make it so each.
+
+        Nothing else may be done with the model meanwhile.
+        """
+        with known(self.model), inner_mode(self.model, self.settings.merge_adapters, self.settings.autocast):
+            yield
 
     def _without_steps(
         self, pairs: PairBatch, planned: Plan, state: AttackState, generator: torch.Generator | None
@@ -175,6 +185,8 @@ class LatentPGD:
         elif stacked is not None:
             loop.run(model, settings, state, layout, stacked)
         else:
+            if not settings.objective.needs_reference:  # the prefix is another one without adapters
+                layout = prefix_kept(model, layout)
             forward = HookedForward(model, sites, layout, settings.backend)
             forward.trim()
             loop.run(model, settings, state, layout, forward, depth)

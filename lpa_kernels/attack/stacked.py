@@ -27,7 +27,7 @@ from .passes import layout_hidden
 from .probe import FLOAT32_TOLERANCE
 from .sample import sample
 from .settings import AttackSettings
-from .verdicts import HALF_TOLERANCE, ROUNDINGS, rounded_embeddings, rounded_up
+from .verdicts import HALF_TOLERANCE, ROUNDINGS, largest, rounded_embeddings, rounded_up
 
 _HALF_GRADIENTS = 0.2  # of the root mean square: half precision alone moves both ways' by some percent
 _HALVES = (torch.float16, torch.bfloat16)
@@ -258,5 +258,4 @@ def _apart(what: str, ours: Tensor, theirs: Tensor, half: float) -> str:
 
 
 def _size(values: Tensor) -> float:
-    """The largest entry; in half precision the worst row's root mean square."""
-    return float(values.float().square().mean(-1).max().sqrt() if values.dtype in _HALVES else values.abs().max())
+    return largest(values, values.dtype in _HALVES)

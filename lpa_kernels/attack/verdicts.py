@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.facts import model_key, remembered, text_config
+from ..model.facts import logger, model_key, remembered, text_config
 from ..model.hooks import hooked
 from ..model.modes import as_if_trained, probing
 from ..model.sharding import is_sharded
 from ..model.walk import parameters_of
 from .batch import PairBatch
 from .layout import Layout, pack, text_lengths, unshared
-from .passes import layout_logits, texts, two_pass_rows
+from .passes import layout_logits, texts, two_pass_rows, without_prefix
 from .probe import FLOAT32_TOLERANCE, Verdict, can_pack
 from .sample import sample
 
@@ -198,9 +198,41 @@ class _Comparison:
         return "" if size <= max(allowed, ROUNDINGS * noise) else f"off by {size:.1e} of {scale:.1e}"
 
     def _size(self, values: Tensor) -> float:
-        if not values.numel():
-            return 0.0
-        return float(values.square().mean(-1).max().sqrt() if self.half else values.abs().max())
+        return largest(values, self.half)
+
+
+def largest(values: Tensor, half: bool) -> float:
+    """The largest entry; in half precision the worst row's root mean square. 0 without rows."""
+    if not values.numel():
+        return 0.0
+    return float(values.float().square().mean(-1).max().sqrt() if half else values.abs().max())
+
+
+@torch.no_grad()
+def prefix_kept(model: nn.Module, layout: Layout) -> Layout:
+    """`without_prefix` of a packed layout where that leaves its logits as they are, else the layout itself.
+
+    Found out for a state of the model, and again for longer rows: a cache may let go of what is before a window.
+    """
+    compared: list[tuple[int, bool]] = remembered(model, "prefix kept", model_key(model), list)
+    known = next((exact for longest, exact in compared if layout.shape[1] <= longest), None)
+    if known is False or not layout.packed or is_sharded(model):
+        return layout
+    half = is_half(model)
+    try:
+        few = without_prefix(model, layout)
+        if known is None and few is not layout:
+            wanted = layout_logits(model, layout).float()
+            allowed = largest(wanted, half) * (HALF_TOLERANCE if half else FLOAT32_TOLERANCE)
+            known = largest(layout_logits(model, few).float() - wanted, half) <= allowed
+            compared.append((layout.shape[1], known))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model does not like about such a call is a reason not to make it
+        logger.info("%s runs prompts every step: %s", type(model).__name__, error)
+        compared.append((layout.shape[1], False))
+        return layout
+    return few if known else layout
 
 
 @contextmanager

@@ -327,7 +327,9 @@ def _linear(module: Any, name: str) -> Linear:
     module = unwrapped(module)
     weight = getattr(module, "weight", None)
     if not _untouched(module) or type(weight) is not nn.Parameter or weight.requires_grad:
-        raise UnsupportedStack(f"{name} is {type(module).__module__}.{type(module).__name__}, not a frozen nn.Linear")
+        base = getattr(module, "base_layer", module)  # that an adapter is on
+        kind = type(module if type(base) is nn.Linear else base)
+        raise UnsupportedStack(f"{name} is {kind.__module__}.{kind.__name__}, not a frozen nn.Linear")
     return Linear(weight.detach(), None if module.bias is None else module.bias.detach())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -333,9 +334,20 @@ def _mergeable(model: nn.Module) -> list[Any]:
     return [m for m in modules_of(model) if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
 
 
+# the models in inner mode, and how
+_held: WeakKeyDictionary[nn.Module, tuple[bool, torch.dtype | None]] = WeakKeyDictionary()
+
+
 @contextmanager
 def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.dtype | None = None) -> Iterator[None]:
-    """Everything above together. `autocast` is None for none at all, whatever is active around this call."""
+    """Everything above together; within itself it does nothing, so that several attacks may enter it once.
+
+    Args:
+        autocast: None for none at all, whatever is active around this call.
+    """
+    if _held.get(model) == (merge_adapters, autocast):
+        yield
+        return
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -351,4 +363,6 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
         if autocast is None:
             stack.enter_context(lean_layers(model))
         stack.enter_context(torch.enable_grad())
+        stack.callback(_held.pop, model, None)
+        _held[model] = merge_adapters, autocast
         yield

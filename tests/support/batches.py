@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ def pairs(sizes: list[tuple[int, int, int, int]] = PLAIN, attack: str = "all", s
     if attack == "some":
         attacked = torch.rand(attacked.shape, generator=draw) < 0.6
     return PairBatch(ids[0], labels[0], ids[1], labels[1], attacked).to(DEVICE)
+
+
+def late(batch: PairBatch) -> PairBatch:
+    """The same batch with its completions alone attacked."""
+    first = torch.where(batch.rejected_mask.any(1), batch.rejected_mask.long().argmax(1), 0)
+    position = torch.arange(batch.attack_mask.shape[1], device=first.device)
+    return replace(batch, attack_mask=batch.attack_mask & (position >= first[:, None]))
 
 
 def with_lora(model: Any, seed: int = 3, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from lpa import LPATrainer
 from lpa.data import DataError
 from lpa.training.microbatch import MicroBatch
 from lpa.training.step import LPAStep
+from lpa_kernels.model import modes
 from tests.support.tiny import rows, tiny_config, tiny_model
 from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
 
@@ -57,6 +58,19 @@ def test_every_micro_batch_is_perturbed_by_its_own_attack_in_every_update(
     assert used[:4] == used[4:8] == used[8:]
     assert len(set(used[:4])) == 4
     assert trainer._step is None  # let go of at the end
+
+
+def test_the_mode_of_attacks_is_entered_once_an_lpa_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[bool] = []
+    frozen_eval = modes.frozen_eval
+
+    def counted(model: Any) -> Any:
+        entered.append(model.training)
+        return frozen_eval(model)
+
+    monkeypatch.setattr(modes, "frozen_eval", counted)
+    trainer_of(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, lpa_steps=2).train()
+    assert len(entered) == 2
 
 
 def test_attack_runs_without_dropout_and_training_flags_come_back(tmp_path: Path) -> None:
@@ -186,10 +200,10 @@ def test_a_requested_stop_saves_the_last_whole_step(tmp_path: Path, update: int)
 
 def test_a_stop_in_the_attack_leaves_the_weights_alone(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, **SETTINGS)
-    attack, seen = trainer.pgd.attack, []
+    attack, seen, trained = trainer.pgd.attack, [], weights(trainer)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(weights(trainer))
+        seen.append({n: p.detach().clone() for n, p in trainer.model.named_parameters() if n in trained})
         if len(seen) == 3:  # the first micro-batch of the second LPA step
             trainer.request_stop()
         return attack(*args, **kwargs)

@@ -14,13 +14,14 @@ from lpa_kernels.model.sites import decoder_layers, in_block
 from lpa_kernels.model.trim import trimmable
 from lpa_kernels.ops.reference import NORMS, RULES
 
-from ...support.batches import PLAIN, RAGGED, assert_close, assert_same, attack_with, llama, pairs, with_lora
+from ...support.batches import PLAIN, RAGGED, assert_close, assert_same, attack_with, late, llama, pairs, with_lora
 from ...support.guards import NoWaiting, guard_steps
 from ...support.models import DEPTH, DEVICE, PACKS, STANDS_APART, implementations, tiny
 
 EVERY_FAMILY = [(family, attn) for family in PACKS for attn in implementations(family)]
 SITES = ["embedding", "mlp:1", "block:2"]
 ENGINES = ["packed", "reference"]
+LATE = [(20, 3, 5, 0), (24, 1, 4, 0)]  # prompts that are not attacked
 
 
 def both(model: nn.Module, batch: Any = None, sites: Any = SITES, **options: Any) -> tuple[Any, Any]:
@@ -437,3 +438,35 @@ def test_the_guard_sees_waiting() -> None:
     ):
         with pytest.raises(AssertionError, match="in an inner step"), NoWaiting():
             wait()
+
+
+@pytest.mark.parametrize(
+    ("family", "kept"), [("llama", True), ("gpt2", True), ("falcon", True), ("mistral", False), ("gemma2", False)]
+)
+def test_prompts_that_are_not_attacked_are_run_once(family: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a cache holds them all: these families' windows let go of some."""
+    model, lengths = tiny(family, attn=implementations(family)[-1]), []
+    run = pgd.loop.run
+
+    def watched(model: Any, settings: Any, state: Any, layout: Any, *rest: Any) -> None:
+        lengths.append(layout.shape[1])
+        run(model, settings, state, layout, *rest)
+
+    monkeypatch.setattr(pgd.loop, "run", watched)
+    for sites in (["mlp:1"], ["embedding", "block:2"]):
+        found, wanted = both(model, late(pairs(LATE)), sites)
+        assert_same(found, wanted)
+        assert found.layout is not None
+        assert lengths.pop() == found.layout.shape[1] - (19 if kept else 0)
+
+
+def test_a_reference_without_adapters_has_its_own_prompts() -> None:
+    model = llama(lora=True)
+    assert_same(*both(model, late(pairs(LATE)), ["mlp:1"], coefs={"dpo": 1.0}))
+
+
+def test_longer_rows_are_asked_again_whether_prompts_may_be_kept() -> None:
+    """The window lets go of nothing of the first batch, and of some of the second."""
+    model = tiny("mistral", attn="sdpa")
+    for sizes in ([(3, 2, 3, 0)] * 2, LATE):
+        assert_same(*both(model, late(pairs(sizes)), ["mlp:1"]))

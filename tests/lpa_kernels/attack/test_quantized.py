@@ -38,6 +38,11 @@ def test_an_attack_through_integer_weights_equals_one_through_their_values(model
         assert p.requires_grad == ("lora_" in name)
 
 
+def test_a_stack_refuses_integer_weights_by_name(models: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"engine='stack' cannot run .*q_proj is .*IntLinear, not a frozen"):
+        attack_with(models[0], pairs(), SITES, "stack")
+
+
 def test_the_defence_trains_adapters_through_integer_weights(models: Any) -> None:
     grads = []
     for model in models:

@@ -22,20 +22,13 @@ from lpa_kernels.model.facts import forget
 from lpa_kernels.model.modes import inner_mode
 from lpa_kernels.model.sites import resolve_sites
 from lpa_kernels.ops import block_reference
-from tests.support.batches import PLAIN, RAGGED, assert_same, attack_with, llama, pairs, with_lora
+from tests.support.batches import PLAIN, RAGGED, assert_same, attack_with, late, llama, pairs, with_lora
 from tests.support.models import DEVICE, implementations, tiny
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "smollm3", "gemma2", "gemma3_text", "granite")
 # plain descent: Adam makes a step of the sign of a gradient that is rounding alone
 DESCENT = {"rule": "sgd", "step_size": 0.5, "epsilon": 0.3}
 SITES = (["embedding", "mlp:1"], ["attn:1", "block:2"], ["mlp:3", "attn:3", "block:3"], ["block:0"])
-
-
-def late(batch: PairBatch) -> PairBatch:
-    """The same batch with its completions alone attacked."""
-    first = torch.where(batch.rejected_mask.any(1), batch.rejected_mask.long().argmax(1), 0)
-    position = torch.arange(batch.attack_mask.shape[1], device=first.device)
-    return replace(batch, attack_mask=batch.attack_mask & (position >= first[:, None]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
