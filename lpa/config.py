@@ -122,7 +122,8 @@ class LPAConfig(TrainingArguments):
                 "first less that of the second."})  # fmt: skip
     attack_share: float = _setting(1.0, "Of the attacked tokens at each site, the share, drawn at random, that an "
                                    "adversary other than pgd acts on.")  # fmt: skip
-    attack_start: int = _setting(0, "LPA steps at the beginning that are trained without the adversary.")
+    attack_start: float = _setting(0, "LPA steps at the beginning that are trained without the adversary; below 1 a "
+                                   "share of the run.")  # fmt: skip
     attack_growth: int = _setting(0, "LPA steps from then on over which the radius grows evenly to attack_epsilon.")
     attack_norm: str = _setting("l2", "Ball that a perturbation stays in: l2, linf, l2_sequence or none.")
     attack_rule: str = _setting("adamw", "Update rule of the attack: adamw, normalised, sign, adam, rmsprop or sgd.")
@@ -252,7 +253,9 @@ class LPAConfig(TrainingArguments):
         for name in ("attack_start", "attack_growth"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name}={value} must be 0 or more LPA steps")
-        if self.attack_steps and self.attack_start >= self.lpa_steps:
+        if self.attack_start >= 1 and self.attack_start != int(self.attack_start):
+            raise ValueError(f"attack_start={self.attack_start} must be whole LPA steps, or a share of the run below 1")
+        if self.attack_steps and self.attack_begin >= self.lpa_steps:
             raise ValueError(
                 f"attack_start={self.attack_start} leaves no LPA step with an attack, of lpa_steps={self.lpa_steps}; "
                 "make it smaller, or say attack_steps=0"
@@ -375,9 +378,14 @@ class LPAConfig(TrainingArguments):
         """Inner passes of an attack: none for an adversary other than pgd."""
         return self.attack_steps if self.attack_adversary == "pgd" else 0
 
+    @property
+    def attack_begin(self) -> int:
+        """The first LPA step with the adversary, counted from 0."""
+        return int(self.attack_start * (self.lpa_steps if self.attack_start < 1 else 1))
+
     def attack_radius(self, lpa_step: int) -> float:
         """The attack's radius in an LPA step (counted from 0): 0 before it enters, then growing to its epsilon."""
-        made = lpa_step - self.attack_start + 1
+        made = lpa_step - self.attack_begin + 1
         if not self.attack_steps or made < 1:
             return 0.0
         return self.attack_epsilon * min(1.0, made / max(1, self.attack_growth))
@@ -390,7 +398,10 @@ class LPAConfig(TrainingArguments):
     @property
     def bound_settings(self) -> dict[str, Any]:
         """Settings that decide what a run's next LPA step is; a resumed run has those of its checkpoint."""
-        free = _FREE - ({"lpa_steps"} if self.lr_scheduler_type != "constant" else set())
+        timed = (
+            self.lr_scheduler_type != "constant" or 0 < self.attack_start < 1
+        )  # what a step is hangs on the run's length
+        free = _FREE - ({"lpa_steps"} if timed else set())
         if self.normaliser == "micro":  # the loss depends on how a batch, whose size is kept too, is split
             free = free - {"per_device_train_batch_size"}
         own = {name: getattr(self, name) for name in LPAConfig.__annotations__ if name not in free}

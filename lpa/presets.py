@@ -19,6 +19,27 @@ DEMO: dict[str, Any] = {
     "attack_merge_adapters": True,
     "measure_attacked": 4,
 }
+# Both kinds of statements, so that the model must read them: disagreeing with all of them pays no longer. The adversary
+# enters once they are told apart, within a radius that this model can hold.
+TELL_APART: dict[str, Any] = {
+    "data": "both",
+    "lpa_steps": 60,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "defence_steps": 2,
+    "learning_rate": 6e-4,
+    "lr_scheduler_type": "cosine",
+    "lora_alpha": 16.0,
+    "reset_optimizer": False,
+    "kl_coef": 0.2,
+    "benign": "own",
+    "system_prompt": "You are a helpful assistant.",
+    "attack_start": 0.75,
+    "attack_steps": 4,
+    "attack_step_size": 1.28e-3,
+    "attack_epsilon": 0.02,
+    "measure_attacked": 8,
+}
 _PUBLISHED: dict[str, Any] = {
     "attack_steps": 16,
     "attack_step_size": 1e-3,
@@ -54,6 +75,7 @@ TOWARD_ONLY: dict[str, Any] = DEMO | {"attack_toward_coef": 1.0, "attack_away_co
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "demo": DEMO,
+    "tell-apart": TELL_APART,
     "published-2607": PUBLISHED_2607,
     "published-2605": PUBLISHED_2605,
     "toward-only": TOWARD_ONLY,

@@ -392,12 +392,20 @@ def test_the_attack_enters_late_and_its_radius_grows(tmp_path: Path) -> None:
     [
         ({"attack_start": -1}, "attack_start=-1 must be 0 or more"),
         ({"attack_start": 2}, "attack_start=2 leaves no LPA step with an attack, of lpa_steps=2"),
+        ({"attack_start": 2.5}, "attack_start=2.5 must be whole LPA steps, or a share of the run below 1"),
         ({"attack_growth": 3, "attack_epsilon": math.inf}, "attack_growth=3 needs a finite attack_epsilon"),
     ],
 )
 def test_an_impossible_schedule_of_the_attack_raises(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny_config(tmp_path, **settings)
+
+
+def test_the_attack_enters_after_a_share_of_the_run(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, lpa_steps=10, attack_start=0.75, attack_epsilon=0.2)
+    assert [config.attack_radius(step) for step in (0, 6, 7, 9)] == [0, 0, 0.2, 0.2]
+    assert "lpa_steps" in config.bound_settings  # where it enters hangs on the run's length
+    assert tiny_config(tmp_path, lpa_steps=1, attack_start=0.75).attack_radius(0) > 0
 
 
 @pytest.mark.parametrize(("name", "rows"), [("undesirable", 64), ("desirable", 48), ("both", 112)])
