@@ -132,13 +132,17 @@ def test_what_needs_no_weights_is_told_before_they_are_loaded(
     model: str, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lpa.models.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model is loaded")
+    )
     assert train("--model", model, *SMALL, *arguments) == 1
     assert message in capsys.readouterr().err
 
 
 def test_a_wrong_adapter_is_told_before_a_model_is_loaded(model: str, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("lpa.models.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model is loaded")
+    )
     monkeypatch.setattr("lpa.evaluation.session.load_set", lambda *_, **__: pytest.fail("a set is loaded"))
     for command in (["evaluate"], ["chat"], ["export", "--merge", "--output", "none"]):
         assert main([*command, "--model", model, "--adapter", f"{model}-none"]) == 2
