@@ -310,7 +310,10 @@ def test_an_op_without_a_faster_backend_says_why() -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Counts what a GPU would be waited for. `on_host` is for what works on a copy in the host's memory, one read."""
+    """Counts what a GPU would be waited for.
+
+    `on_host` is for what works on a copy in the host's memory, one read, or with reads=0 for what reads on a CPU alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,11 +329,11 @@ class Reads(TorchDispatchMode):
         self.count += waits and not self.paused
         return op(*args, **(kwargs or {}))
 
-    def on_host(self, function: Any) -> Any:
+    def on_host(self, function: Any, reads: int = 1) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self.paused:
                 return function(*args, **kwargs)
-            self.count, self.paused = self.count + 1, True
+            self.count, self.paused = self.count + reads, True
             try:
                 return function(*args, **kwargs)
             finally:
@@ -347,6 +350,7 @@ def test_the_host_reads_ten_times_an_attack_at_most(monkeypatch: pytest.MonkeyPa
     for module in (plan, verdicts):
         monkeypatch.setattr(module, "pack", reads.on_host(module.pack))
     monkeypatch.setattr(stacked, "Streams", reads.on_host(stacked.Streams))
+    monkeypatch.setattr(block_reference, "_seen", reads.on_host(block_reference._seen, reads=0))
     monkeypatch.setattr(LatentPGD, "check_counts", lambda *_: None)
     monkeypatch.setattr(PairBatch, "counts", property(reads.on_host(PairBatch.counts.fget)))
     for steps, one in pgd.items():
