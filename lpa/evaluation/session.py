@@ -132,21 +132,21 @@ def evaluate(
     benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
     # the default sets have no choice: beside benign sets it is about those
     choice = None if wanted.benign_sets and wanted.sets == HARM_SETS else wanted.choice
-    harmful = [
-        load_set(name, wanted.limit, choice=choice)
-        for name in wanted.sets if {"harm", "attacks", "ladder"} & set(chosen)
-    ]  # fmt: skip
     more_benign = [
-        load_set(name, wanted.benign_limit, harmful=False, choice=wanted.choice)
+        _right(load_set(name, wanted.benign_limit, harmful=False, choice=wanted.choice))
         for name in wanted.benign_sets if {"harm", "overrefusal"} & set(chosen)
     ]  # fmt: skip
+    found = {
+        name: _right(load_set(name, wanted.limit, choice=choice))
+        for name in sorted(wanted.sets, key=HARM_SETS.__contains__)  # what needs no download is checked first
+        if {"harm", "attacks", "ladder"} & set(chosen)
+    }
+    harmful = [found[name] for name in wanted.sets if name in found]
     wanted = replace(
         wanted, sets=tuple(map(set_name, wanted.sets)),
         benign_sets=tuple(set_name(name, harmful=False) for name in wanted.benign_sets)
     )  # fmt: skip
     for prompts in (*harmful, *more_benign):
-        if prompts.mistake:
-            raise EvaluationError(f"the set {prompts.name}: {prompts.reason}")
         if prompts.reason:
             logger.warning("%s is unavailable: %s", prompts.name, prompts.reason)
         elif prompts.format and tell is not None:
@@ -223,6 +223,13 @@ def table_rows(
                 Row(name, "not measured", prompts.name, "unavailable", None, note=prompts.reason) for name in subjects
             ]
     return rows + verdict_rows(rows, records, subjects, settings)
+
+
+def _right(prompts: PromptSet) -> PromptSet:
+    """The set, or an error where its name, its file or what is chosen of it is wrong."""
+    if prompts.mistake:
+        raise EvaluationError(f"the set {prompts.name}: {prompts.reason}")
+    return prompts
 
 
 def _suites(names: Sequence[str] | None) -> list[str]:

@@ -264,7 +264,7 @@ def own_answers(
     *,
     system_prompt: str | None = PLAIN_PROMPT,
     max_new_tokens: int = OWN_TOKENS,
-    batch: int = 16,
+    batch: int = 8,
     tick: Callable[[str, int, int], None] | None = None,
     **chat: Any,
 ) -> list[dict[str, str]]:

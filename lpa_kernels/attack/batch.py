@@ -79,7 +79,8 @@ class PairBatch:
             if (value := batch.get(field.name)) is not None:
                 values[field.name] = value.bool() if field.name.endswith("_mask") else value
             elif not field.name.endswith("_labels"):
-                raise KeyError(f"the batch has no {field.name!r}; its keys are {sorted(batch)}")
+                needed = [each.name for each in fields(cls) if not each.name.endswith("_labels")]
+                raise KeyError(f"the batch has no {field.name!r}; its keys are {sorted(batch)} and it needs {needed}")
         return cls(**values)
 
     def to(self, device: torch.device | str) -> PairBatch:

@@ -167,7 +167,8 @@ def fused_latent_pgd(
         epsilon, learning_rate, pgd_iterations: radius, step size and number of inner steps.
         loss_coefs: weights of "toward" and "away", or of "dpo".
         l2_regularization: weight of the penalty on the perturbations' norms.
-        device: where the batch goes; `accelerator.device` where an accelerator is given.
+        device: where the batch goes; `accelerator.device` where an accelerator is given, and the model's device in
+            place of "cuda" where torch has no CUDA.
         log_loss: whether the returned losses hold all terms, or the penalty alone.
         return_loss_over_time: return the losses of every step.
         clip_grad: clip the perturbations' gradients to this norm, jointly.
@@ -194,7 +195,7 @@ def fused_latent_pgd(
     >>> at = torch.arange(4)[None]
     >>> batch = {"adv_tokens": at, "def_tokens": at.flip(1), "adv_labels_mask": at > 2, "def_labels_mask": at > 2}
     >>> losses, wrappers = fused_latent_pgd(batch | {"prompt_mask": at < 1}, LlamaForCausalLM(LlamaConfig(**size)),
-    ...     "model.layers", ["embedding", 0], 6.0, 1e-1, 2, {"toward": 0.5, "away": 0.5}, device="cpu")
+    ...     "model.layers", ["embedding", 0], 6.0, 1e-1, 2, {"toward": 0.5, "away": 0.5})
     >>> sorted(losses), wrappers[0].hook_fn.attack.shape
     (['adv_away', 'adv_total', 'adv_toward'], torch.Size([1, 4, 8]))
     """
@@ -207,6 +208,8 @@ def fused_latent_pgd(
         device = accelerator.device
         if "dpo" not in coefs:  # as there: a preference loss goes past the accelerator, whose backward divides
             scale = 1 / (getattr(accelerator, "gradient_accumulation_steps", None) or 1)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        device = unwrapped(inner.get_input_embeddings()).weight.device
     if clip_grad is not None:
         say_once(
             inner, "clip_grad clips the gradients of all perturbations jointly; the public code clips the last alone"

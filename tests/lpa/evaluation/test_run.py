@@ -245,8 +245,16 @@ def test_a_set_that_is_misnamed_or_malformed_ends_it_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(session, "load", lambda *_, **__: pytest.fail("a model is loaded"))
     monkeypatch.setattr(session, "outline", lambda *_: random_model())
+    monkeypatch.setattr(
+        session, "load_set",
+        lambda name, *given, real=session.load_set, **named: (
+            pytest.fail("a set is fetched") if name in session.HARM_SETS else real(name, *given, **named)
+        ),
+    )  # fmt: skip
     folder = str(tmp_path / "standins.jsonk")
     for options, told in (
+        ({"sets": ("strongreject", "missing.csv")}, "the set missing: there is no file missing.csv"),
+        ({"sets": ("strongreject",), "benign_sets": ("missing.csv",)}, "there is no file missing.csv"),
         ({"sets": ("missing.csv",)}, "the set missing: there is no file missing.csv"),
         ({"sets": (folder,)}, "there is no file .*standins.jsonk with one of the endings"),
         ({"sets": ("harmbnch",)}, "no set is called 'harmbnch'"),
