@@ -201,7 +201,7 @@ def fused_latent_pgd(
     """
     if accumulation not in ACCUMULATION:
         raise ValueError(f"accumulation={accumulation!r} is unknown; use one of {', '.join(ACCUMULATION)}")
-    inner = language_model(model)
+    inner: Any = language_model(model)
     _warn_of_the_callers_own(sys._getframe(1).f_globals, inner)
     coefs, scale = _coefs(loss_coefs), 1.0
     if accelerator is not None:
