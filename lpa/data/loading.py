@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arms import AGREE, DISAGREE, SHIPPED, arm, statements
+from .formats import BESIDE, recognise
 from .tables import DataError, Row, check_cells, first_exchange, is_conversation, rows_of, some_of, turns_of
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 PAIR_COLUMNS = ("prompt", "rejected", "chosen")
 BENIGN_COLUMNS = ("prompt", "response")
+_INSTRUCTED = ("instruction", *BESIDE, "response")  # the columns of Alpaca and Dolly that a prompt is made of
 _OPTIONAL = ("id", "trait", "facet")
 _STATEMENTS, _KEYS = ("statement", "item", "text"), ("key", "keyed", "label", "kind")
 # keys of statements that are to be agreed with, and of those that are not; the last two hold a minus sign, U+2212
@@ -109,8 +111,9 @@ def load_benign(source: Any = None, *, split: str = "train") -> Dataset:
 
     Args:
         source: None for the shipped desirable statements, each answered "I agree with this statement."; else as in
-            `load_pairs`, with columns prompt and response (or completion, as texts or messages), or a column messages
-            (role and content) of which the first user message and the answer to it are taken.
+            `load_pairs`, with columns prompt and response (or completion, as texts or messages); a column messages
+            (role and content) of which the first user message and the answer to it are taken; or Alpaca's instruction,
+            input and output, or Dolly's instruction, context and response, joined as `lpa.data.formats` does.
         split: as in `load_pairs`.
 
     Raises:
@@ -139,6 +142,7 @@ def _read(source: Any, split: str) -> Iterator[tuple[str, Row]]:
 def _as_pair(raw: Row, where: str, system: list[str]) -> Row:
     """prompt, rejected and chosen of a row in any of the formats; where a system message stood is added to `system`."""
     row = dict(raw)
+    _check_alone(row, where)
     completions = [row.get("rejected"), row.get("chosen")]
     if all(map(is_conversation, completions)):
         row |= _of_conversation(row.get("prompt"), *completions, where=where, system=system)
@@ -166,6 +170,12 @@ def _of_conversation(prompt: Any, rejected: Any, chosen: Any, *, where: str, sys
         bad, good = bad[len(asked) :], good[len(asked) :]
         if isinstance(prompt, str) and not asked:
             asked = [("user", prompt)]
+        shared = _question(asked, where, [])
+        if prompt not in (None, "") and str(prompt).strip() != str(shared).strip():
+            raise DataError(
+                f"{where}: prompt is {prompt!r:.60}, and the user message that rejected and chosen share is "
+                f"{shared!r:.60}; make them the same, or remove the column prompt"
+            )
     for name, turns in (("rejected", bad), ("chosen", good)):
         if [role for role, _ in turns] != ["assistant"]:
             roles = ", ".join(str(role) for role, _ in turns) or "nothing"
@@ -191,20 +201,47 @@ def _of_statement(row: Row, where: str) -> Row | None:
     if statement is None or key is None or "completion" in row:
         return None
     value = row[key]
-    word = _DECIMALS.sub("", str(value).strip().lower())
+    word = _word(value)
     if isinstance(value, bool) or word not in _AGREED | _NOT_AGREED:
         raise DataError(
             f"{where}: {key} is {value!r}; it must be +1, positive or desirable for a statement that is to be agreed "
             "with, and -1, negative or undesirable for one that is not"
         )
+    for other in _KEYS[_KEYS.index(key) + 1 :]:
+        said = _word(row.get(other))
+        if said in _AGREED | _NOT_AGREED and (said in _AGREED) != (word in _AGREED):
+            raise DataError(
+                f"{where}: {key} is {value!r} and {other} is {row[other]!r}, which contradict each other; remove or "
+                "rename the one that is no key"
+            )
     rejected, chosen = (DISAGREE, AGREE) if word in _AGREED else (AGREE, DISAGREE)
     return {"prompt": row[statement], "rejected": rejected, "chosen": chosen}
 
 
+def _word(key: Any) -> str:
+    return _DECIMALS.sub("", str(key).strip().lower())
+
+
+def _check_alone(row: Row, where: str) -> None:
+    """Text beside a prompt may belong to it, so it is never dropped in silence."""
+    if "prompt" in row and (beside := [name for name in BESIDE if row.get(name)]):
+        raise DataError(
+            f"{where}: {beside[0]} is not empty, and the prompt is prompt alone; join them in one column, or remove "
+            f"{beside[0]}"
+        )
+
+
 def _as_benign(raw: Row, where: str, unused: list[str]) -> Row:
     row = dict(raw)
+    _check_alone(row, where)
     if "completion" in row and "response" not in row:
         row["response"] = row["completion"]
+    if "prompt" not in row and "instruction" in row and {"response", "output"} & set(row):
+        row = {"response": row.get("output"), **row}
+        try:
+            row["prompt"] = recognise([name for name in row if name in _INSTRUCTED], None, where).prompt(row)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
     if is_conversation(row.get("prompt")) and is_conversation(row.get("response")):
         row["messages"] = [*row.pop("prompt"), *row.pop("response")]
     if "messages" in row and not all(column in row for column in BENIGN_COLUMNS):
@@ -214,7 +251,7 @@ def _as_benign(raw: Row, where: str, unused: list[str]) -> Row:
     if absent := [column for column in BENIGN_COLUMNS if column not in row]:
         raise DataError(
             f"{where} has no column {', '.join(absent)}; the columns must be {', '.join(BENIGN_COLUMNS)} "
-            f"(or messages), found: {_found(raw)}"
+            f"(or messages; or Alpaca's instruction, input, output), found: {_found(raw)}"
         )
     return {**{column: row[column] for column in BENIGN_COLUMNS}, "row": where, **_tags(row)}
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lpa import assets
+from lpa.data.formats import Format, recognise, sorts
 from lpa.data.tables import SUFFIXES, DataError, UnavailableError, is_text, rows_of
-
-from .formats import LABEL_COLUMNS, Format, recognise
 
 BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
@@ -140,9 +139,9 @@ def set_name(name: str, harmful: bool = True) -> str:
 def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: Choice | None = None) -> PromptSet:
     """The set called `name`, or one with a `reason` where it is unavailable.
 
-    A file's format is recognised by its header (`formats`). Rows that say of themselves whether they are safe are
-    sorted: a harmful set has those that are not, a benign one those that are. For rows that do not say it, the name of
-    their file or split does (benign-behaviors.csv). Rows without a prompt are left out and counted.
+    A file's format is recognised by its header (`lpa.data.formats`). Rows that say of themselves whether they are safe
+    are sorted: a harmful set has those that are not, a benign one those that are. For rows that do not say it, the name
+    of their file or split does (benign-behaviors.csv). Rows without a prompt are left out and counted.
 
     Args:
         name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .txt file of a prompt a
@@ -273,7 +272,7 @@ def _is_harmful(known: Format, row: Mapping[str, Any], choice: Choice) -> bool |
     try:
         return known.is_harmful(row)
     except DataError:
-        if set(LABEL_COLUMNS) & set(choice.where):  # a user who names a label column knows its values
+        if any(map(sorts, choice.where)):  # a user who names a label column knows its values
             return None
         raise
 

@@ -300,8 +300,49 @@ def test_bad_messages(messages: object, told: str) -> None:
 
 
 def test_benign_rows_need_a_response() -> None:
-    with pytest.raises(DataError, match=r"row 1 has no column response; .* prompt, response \(or messages\)"):
+    with pytest.raises(DataError, match=r"row 1 has no column response; .* prompt, response \(or messages; or"):
         load_benign([{"prompt": "a"}])
+
+
+def test_benign_rows_in_alpacas_and_dollys_columns_are_read_as_an_evaluation_reads_them() -> None:
+    rows = [
+        {"instruction": "Sum up.", "input": "A park.", "output": "One."},
+        {"instruction": "Hello?", "input": "", "output": "Two."},
+        {"instruction": "Who?", "context": "A tree.", "response": "Three.", "category": "qa"},
+        {"instruction": "Tea?", "output": "Four."},
+    ]
+    data = load_benign(rows)
+    assert data["prompt"] == ["Sum up.\n\nA park.", "Hello?", "Who?\n\nA tree.", "Tea?"]
+    assert data["response"] == ["One.", "Two.", "Three.", "Four."]
+    with pytest.raises(DataError, match="row 1: both input and context stand beside the instruction"):
+        load_benign([rows[0] | {"context": "A tree."}])
+
+
+@pytest.mark.parametrize("beside", ["context", "input"])
+def test_text_beside_a_prompt_is_never_dropped_in_silence(beside: str) -> None:
+    good = {"prompt": "I", "response": "O", beside: ""}
+    with pytest.raises(DataError, match=f"row 2: {beside} is not empty, and the prompt is prompt alone"):
+        load_benign([good, {"prompt": "J", "response": "O", beside: "text"}])
+    with pytest.raises(DataError, match=f"row 1: {beside} is not empty"):
+        load_pairs([PAIRS[0] | {beside: "text"}])
+
+
+def test_a_prompt_that_is_not_the_message_of_its_conversations_is_refused() -> None:
+    def row(prompt: str | None) -> dict[str, object]:
+        turns = {name: [message("user", "q"), message("assistant", name)] for name in ("rejected", "chosen")}
+        return {"prompt": prompt, **turns}
+
+    with pytest.raises(DataError, match=r"row 2: prompt is 'OTHER', and the user message .* share is 'q'"):
+        load_pairs([row("q"), row("OTHER")])
+    assert load_pairs([row("q\n"), PAIRS[0]])["prompt"][0] == "q"
+    assert load_pairs([row(None), PAIRS[0]])["prompt"][0] == "q"
+
+
+def test_key_columns_that_contradict_each_other_are_refused() -> None:
+    agreeing = {"text": "b", "label": 1, "keyed": "+"}
+    with pytest.raises(DataError, match=r"row 2: keyed is '-' and label is 1, which contradict each other"):
+        load_pairs([agreeing, {"text": "a", "label": 1, "keyed": "-"}])
+    assert load_pairs([agreeing, {"text": "a", "key": -1, "kind": "ipip"}])["chosen"] == [AGREE, DISAGREE]
 
 
 # ---- every container -----------------------------------------------------------------------------------------------

@@ -184,6 +184,35 @@ def test_a_label_that_says_neither_safe_nor_harmful_is_an_error(tmp_path: Path) 
     assert prompts(load_set(path)) == [("", TWO)]
 
 
+@pytest.mark.parametrize("column", ["is_safe", "Safe", "harmful", "is_harmful", "unsafe", "toxic", "toxicity"])
+@pytest.mark.parametrize("words", [("true", "false"), (1, 0), ("Yes", "no"), (True, False), ("1.0", "0.0")])
+def test_a_column_of_yes_and_no_sorts_the_rows_of_a_set(column: str, words: tuple[Any, Any], tmp_path: Path) -> None:
+    yes, no = words if "safe" in column.lower() and column != "unsafe" else words[::-1]
+    for ending in (".jsonl", ".csv"):
+        path = written(tmp_path, [{"prompt": ONE, column: yes}, {"prompt": TWO, column: no}], ending)
+        harmful, benign = load_set(path), load_set(path, harmful=False)
+        assert (prompts(harmful), harmful.left_out) == ([("", TWO)], {"safe": 1})
+        assert (prompts(benign), benign.left_out) == ([("", ONE)], {"unsafe": 1})
+
+
+def test_a_column_of_yes_and_no_that_does_not_say_it_of_the_prompt_is_refused(tmp_path: Path) -> None:
+    for rows, told in (
+        ([{"prompt": ONE, "toxicity": 0.7}], "row 1: toxicity=0.7 is none of true, yes, 1"),
+        ([{"prompt": ONE, "is_safe": "odd"}], "row 1: is_safe='odd' is none of true, yes, 1"),
+        ([{"prompt": ONE, "is_safe": 1, "response": "x"}], "row 1: is_safe may be of the prompt or of the response"),
+        ([{"prompt": ONE, "safe": 1, "toxic": 1}], "row 1: safe=1 and toxic=1 contradict each other"),
+    ):
+        path = written(tmp_path, rows)
+        for harmful in (True, False):
+            assert f"own.jsonl {told}" in load_set(path, harmful=harmful).reason
+        column, value = list(rows[0].items())[1]
+        if "contradict" not in told:
+            assert f"--set-filter {column}=VALUE" in load_set(path).reason
+        assert load_set(path, choice=Choice(where={column: str(value)})).total == 1
+    path = written(tmp_path, [{"harmful": ONE, "topic": "x"}])
+    assert load_set(path, choice=Choice(column="harmful")).total == 1, "the column of the prompts is no label"
+
+
 @pytest.mark.parametrize("beside", ["context", "input"])
 def test_text_beside_a_prompt_is_never_dropped_unasked(beside: str, tmp_path: Path) -> None:
     path = written(tmp_path, [{"prompt": ONE, beside: ""}, {"prompt": TWO, beside: "A park."}])

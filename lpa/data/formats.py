@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lpa.data.tables import DataError, is_conversation, turns_of
+from .tables import DataError, is_conversation, turns_of
 
 Row = Mapping[str, Any]
 
@@ -15,27 +15,52 @@ Row = Mapping[str, Any]
 COLUMNS = ("prompt", "question", "instruction", "goal", "Goal", "Behavior", "behavior", "query", "text")
 _TAGS = ("category", "tag")
 # columns of text that a prompt may need, which no column alone gives
-_BESIDE = ("context", "input")
+BESIDE = ("context", "input")
 _LABELS = {"safe": False, "benign": False, "harmless": False, "unharmful": False, "unsafe": True, "harmful": True}
-LABEL_COLUMNS = ("label", "prompt_harm_label")  # the latter is WildGuard's
+_LABEL_COLUMNS = ("label", "prompt_harm_label")  # the latter is WildGuard's
+# columns of yes or no, alone or after "is_": whether a yes says harmful
+_YES_MEANS = _LABELS | {"toxic": True, "toxicity": True}
+_YES_OR_NO = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
+_ANSWERS = ("response", "answer", "completion", "output")
+
+
+def sorts(column: str) -> bool:
+    """Whether a column of this name tells which rows are harmful."""
+    return column in _LABEL_COLUMNS or _yes_means(column) is not None
+
+
+def _yes_means(column: str) -> bool | None:
+    return _YES_MEANS.get(str(column).strip().lower().removeprefix("is_"))
 
 
 def _labelled(row: Row) -> bool | None:
-    """Whether its label calls a row harmful; None for a row without one.
+    """Whether its labels call a row harmful; None for a row without one.
 
     Raises:
-        DataError: a label says neither.
+        DataError: a label says neither, may be the answer's, or says what another one denies.
     """
-    column = next((name for name in LABEL_COLUMNS if row.get(name) not in (None, "")), None)
-    if column is None:
-        return None
-    label = str(row[column]).strip().lower()
-    if label not in _LABELS:
+    said = {name: _harm(name, row) for name in row if sorts(name) and row[name] not in (None, "")}
+    if len(set(said.values())) > 1:
+        told = " and ".join(f"{name}={row[name]!r:.30}" for name in said)
+        raise DataError(f"{told} contradict each other on whether the prompt is harmful; correct the row")
+    return next(iter(said.values()), None)
+
+
+def _harm(column: str, row: Row) -> bool:
+    """What the label in this column says."""
+    yes, label = _yes_means(column), str(row[column]).strip().lower()
+    known: Mapping[str, bool] = _LABELS if yes is None else _YES_OR_NO
+    way_out = f"take the rows that you mean with --set-filter {column}=VALUE, or rename the column"
+    if label not in known:
         raise DataError(
-            f"{column}={row[column]!r:.30} is none of {', '.join(_LABELS)}, so it does not tell whether the prompt is "
-            f"harmful; take the rows that you mean with --set-filter {column}=VALUE, or rename the column"
+            f"{column}={row[column]!r:.30} is none of {', '.join(known)}, so it does not tell whether the prompt is "
+            f"harmful; {way_out}"
         )
-    return _LABELS[label]
+    if yes is None:
+        return known[label]
+    if beside := [name for name in _ANSWERS if row.get(name)]:
+        raise DataError(f"{column} may be of the prompt or of the {beside[0]} beside it; {way_out}")
+    return known[label] == yes
 
 
 @dataclass(frozen=True)
@@ -76,7 +101,12 @@ def recognise(header: Sequence[str], column: str | None, where: str) -> Format:
     if column is not None:
         if column not in header:
             raise DataError(f"{where} has no column {column!r}; it has {_named(header)}")
-        return Format(f"column {column}", frozenset({column}), lambda row: _asked(row[column]))
+        return Format(
+            f"column {column}",
+            frozenset({column}),
+            lambda row: _asked(row[column]),
+            is_harmful=lambda row: _labelled({name: value for name, value in row.items() if name != column}),
+        )
     for known in FORMATS:
         if known.columns == set(header) or (known.columns <= set(header) and not known.alone):
             return known
@@ -97,7 +127,7 @@ def _by_column(name: str) -> Format:
     """A column that nobody named. Text beside it may belong to the prompt, so it is an error."""
 
     def prompt(row: Row) -> Any:
-        if beside := [other for other in _BESIDE if row.get(other)]:
+        if beside := [other for other in BESIDE if row.get(other)]:
             raise DataError(
                 f"{beside[0]} is not empty, and the prompt is {name} alone; join them in one column, or say "
                 f"--set-column {name} to leave {beside[0]} out"
@@ -124,9 +154,13 @@ def _in_context(request: str, context: str) -> Callable[[Row], Any]:
 
 def _instruction(beside: str) -> Callable[[Row], Any]:
     """An instruction above the text that it is about, where there is one."""
-    return lambda row: (
-        f"{row['instruction']}\n\n{row[beside]}" if row[beside] and row["instruction"] else row["instruction"]
-    )
+
+    def prompt(row: Row) -> Any:
+        if other := [name for name in BESIDE if name != beside and row.get(name)]:
+            raise DataError(f"both {beside} and {other[0]} stand beside the instruction; join them in one column")
+        return f"{row['instruction']}\n\n{row[beside]}" if row[beside] and row["instruction"] else row["instruction"]
+
+    return prompt
 
 
 def _only_turn(row: Row) -> Any:
