@@ -51,13 +51,11 @@ class Judged:
 
     Attributes:
         ways: (longest row, way), in the order found; a way holds for rows up to that length.
-        refusal: why the model cannot be attacked at all; None before it was asked.
-        mixes: why even a text's own later tokens change what is before them a little, as quantised inputs do.
+        refusal: why rows longer than those cannot be attacked at all; "" where nothing is known against it.
     """
 
     ways: list[tuple[int, Way]] = field(default_factory=list)
-    refusal: str | None = None
-    mixes: str = ""
+    refusal: str = ""
 
 
 def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int | None = None) -> Way:
@@ -93,13 +91,15 @@ def way_of(model: nn.Module, batch: PairBatch, packing: bool = True, length: int
     for longest, way in judged.ways:
         if length <= longest:
             return _for_tokens(model, batch, way)
-    if judged.refusal is None:
-        refusal, judged.mixes = _not_attackable(model, batch)
+    if not judged.refusal:
+        refusal, mixes = _not_attackable(model, batch)
         judged.refusal = refusal or ("another rank's batch was refused" if agreed(model, bool(refusal)) else "")
     if judged.refusal:
         raise RuntimeError(judged.refusal)
-    if agreed(model, bool(judged.mixes)):
-        return Way("alone", judged.mixes or "another rank's batch runs so")
+    if agreed(model, bool(mixes)):
+        way = Way("alone", mixes or "another rank's batch runs so")
+        judged.ways.append((rounded_up(length, text_config(model)), way))
+        return way
     fastest = "packed" if packing and can_pack(model, length) else "unshared"
     found: list[tuple[int, Way]] = []
     for up_to in dict.fromkeys((rounded_up(length, text_config(model)), length)):

@@ -146,6 +146,26 @@ def test_tokens_that_see_later_ones_are_refused(engine: str) -> None:
         LatentPGD(build("xlnet"), "embedding", engine=engine).attack(pairs(SHORT))
 
 
+class SeesAll(nn.Module):
+    """Adds the mean of a whole row where that is longer than 24 tokens."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + (x.mean(1, keepdim=True) if x.shape[1] > 24 else 0.0)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_later_tokens_that_longer_rows_alone_see_are_refused_there(engine: str) -> None:
+    model = build("llama")
+    model.model.layers[0].mlp = SeesAll(model.model.layers[0].mlp)
+    assert_exact(model, pairs([(6, 4, 3, 0), (5, 3, 3, 0)]), engine=engine)
+    with pytest.raises(RuntimeError, match="lets tokens see later ones"):
+        attacked(model, pairs(LONG), engine=engine)
+
+
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 def test_a_router_that_averages_over_a_pass_gets_one_text_a_pass(engine: str) -> None:
     lily = LilyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
