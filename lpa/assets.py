@@ -34,6 +34,10 @@ class AssetError(RuntimeError):
     """An asset is not available; the message says why and what to do."""
 
 
+class UnknownAssetError(AssetError, ValueError):
+    """No asset has this name."""
+
+
 @dataclass(frozen=True)
 class Asset:
     """One wheel and what is taken from it.
@@ -78,7 +82,7 @@ def get(name: str) -> Asset:
         AssetError: there is no such asset; the message lists those there are.
     """
     if name not in ASSETS:
-        raise AssetError(f"no asset is called {name!r}; there are {', '.join(ASSETS)}")
+        raise UnknownAssetError(f"no asset is called {name!r}; there are {', '.join(ASSETS)}")
     return ASSETS[name]
 
 

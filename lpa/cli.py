@@ -48,7 +48,10 @@ def _dashed(word: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n."""
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n.
+
+    Wrong usage is what a ValueError tells of: settings, names and data that the user gave.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
         print(usage())
@@ -77,4 +80,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = isinstance(error, (ValueError, RuntimeError, OSError, ArithmeticError, ImportError))
         text = str(error) if known else f"{type(error).__name__}: {error} (this may be a bug of lpa)"
         print(f"error: {text}\n({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
+        status = getattr(error, "exit_status", 2 if isinstance(error, ValueError) else 1)
+        return int(status)

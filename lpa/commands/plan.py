@@ -39,8 +39,11 @@ def run(arguments: Sequence[str]) -> int:
     found.add_argument("--ranks", type=int, default=1, help="Ranks that run it, by DDP or with --fsdp by FSDP2; batch "
                         "sizes are each rank's, as for lpa train.")  # fmt: skip
     values, _ = parsed(found, arguments)
-    lengths = {name: values.pop(flag) for flag, (name, _) in LENGTHS.items()}
-    return _plan(values, {name: tokens for name, tokens in lengths.items() if tokens is not None}, values.pop("ranks"))
+    given = {flag: tokens for flag in LENGTHS if (tokens := values.pop(flag)) is not None}
+    for flag, tokens in given.items():
+        if tokens < 1:
+            raise ValueError(f"--{flag} {tokens} must be at least 1")
+    return _plan(values, {LENGTHS[flag][0]: tokens for flag, tokens in given.items()}, values.pop("ranks"))
 
 
 def _plan(values: dict[str, Any], lengths: dict[str, int], ranks: int) -> int:

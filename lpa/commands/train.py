@@ -121,7 +121,7 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)  # the signal may have been another rank's
     base = adapter_base(options.model)
     _save(trainer)
-    after = _measure(trainer, options)
+    after = _measure(trainer, options, "after")
     record = _record(options, trainer, pairs, before, after) | {
         "model": base or options.model,
         "adapter": options.model if base else None,
@@ -151,7 +151,7 @@ def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, floa
     found: dict[str, float] = {}
 
     def fill() -> None:
-        found.update(_measure(trainer, options))
+        found.update(_measure(trainer, options, "before"))
         if trainer.is_world_process_zero():
             folder.keep_before(output, found, options.measure_attacked)
 
@@ -174,12 +174,14 @@ def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, floa
     return found
 
 
-def _measure(trainer: Any, options: TrainOptions) -> dict[str, float]:
+def _measure(trainer: Any, options: TrainOptions, when: str) -> dict[str, float]:
     from ..data import SHIPPED, load_pairs
     from ..evaluation.measure import measure
 
     if not options.measure:
         return {}
+    if trainer.is_world_process_zero():
+        print(f"measuring {when} training ...", flush=True)
     trained_on = load_pairs(kind=options.data)["prompt"] if options.data in SHIPPED else ()
     return measure(
         trainer.model, trainer.processing_class, trainer.args, pgd=trainer.pgd, attacked_rows=options.measure_attacked,

@@ -24,6 +24,8 @@ class DataError(ValueError):
 class UnavailableError(DataError):
     """A data set of the hub cannot be had now; the message says why."""
 
+    exit_status = 1  # of a command: nothing tells whether its name is wrong
+
 
 def rows_of(source: Any, split: str = "train", **hub: Any) -> Iterator[tuple[str, Row]]:
     """(where, row) of every row.

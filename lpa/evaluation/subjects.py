@@ -23,8 +23,6 @@ STEP = "step "  # before the updates in a checkpoint's name
 class EvaluationError(ValueError):
     """The evaluation is impossible as asked; the message says why and what to do."""
 
-    exit_status = 2
-
 
 def named_adapters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str]:
     """Adapter paths by a short name: the mapping's key, NAME of "NAME=PATH", or the last folders that tell them apart.

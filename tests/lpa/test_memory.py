@@ -27,6 +27,7 @@ from transformers import (
 
 from benchmarks import check_plan
 from lpa import LPAConfig, LPATrainer, cli
+from lpa.commands.plan import LENGTHS
 from lpa.data import encode_pairs, load_pairs
 from lpa.memory import EIGHT_BIT, FOUR_BIT, FOUR_BIT_NESTED, PlanShape, estimate
 from lpa_kernels import PairBatch
@@ -276,9 +277,12 @@ def test_the_command_needs_no_more_than_a_configuration(tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert "\ngathered" in printed
     assert "on each of 8 ranks (FSDP2)" in printed
-    assert cli.main(["plan", "--model", str(tmp_path), "--data", "both"]) == 1, "no tokenizer"
-    assert cli.main(["plan", "--model", str(tmp_path), "--optim", "adafactor"]) == 1
+    assert cli.main(["plan", "--model", str(tmp_path), "--data", "both"]) == 2, "no tokenizer"
+    assert cli.main(["plan", "--model", str(tmp_path), "--optim", "adafactor"]) == 2
     assert "is not planned" in capsys.readouterr().err
+    for flag in LENGTHS:
+        assert cli.main(["plan", "--model", str(tmp_path), f"--{flag}", "0"]) == 2
+        assert f"--{flag} 0 must be at least 1" in capsys.readouterr().err
 
 
 def test_the_command_plans_the_rows_of_the_data_that_it_is_given(tmp_path: Path, capsys: Any) -> None:
@@ -294,7 +298,7 @@ def test_the_command_plans_the_rows_of_the_data_that_it_is_given(tmp_path: Path,
         assert cli.main([*words, "--data", str(pairs), *more]) == 0
         assert f"prompts of {prompt} tokens, completions of {completion}\n" in capsys.readouterr().out
     for given, told in (("none.csv", "none.csv cannot be read"), (str(benign), "the benign data set is not used")):
-        assert cli.main([*words, "--benign" if given == str(benign) else "--data", given]) == 1
+        assert cli.main([*words, "--benign" if given == str(benign) else "--data", given]) == 2
         assert told in capsys.readouterr().err
     seen = []
     for source in ("own", str(benign)):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from lpa.cli import main
 from lpa.data import PLAIN_PROMPT, benign_requests
+from lpa.data.tables import UnavailableError
 from lpa.presets import PRESETS
 from tests.support.tiny import saved_tiny, tiny_model, tiny_tokenizer
 
@@ -51,6 +52,7 @@ def test_a_run_writes_adapter_record_and_card(model: str, tmp_path: Path, capsys
     assert train("--model", model, "--output", str(output), "--kl-coef", "0.1", *SMALL) == 0
     shown = capsys.readouterr().out
     assert "disagrees with undesirable statements" in shown
+    assert shown.index("measuring before training ...") < shown.index("measuring after training ...")
     record = json.loads((output / "metrics.json").read_text())
     assert [step["lpa_step"] for step in record["steps"]] == [1, 2]
     assert record["settings"]["kl_coef"] == 0.1
@@ -80,9 +82,9 @@ def test_an_earlier_run_is_kept_unless_overwrite_is_given(model: str, tmp_path: 
     (tmp_path / "metrics.json").write_text("{}")
     (tmp_path / "checkpoint-5").mkdir()
     before = contents(tmp_path)
-    assert train("--model", model, "--output", str(tmp_path), *SMALL) == 1
+    assert train("--model", model, "--output", str(tmp_path), *SMALL) == 2
     assert "is not empty; use --resume" in capsys.readouterr().err
-    assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL) == 1
+    assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL) == 2
     assert "holds no run (there is no settings.yaml) but other files" in capsys.readouterr().err
     assert contents(tmp_path) == before
     (tmp_path / "settings.yaml").write_text("lpa_steps: 1")
@@ -94,7 +96,7 @@ def test_an_earlier_run_is_kept_unless_overwrite_is_given(model: str, tmp_path: 
         ["--attack_sites", "mlp:99"],
         ["--model", str(tmp_path)],
     ):
-        assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL, *wrong) == 1
+        assert train("--model", model, "--output", str(tmp_path), "--overwrite", *SMALL, *wrong) == 2
         assert contents(tmp_path) == before, wrong
     assert train("--model", model, "--output", str(tmp_path), "--overwrite", "--no_measure", *SMALL) == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -135,7 +137,7 @@ def test_what_needs_no_weights_is_told_before_they_are_loaded(
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model is loaded")
     )
-    assert train("--model", model, *SMALL, *arguments) == 1
+    assert train("--model", model, *SMALL, *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -185,7 +187,7 @@ def test_bad_use_gives_one_line(
     model: str, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert train("--model", model, *SMALL, *arguments) == 1
+    assert train("--model", model, *SMALL, *arguments) == 2
     told = capsys.readouterr().err
     assert message in told
     assert "Traceback" not in told
@@ -198,7 +200,7 @@ def test_unknown_names_are_matched(model: str, tmp_path: Path, capsys: Any) -> N
     assert "unknown option --lpa_stepz; did you mean 'lpa_steps'?" in capsys.readouterr().err
     file = tmp_path / "run.yaml"
     file.write_text("attack_epsilom: 3")
-    assert train("--config", str(file)) == 1
+    assert train("--config", str(file)) == 2
     assert "unknown key 'attack_epsilom'; did you mean 'attack_epsilon'?" in capsys.readouterr().err
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
@@ -233,7 +235,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_resumed(
     assert train("--model", model, *args, *SMALL) == 0
     monkeypatch.setattr(command, "_before", lambda *_: pytest.fail("it measures"))
     before = contents(output)
-    assert train("--resume", "--output", str(output)) == 1
+    assert train("--resume", "--output", str(output)) == 2
     assert "has no good checkpoint to go on from" in " ".join(capsys.readouterr().err.split())
     assert contents(output) == before
 
@@ -252,9 +254,9 @@ def test_bars_of_downloads_are_as_they_were(shown: bool, monkeypatch: Any) -> No
 
 def test_the_templates_variables_are_given_in_json(model: str, tmp_path: Path, capsys: Any) -> None:
     args = ["--model", model, "--output", str(tmp_path / "out"), "--no_measure", *SMALL]
-    assert train(*args, "--chat_template_kwargs", '{"thinking_mode": "off"}') == 1
+    assert train(*args, "--chat_template_kwargs", '{"thinking_mode": "off"}') == 2
     assert "'thinking_mode' has no effect, the chat template does not read it" in capsys.readouterr().err
-    assert train(*args, "--chat_template_kwargs", "thinking_mode=off") == 1
+    assert train(*args, "--chat_template_kwargs", "thinking_mode=off") == 2
     assert "chat_template_kwargs='thinking_mode=off' is not JSON" in capsys.readouterr().err
     for command in (["traits", "--preview"], ["chat", "--prompt", "I agree"]):
         status = main([*command, "--model", model, "--chat-template-kwargs", '{"thinking_mode": "off"}'])
@@ -268,7 +270,7 @@ def test_data_of_ones_own(model: str, tmp_path: Path, capsys: Any) -> None:
     assert train("--model", model, "--data", str(file), "--output", str(tmp_path / "out"), "--no_measure", *SMALL) == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text())["data"]["rows"] == 2
     file.write_text("prompt,rejected\nI agree,yes\n")
-    assert train("--model", model, "--data", str(file), "--output", str(tmp_path / "two"), *SMALL) == 1
+    assert train("--model", model, "--data", str(file), "--output", str(tmp_path / "two"), *SMALL) == 2
     assert "no column chosen" in capsys.readouterr().err
     assert not (tmp_path / "two").exists()
 
@@ -292,7 +294,7 @@ def test_yaml_is_checked_like_the_command_line(tmp_path: Path, capsys: Any, text
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with contextlib.suppress(SystemExit):
-        assert train("--config", str(file)) == 1
+        assert train("--config", str(file)) == 2
     assert message in capsys.readouterr().err
 
 
@@ -468,19 +470,21 @@ def test_sigterm_saves_and_a_resumed_run_ends_like_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "message", "status"),
     [
-        (ImportError("no module named gguf"), "error: no module named gguf"),
-        (KeyError("rows"), "error: KeyError: 'rows' (this may be a bug of lpa)"),
-        (TypeError("a float is no int"), "error: TypeError: a float is no int (this may be a bug of lpa)"),
+        (ImportError("no module named gguf"), "error: no module named gguf", 1),
+        (KeyError("rows"), "error: KeyError: 'rows' (this may be a bug of lpa)", 1),
+        (TypeError("a float is no int"), "error: TypeError: a float is no int (this may be a bug of lpa)", 1),
+        (ValueError("epsilon=-1 must be above 0"), "error: epsilon=-1 must be above 0", 2),
+        (UnavailableError("no network"), "error: no network", 1),
     ],
 )
-def test_errors_give_one_line(monkeypatch: Any, capsys: Any, error: Exception, message: str) -> None:
+def test_errors_give_one_line(monkeypatch: Any, capsys: Any, error: Exception, message: str, status: int) -> None:
     def fail(arguments: Any) -> int:
         raise error
 
     monkeypatch.setattr("lpa.commands.traits.run", fail)
-    assert main(["traits"]) == 1
+    assert main(["traits"]) == status
     assert capsys.readouterr().err.startswith(message)
     monkeypatch.setenv("LPA_TRACEBACK", "1")
     with pytest.raises(type(error)):
@@ -505,7 +509,7 @@ def test_traits_and_assets(model: str, capsys: Any) -> None:
     assert "attacked" in capsys.readouterr().out
     assert main(["assets"]) == 0
     assert "smollm2-135m-instruct" in capsys.readouterr().out
-    assert main(["assets", "verify", "nothing"]) == 1
+    assert main(["assets", "verify", "nothing"]) == 2
     assert "no asset is called 'nothing'" in capsys.readouterr().err
 
 
@@ -519,7 +523,7 @@ def test_every_command_takes_underscores(capsys: Any) -> None:
 
 
 def test_a_model_that_cannot_be_planned_is_named(tmp_path: Path, capsys: Any) -> None:
-    assert main(["plan", "--model", str(tmp_path / "none"), "--use_cpu"]) == 1
+    assert main(["plan", "--model", str(tmp_path / "none"), "--use_cpu"]) == 2
     assert f"the configuration of '{tmp_path / 'none'}' cannot be read" in capsys.readouterr().err
 
 
@@ -535,7 +539,7 @@ def test_a_run_resumed_with_other_settings_tells_those_in_force(model: str, tmp_
     output = tmp_path / "out"
     assert train("--model", model, "--no_measure", "--output", str(output), *SMALL, "--lpa_steps", "1") == 0
     again = ["--resume", "--output", str(output)]
-    assert train(*again, "--attack_epsilon", "2") == 1
+    assert train(*again, "--attack_epsilon", "2") == 2
     assert "was made with attack_epsilon=6.0, now 2.0" in capsys.readouterr().err
     assert "attack_epsilon" not in (output / "settings.yaml").read_text(), "what was refused is not in force"
     assert train(*again, "--lpa_steps", "2", "--save_total_limit", "5") == 0
