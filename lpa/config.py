@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from lpa_kernels.attack import AttackSettings, Objective
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON, system_prompt_text
-from .inherited import check_settings
+from .inherited import FREE_TO_RESUME, USED, check_settings
 from .names import nearest
 from .public_code import is_public, translated
 
@@ -46,10 +46,7 @@ _FREE = {"lpa_steps", "per_device_train_batch_size", "gradient_accumulation_step
          "attack_capture_graph", "auto_micro_batch", "offload_attacks", "max_length", "logging_steps", "save_steps",
          "save_total_limit", "logging_nan_inf_filter", "canary_steps", "canary_prompts", "canary_max_new_tokens",
          "canary_set", "canary_max_refusal", "canary_max_perplexity", "canary_patience",
-         "canary_keep_best"}  # fmt: skip
-# settings of `TrainingArguments` that a resumed run may not change
-_BOUND = ("seed", "data_seed", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-          "lr_scheduler_kwargs", "warmup_steps")  # fmt: skip
+         "canary_keep_best"} | FREE_TO_RESUME  # fmt: skip
 # the first setting of each group of `lpa train --help`, and the group's name
 GROUPS = {
     "lpa_steps": "the run", "toward_coef": "the defence's losses", "attack_sites": "the attack",
@@ -404,8 +401,8 @@ class LPAConfig(TrainingArguments):
         free = _FREE - ({"lpa_steps"} if timed else set())
         if self.normaliser == "micro":  # the loss depends on how a batch, whose size is kept too, is split
             free = free - {"per_device_train_batch_size"}
-        own = {name: getattr(self, name) for name in LPAConfig.__annotations__ if name not in free}
-        own |= {name: getattr(self, name) for name in _BOUND}
+        names = (each.name for each in fields(self) if each.name in USED or each.name in LPAConfig.__annotations__)
+        own = {name: getattr(self, name) for name in names if name not in free}
         return {name: _written(getattr(value, "value", value)) for name, value in own.items()}
 
     @property

@@ -32,6 +32,24 @@ dataloader_multiprocessing_context dataloader_in_order
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout fsdp fsdp_config
 """
 USED = frozenset(_USED.split())
+# Of these, what a resumed run may change: where it runs, how it is computed, and what is watched and kept.
+_FREE_TO_RESUME = """
+output_dir max_steps
+tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps
+logging_strategy logging_first_step log_on_each_node include_num_input_tokens_seen
+log_level log_level_replica disable_tqdm report_to run_name
+project trackio_space_id trackio_bucket_id trackio_static_space_id
+eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
+load_best_model_at_end metric_for_best_model greater_is_better
+save_only_model save_strategy save_on_each_node restore_callback_states_from_checkpoint
+push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+full_determinism use_cpu debug skip_memory_metrics
+dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+dataloader_multiprocessing_context dataloader_in_order
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout fsdp fsdp_config
+"""
+FREE_TO_RESUME = frozenset(_FREE_TO_RESUME.split())
 # They change nothing here, and nobody would expect them to.
 HARMLESS = {
     "do_train": "for scripts",

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from lpa.config import RENAMED, LPAConfig, default_sites, read_yaml
+from lpa.inherited import FREE_TO_RESUME, USED
 
 
 def config(**settings: Any) -> LPAConfig:
@@ -148,3 +150,11 @@ def test_the_attack_has_the_settings_of_the_run() -> None:
     made = config(attack_epsilon=2.0, attack_steps=0, attack_rule="normalized", attack_toward_coef=1.5).attack_settings
     assert (made.epsilon, made.steps, made.rule) == (2.0, 1, "normalised")
     assert made.coefs == {"toward": 0.75, "away": 0.25}
+
+
+def test_a_resumed_run_is_bound_to_every_setting_that_is_not_listed_as_free(tmp_path: Path) -> None:
+    config = LPAConfig(str(tmp_path), use_cpu=True, optim="galore_adamw", optim_target_modules=["q_proj"])
+    assert config.bound_settings["optim_target_modules"] == ["q_proj"]
+    inherited = {each.name for each in dataclasses.fields(TrainingArguments)} & USED
+    own = LPAConfig.__annotations__.keys()
+    assert inherited - own - config.bound_settings.keys() <= FREE_TO_RESUME <= USED

@@ -15,7 +15,8 @@ TOKENIZER = tiny_tokenizer()
 
 
 def trainer_of(folder: Path, data: Any = None, **settings: Any) -> LPATrainer:
-    options = {k: settings.pop(k) for k in ("callbacks", "benign_dataset", "ref_model", "peft_config") if k in settings}
+    names = ("callbacks", "benign_dataset", "ref_model", "peft_config", "optimizers", "optimizer_cls_and_kwargs")
+    options = {k: settings.pop(k) for k in names if k in settings}
     model = settings.pop("model", None) or tiny_model(len(TOKENIZER))
     return LPATrainer(model, tiny_config(folder, **settings), rows(8) if data is None else data, TOKENIZER, **options)
 

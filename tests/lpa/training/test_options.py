@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from lpa import LPATrainer
@@ -19,6 +21,7 @@ from lpa.training.evaluating import eval_sets
 from lpa.training.optimisers import Fresh
 from lpa.training.progress import eval_line
 from lpa.training.ranks import RankError
+from lpa.training.resuming import check_resumed
 from tests.support import jobs, ranks
 from tests.support.tiny import rows, tiny_config, tiny_model
 from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
@@ -273,6 +276,11 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 1}, "pairs an LPA step=4, now 2"),
         ({"optim": "sgd"}, "optim='adamw_torch_fused', now 'sgd'"),
         ({"model": tiny_model(len(TOKENIZER), seed=1)}, "base model="),
+        (
+            {"peft_config": LoraConfig(r=2, lora_alpha=99, target_modules=["q_proj"])},
+            "adapter's lora_alpha=8.0, now 99",
+        ),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}, r"own optimizer=None, now \['SGD', {'lr': 0.1}"),
     ],
 )
 def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path, other: dict[str, Any], message: str) -> None:
@@ -288,6 +296,40 @@ def test_resuming_on_other_data_raises_and_a_longer_run_goes_on(tmp_path: Path) 
     again = trainer_of(tmp_path, lpa_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+
+
+def test_resuming_with_another_chat_template_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trainer(**settings: Any) -> LPATrainer:
+        benign = [{"prompt": row["prompt"], "response": "I agree"} for row in rows(4)]
+        return trainer_of(tmp_path, benign_dataset=benign, sft_coef=0.1, save_strategy="steps", **settings)
+
+    trainer(lpa_steps=1).train()
+    monkeypatch.setattr(TOKENIZER, "chat_template", "I agree " + TOKENIZER.chat_template)
+    with pytest.raises(ValueError, match=r"made with tokens=.*the chat template or the tokenizer is .*benign tokens="):
+        trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_keeps_less_is_resumed(tmp_path: Path) -> None:
+    kept = trainer_of(tmp_path).kept_settings()
+    old = {k: v for k, v in kept.items() if k not in ("tokens", "own optimizer", "optim_target_modules")}
+    (tmp_path / "settings.json").write_text(json.dumps(old))
+    check_resumed(tmp_path, kept)
+    with pytest.raises(ValueError, match=r"was made with seed=42, now 1;"):
+        check_resumed(tmp_path, kept | {"seed": 1})
+
+
+@pytest.mark.parametrize("how", ["betas", "class"])
+def test_resuming_with_another_optimizer_of_ones_own_raises(tmp_path: Path, how: str) -> None:
+    def trainer(make: Any, **settings: Any) -> LPATrainer:
+        model = get_peft_model(tiny_model(len(TOKENIZER)), LoraConfig(r=4, target_modules=["q_proj"]))
+        made = make([p for p in model.parameters() if p.requires_grad])
+        return trainer_of(tmp_path, model=model, optimizers=(made, None), save_strategy="steps", **settings)
+
+    trainer(torch.optim.AdamW, lpa_steps=1).train()
+    other = torch.optim.SGD if how == "class" else partial(torch.optim.AdamW, betas=(0.5, 0.9))
+    with pytest.raises(ValueError, match="was made with own optimizer="):
+        trainer(other).train(resume_from_checkpoint=True)
+    trainer(torch.optim.AdamW).train(resume_from_checkpoint=True)
 
 
 def test_resuming_on_other_benign_data_raises(tmp_path: Path) -> None:
