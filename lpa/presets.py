@@ -4,24 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# What fits two CPU cores and a few minutes on the embedded model, and gained most at the least price there
-# (docs/evaluate.md, "The defaults").
+# What `lpa train` without arguments does, on two CPU cores in minutes. Both kinds of statements, so that the model must
+# read them; the adversary enters once it tells them apart, within a radius that it can hold (docs/evaluate.md).
 DEMO: dict[str, Any] = {
-    "lpa_steps": 8,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
-    "attack_steps": 8,
-    "attack_step_size": 2e-3,
-    "learning_rate": 1e-3,
-    "kl_coef": 1.0,
-    "benign": "own",
-    "system_prompt": "You are a helpful assistant.",
-    "attack_merge_adapters": True,
-    "measure_attacked": 4,
-}
-# Both kinds of statements, so that the model must read them: disagreeing with all of them pays no longer. The adversary
-# enters once they are told apart, within a radius that this model can hold.
-TELL_APART: dict[str, Any] = {
     "data": "both",
     "lpa_steps": 60,
     "per_device_train_batch_size": 4,
@@ -39,6 +24,20 @@ TELL_APART: dict[str, Any] = {
     "attack_step_size": 1.28e-3,
     "attack_epsilon": 0.02,
     "measure_attacked": 8,
+}
+# A third of `demo`'s time, on undesirable statements alone. The embedded model learns to disagree with everything.
+QUICK: dict[str, Any] = {
+    "lpa_steps": 8,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "attack_steps": 8,
+    "attack_step_size": 2e-3,
+    "learning_rate": 1e-3,
+    "kl_coef": 1.0,
+    "benign": "own",
+    "system_prompt": "You are a helpful assistant.",
+    "attack_merge_adapters": True,
+    "measure_attacked": 4,
 }
 _PUBLISHED: dict[str, Any] = {
     "attack_steps": 16,
@@ -75,7 +74,7 @@ TOWARD_ONLY: dict[str, Any] = DEMO | {"attack_toward_coef": 1.0, "attack_away_co
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "demo": DEMO,
-    "tell-apart": TELL_APART,
+    "quick": QUICK,
     "published-2607": PUBLISHED_2607,
     "published-2605": PUBLISHED_2605,
     "toward-only": TOWARD_ONLY,
