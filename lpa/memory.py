@@ -396,6 +396,8 @@ class Run:
         """The peaks of an attack: the head's backward pass, the last block's, and under FSDP2 the start."""
         what, args, block = self.pairs, self.args, self.blocks[-1]
         always = self._always(optimiser=not args.reset_optimizer)
+        always["gradients"] = 0  # all micro-batches are attacked before the first update
+        always["logits"] = self._base_logits
         others = 0 if args.offload_attacks else self.micro - 1
         always["perturbations"] = self.delta * (1 + MOMENTS.get(args.attack_rule, 0) + others)
         always["copies"] = self._copies()
@@ -417,8 +419,7 @@ class Run:
         passes = self._defence_passes()
         always = self._always(optimiser=True)
         always["perturbations"] = self.delta * batches * (args.attack_steps > 0)
-        if self.benign and "kl" in args.coefs:  # the base model's, of every micro-batch
-            always["logits"] = batches * self.benign.scored * self.vocabulary * self.size
+        always["logits"] = self._base_logits
         kept = sum(self._kept(each, self.blocks, attack=False) for each in passes)
         logits = sum(3 * F32 * each.scored * self.vocabulary + self._beside(each) for each in passes)
         own = self.head * (not args.lora)  # the head's gradient; that of a tied one waits for the embedding's
@@ -430,6 +431,14 @@ class Run:
             yield self._moment(always, 0, 0, 2 * self.head + block.bytes)
         always["gradients"] = max(always["gradients"], self.trained_bytes // self.sharers)
         yield self._moment(always, 0, 0, held)
+
+    @property
+    def _base_logits(self) -> int:
+        """Bytes of the base model's logits of benign rows, of every micro-batch."""
+        if not self.benign or "kl" not in self.args.coefs:
+            return 0
+        batches = 1 if self.args.offload_attacks else self.micro
+        return batches * self.benign.scored * self.vocabulary * self.size
 
     @property
     def above(self) -> list[Block]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    BOFTConfig,
     C3AConfig,
+    HRAConfig,
     IA3Config,
     LilyConfig,
     LNTuningConfig,
@@ -265,7 +265,7 @@ def test_a_layer_whose_backward_is_wrong_is_refused_however_little_it_adds() -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_of_other_tuners_pass_on_their_own_gradients(dtype: torch.dtype) -> None:
-    for config in (BOFTConfig(boft_block_size=4, **ALL), IA3Config(feedforward_modules=["down_proj"], **ALL)):
+    for config in (HRAConfig(**ALL), IA3Config(feedforward_modules=["down_proj"], **ALL)):
         attacked(randomised(get_peft_model(build("llama").to(dtype), config)), pairs(SHORT))
 
 
