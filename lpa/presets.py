@@ -25,7 +25,7 @@ DEMO: dict[str, Any] = {
     "attack_epsilon": 0.02,
     "measure_attacked": 8,
 }
-# A third of `demo`'s time, on undesirable statements alone. The embedded model learns to disagree with everything.
+# Shorter than `demo`, on undesirable statements alone. The embedded model learns to disagree with everything.
 QUICK: dict[str, Any] = {
     "lpa_steps": 8,
     "per_device_train_batch_size": 4,
