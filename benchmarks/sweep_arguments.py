@@ -4,7 +4,8 @@
     python -m benchmarks.sweep_arguments optim  # the cases of some settings again, in their places there
 
 Each case trains a tiny random model for two LPA steps of two updates on a CPU, and is set beside a run without it. What
-shows is compared: weights, learning rates, log entries, files, and how often the trainer evaluates and saves.
+shows is compared: weights, learning rates, log entries, files, and how often the trainer evaluates and saves. A setting
+that is used and shows nothing needs a reason in SHOWS_NOTHING; without one the exit status is 1.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
 VALUES: dict[str, list[Any]] = {
     "optim": [name.value for name in OptimizerNames], "lr_scheduler_type": ["linear", "cosine", "constant_with_warmup",
     "inverse_sqrt", "reduce_lr_on_plateau", "warmup_stable_decay"], "lr_scheduler_kwargs": [{"num_cycles": 2}],
-    "optim_args": ["foreach=False"], "optim_target_modules": [["q_proj"]], "max_steps": [3, 4],
+    "optim_args": ["momentum=0.5", "foo=1"], "optim_target_modules": [["q_proj"]], "max_steps": [3, 4],
     "num_train_epochs": [1.0],
     "max_grad_norm": [0.0, 1e-3, None], "adam_beta1": [0.5], "adam_beta2": [0.9], "adam_epsilon": [1e-2],
     "gradient_checkpointing_kwargs": [{"use_reentrant": False}], "liger_kernel_config": [{"rope": True}],
@@ -53,7 +54,7 @@ VALUES: dict[str, list[Any]] = {
     "include_num_input_tokens_seen": ["all", "non_padding"], "log_level": ["error"], "log_level_replica": ["error"],
     "report_to": ["none", "tensorboard"], "run_name": ["name"], "project": ["name"], "trackio_space_id": ["name"],
     "trackio_bucket_id": ["name"], "trackio_static_space_id": ["name"], "eval_strategy": ["steps", "epoch"],
-    "eval_steps": [1, 0.5], "eval_delay": [3], "eval_accumulation_steps": [1], "include_for_metrics": [["loss"]],
+    "eval_steps": [3, 0.9], "eval_delay": [3], "eval_accumulation_steps": [1], "include_for_metrics": [["loss"]],
     "save_strategy": ["steps", "epoch", "best"], "save_steps": [3, 0.9], "save_total_limit": [1],
     "hub_token": ["token"], "hub_model_id": ["name"], "hub_strategy": ["end"], "hub_revision": ["main"],
     "metric_for_best_model": ["margin"], "accelerator_config": [{"split_batches": True}, {"dispatch_batches": True},
@@ -81,9 +82,34 @@ BESIDE: dict[str, dict[str, Any]] = {
     "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},
     "dataloader_multiprocessing_context": {"dataloader_num_workers": 1},
-    "adam_beta1": {"reset_optimizer": False}, "adam_beta2": {"reset_optimizer": False},
+    "optim_args": {"optim": "sgd"}, "adam_beta1": {"reset_optimizer": False}, "adam_beta2": {"reset_optimizer": False},
 }  # fmt: skip
-# the same for one value of a setting
+_SAME = "the same values by another way of computing them"
+_OUTSIDE = "it shows outside the run's folder, on the console or a service"
+_SEVERAL = "it needs several processes or machines"
+_LOADING = "batches are the same however they are loaded"
+# Why a setting that is used shows nothing here: by its name, or its name and value.
+SHOWS_NOTHING: dict[str, str] = {
+    "max_steps 4": "the run's length is that already", "lr_scheduler_type 'constant_with_warmup'": "no warm-up is set",
+    "lr_scheduler_type 'warmup_stable_decay'": "its decay begins after the last update",
+    "optim 'adamw_torch_fused'": "it is the default", "logging_steps 0.5": "it is every LPA step, as by default",
+    "activation_checkpointing": _SAME, "activation_checkpointing_kwargs": _SAME, "gradient_checkpointing": _SAME,
+    "gradient_checkpointing_kwargs": _SAME, "use_cache": _SAME, "torch_empty_cache_steps": "it is about memory",
+    "per_device_eval_batch_size": _SAME, "full_determinism": "a CPU computes so already",
+    "use_cpu": "there is no other device", "log_level": _OUTSIDE, "disable_tqdm": _OUTSIDE, "report_to": _OUTSIDE,
+    "run_name": _OUTSIDE, "project": _OUTSIDE, "trackio_space_id": _OUTSIDE, "trackio_bucket_id": _OUTSIDE,
+    "trackio_static_space_id": _OUTSIDE, "log_level_replica": _SEVERAL, "log_on_each_node": _SEVERAL,
+    "save_on_each_node": _SEVERAL, "ddp_find_unused_parameters": _SEVERAL, "ddp_bucket_cap_mb": _SEVERAL,
+    "ddp_broadcast_buffers": _SEVERAL, "ddp_timeout": _SEVERAL, "load_best_model_at_end": "the last step is the best",
+    "metric_for_best_model": "both metrics are best at the same steps",
+    "greater_is_better": "it is the default of that metric",
+    "restore_callback_states_from_checkpoint": "it acts on a resumed run", "dataloader_num_workers": _LOADING,
+    "dataloader_pin_memory": _LOADING, "dataloader_persistent_workers": _LOADING,
+    "dataloader_prefetch_factor": _LOADING, "dataloader_multiprocessing_context": _LOADING,
+    "eval_dataset": "evaluate() reads it, which is not called here",
+}  # fmt: skip
+NOTHING = "nothing of it shows here"
+# What one value of a setting needs beside it.
 BESIDE_ONE: dict[tuple[str, str], dict[str, Any]] = {
     ("save_strategy", "best"): EVALUATES | {"metric_for_best_model": "loss"},
     ("lr_scheduler_type", "reduce_lr_on_plateau"): EVALUATES,
@@ -118,12 +144,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def trained(settings: dict[str, Any], options: dict[str, Any], seen: dict[str, Any]) -> None:
     """Train, and write into `seen` what shows; `seen["built"]` once the trainer is there."""
+    reads_epsilon = not re.match("sgd|adagrad|rmsprop|adafactor|galore|grokadamw|.*lion", settings.get("optim", ""))
     with tempfile.TemporaryDirectory() as folder:
         config = LPAConfig(**{
             "output_dir": folder, "lpa_steps": 2, "defence_steps": 2, "attack_steps": 2, "attack_step_size": 0.05,
-            "learning_rate": 1e-3, "adam_epsilon": 1e-3, "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2, "lora_r": 2, "save_strategy": "no", "use_cpu": True,
-            "disable_tqdm": True, "attack_engine": "reference", "system_prompt": "", **settings,
+            "learning_rate": 1e-3, **({"adam_epsilon": 1e-3} if reads_epsilon else {}),
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lora_r": 2,
+            "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "attack_engine": "reference",
+            "system_prompt": "", **settings,
         })  # fmt: skip
         made = {key: value() if callable(value) and key != "data_collator" else value for key, value in options.items()}
         given = {"model": build("llama"), "train_dataset": PAIRS, "processing_class": tokenizer(), **made}
@@ -156,7 +184,7 @@ def result(name: str, value: Any, kind: str, settings: dict[str, Any], options: 
         told = re.sub(r"https?://\S+", "(address)", " ".join(f"{type(error).__name__}: {error}".split())[:300])
         return Result(name, shown, kind, "late" if "built" in seen else "refused", told)
     differs = [key for key, found in seen.items() if key != "built" and found != beside[key]]
-    return Result(name, shown, kind, "trained", ", ".join(differs) or "nothing of it shows here")
+    return Result(name, shown, kind, "trained", ", ".join(differs) or NOTHING)
 
 
 def values_of(field: Any) -> list[Any]:
@@ -225,6 +253,13 @@ def results(names: list[str]) -> list[Result]:
     return found
 
 
+def unexplained(found: list[Result]) -> list[str]:
+    """Cases of used settings that show nothing, and have no reason for it."""
+    silent = [each for each in found if (each.kind, each.verdict, each.told) == ("used", "trained", NOTHING)]
+    reasons = SHOWS_NOTHING.keys()
+    return [f"{each.name} {each.value}" for each in silent if not reasons & {each.name, f"{each.name} {each.value}"}]
+
+
 def table(found: list[Result]) -> str:
     """A page, the counts first."""
     count = Counter((each.kind, each.verdict) for each in found)
@@ -255,6 +290,8 @@ def main(argv: list[str] | None = None) -> None:
         found = sorted([*kept, *found], key=lambda each: order.index(each.name))
     write_json(args.out, [asdict(each) for each in found])
     write_text(args.out.with_suffix(".md"), table(found))
+    if without := unexplained(found):
+        parser.exit(1, f"used, and nothing shows; say why in SHOWS_NOTHING: {', '.join(without)}\n")
 
 
 if __name__ == "__main__":

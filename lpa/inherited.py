@@ -154,6 +154,39 @@ def _accelerator_as_usual(value: Any) -> bool:
     return all(given.get(name, usual[name]) == usual[name] for name in _OF_ACCELERATOR & usual.keys())
 
 
+# What each optimiser reads of optim_args in transformers' trainer_optimizer.py; the others read none. weight_decay is
+# not among them: the trainer's parameter groups set it.
+_GALORE = "rank update_proj_gap scale proj_type"
+_OPTIM_ARGS = {
+    "sgd": "momentum dampening nesterov",
+    "adagrad": "lr_decay eps",
+    "rmsprop": "momentum alpha eps centered",
+    "adamw_anyprecision": "use_kahan_summation momentum_dtype variance_dtype compensation_buffer_dtype",
+    "grokadamw": "alpha_init lamb gamma grokking_signal_decay_rate gradient_clipping",
+    "stable_adamw": "max_lr kahan_sum decouple_lr",
+    **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), "block_size bf16_stochastic_round"),
+    **dict.fromkeys(("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+                    "beta1 beta2 beta3 alpha eps t_alpha t_beta3"),
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor"), _GALORE),
+    "apollo_adamw": f"{_GALORE} proj scale_type",
+}  # fmt: skip
+_NOT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor", "galore", "grokadamw")  # nor do they read its settings
+_SECRET = {"hub_token"}
+
+
+def _check_optim_args(optimiser: str, given: str | None) -> None:
+    if not given or optimiser.startswith("rmsprop_bnb"):  # these hand all of them on
+        return
+    read = _OPTIM_ARGS.get(optimiser, "").split()
+    for part in given.replace(" ", "").split(","):
+        if (name := part.partition("=")[0]) not in read:
+            hint = "; use the setting weight_decay" if name == "weight_decay" else ""
+            raise ValueError(
+                f"optim_args={given!r}: {name} would have no effect: optim={optimiser!r} reads "
+                f"{', '.join(read) or 'none'}{hint}"
+            )
+
+
 def _check_effect(config: Any) -> None:
     """Refuse settings that depend on another one, which is not set.
 
@@ -163,7 +196,8 @@ def _check_effect(config: Any) -> None:
     optimiser = str(getattr(config.optim, "value", config.optim))
     schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
     checkpoints = config.gradient_checkpointing or getattr(config, "activation_checkpointing", False)
-    evaluates = str(getattr(config.eval_strategy, "value", config.eval_strategy)) != "no"
+    evaluation = str(getattr(config.eval_strategy, "value", config.eval_strategy))
+    evaluates = evaluation != "no"
     saves = str(getattr(config.save_strategy, "value", config.save_strategy))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     needs = (
@@ -177,12 +211,27 @@ def _check_effect(config: Any) -> None:
         ("activation_checkpointing_kwargs", checkpoints, "it needs activation_checkpointing=True"),
         ("load_best_model_at_end", evaluates, "nothing is evaluated; set eval_strategy, or canary_steps"),
         ("ddp_backend", several, "this is one process; start several with torchrun or accelerate launch"),
-        ("dataloader_persistent_workers", config.dataloader_num_workers, "it needs dataloader_num_workers"),
-        ("dataloader_multiprocessing_context", config.dataloader_num_workers, "it needs dataloader_num_workers"),
+        ("eval_steps", evaluation == "steps", "it needs eval_strategy='steps'"),
+        *((name, evaluates, "nothing is evaluated; set eval_strategy")
+          for name in ("eval_delay", "metric_for_best_model", "greater_is_better")),
+        *((f"adam_{name}", not optimiser.startswith(_NOT_ADAM), f"optim={optimiser!r} does not read it")
+          for name in ("beta1", "beta2", "epsilon")),
+        ("adam_epsilon", "lion" not in optimiser, f"optim={optimiser!r} does not read it"),
+        ("fsdp_config", config.fsdp or os.environ.get("ACCELERATE_USE_FSDP"), "it needs fsdp=True"),
+        *((f"hub_{name}", config.push_to_hub, "it needs push_to_hub=True")
+          for name in ("token", "private_repo", "model_id", "strategy", "always_push", "revision")),
+        *((f"dataloader_{name}", config.dataloader_num_workers, "it needs dataloader_num_workers")
+          for name in ("persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")),
     )  # fmt: skip
+    usual = {field.name: field for field in fields(TrainingArguments)}
     for name, holds, why in needs:
-        if (value := getattr(config, name, None)) and not holds:
-            raise ValueError(f"{name}={value!r} would have no effect: {why}")
+        value = getattr(config, name, None)
+        if holds or name not in usual:
+            continue
+        if not _as_usual(usual[name], value) or (value is False and usual[name].default is None):
+            shown = "(a secret)" if name in _SECRET else repr(getattr(value, "value", value))
+            raise ValueError(f"{name}={shown} would have no effect: {why}")
+    _check_optim_args(optimiser, config.optim_args)
     if saves == "best" and not evaluates:
         raise ValueError("save_strategy='best' would never save: nothing is evaluated; set eval_strategy")
     if optimiser.startswith("schedule_free"):

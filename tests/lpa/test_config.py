@@ -46,7 +46,7 @@ def test_sites_follow_the_depth(depth: int, layers: list[int]) -> None:
 
 
 def test_steps_are_whole_lpa_steps() -> None:
-    c = config(lpa_steps=10, save_steps=5, logging_steps=1, eval_steps=0.25)
+    c = config(lpa_steps=10, save_steps=5, logging_steps=1, eval_steps=0.25, eval_strategy="steps")
     assert (c.max_steps, c.save_steps, c.logging_steps, c.eval_steps) == (40, 8, 4, 12)
     assert dataclasses.replace(c, learning_rate=1.0).max_steps == 40
 

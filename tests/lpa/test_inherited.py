@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
 from typing import Any
 
 import pytest
@@ -71,6 +71,22 @@ def test_a_setting_of_a_later_release_is_refused_where_it_is_set(monkeypatch: py
         ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "it needs gradient_checkpointing=True"),
         ({"dataloader_persistent_workers": True}, "it needs dataloader_num_workers"),
         ({"dataloader_multiprocessing_context": "spawn"}, "it needs dataloader_num_workers"),
+        ({"dataloader_in_order": False}, "dataloader_in_order=False would have no effect: it needs dataloader_num_wo"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor=2 would have no effect"),
+        ({"optim_args": "foo=1"}, "foo would have no effect: optim='adamw_torch_fused' reads none"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,foo=1"}, "foo would have no effect: optim='sgd' reads momentum,"),
+        ({"optim": "sgd", "optim_args": "weight_decay=1"}, "weight_decay would have no effect: .*use the setting"),
+        ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1=0.5 would have no effect: optim='sgd' does not read it"),
+        ({"optim": "adafactor", "adam_epsilon": 1e-3}, "adam_epsilon=0.001 would have no effect"),
+        ({"optim": "lion_8bit", "adam_epsilon": 1e-3}, "adam_epsilon=0.001 would have no effect"),
+        ({"eval_steps": 4}, "eval_steps=4 would have no effect: it needs eval_strategy='steps'"),
+        ({"eval_steps": 4, "eval_strategy": "epoch"}, "eval_steps=4 would have no effect"),
+        ({"metric_for_best_model": "margin"}, "metric_for_best_model='margin' would have no effect: nothing is eval"),
+        ({"greater_is_better": False}, "greater_is_better=False would have no effect"),
+        ({"fsdp_config": {"version": 2}}, "fsdp_config=.* would have no effect: it needs fsdp"),
+        ({"hub_model_id": "a/b"}, "hub_model_id='a/b' would have no effect: it needs push_to_hub=True"),
+        ({"hub_strategy": "end"}, "hub_strategy='end' would have no effect"),
+        ({"hub_token": "hidden"}, r"hub_token=\(a secret\) would have no effect"),
         ({"ddp_backend": "gloo"}, "ddp_backend='gloo' would have no effect: this is one process"),
         ({"save_strategy": "best"}, "save_strategy='best' would never save: nothing is evaluated"),
         ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' averages the weights of a whole run"),
@@ -93,6 +109,11 @@ def test_options_without_effect_or_of_another_type(settings: dict[str, Any], mes
 def test_the_defaults_in_other_words_are_taken() -> None:
     LPAConfig("out", use_cpu=True, accelerator_config={"use_configured_state": False}, label_names=[], deepspeed=None,
               eval_accumulation_steps=None, save_strategy="no", report_to="none")  # fmt: skip
+
+
+def test_a_config_is_copied_with_what_transformers_filled_in() -> None:
+    made = LPAConfig("out", use_cpu=True, optim="sgd", optim_args="momentum=0.9, nesterov=true")
+    assert replace(made, lora_r=2).optim_args == made.optim_args
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

@@ -80,7 +80,7 @@ def tiny_config(folder: Path, **settings: Any) -> LPAConfig:
             "attack_steps": 3,
             "attack_step_size": 0.05,
             "learning_rate": 1e-3,
-            "adam_epsilon": 1e-3,
+            **({"adam_epsilon": 1e-3} if "adam" in str(settings.get("optim", "adam")) else {}),
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "lora_r": 4,
