@@ -52,11 +52,11 @@ def call(function, batch, model, lora=True, **changes):
 
 
 def assert_same(ours, theirs):
-    """Losses within 2e-6, perturbations within 1e-3 of the largest entry."""
+    """Losses within 2e-6 (of themselves above 1, where float32 ends), perturbations within 1e-3 of the largest entry."""
     for got, want in zip(ours[0], theirs[0], strict=True):
         assert set(got) == set(want)
         for name in want:
-            assert abs(got[name] - want[name]) < 2e-6, name
+            assert abs(got[name] - want[name]) < 2e-6 * max(1, abs(want[name])), name
     for got, want in zip(ours[1], theirs[1], strict=True):
         want = want.hook_fn.attack.detach()
         assert float(want.abs().max()) > 1e-3
