@@ -52,7 +52,7 @@ def call(function, batch, model, lora=True, **changes):
 
 
 def assert_same(ours, theirs):
-    """Losses within 2e-6 (of themselves above 1, where float32 ends), perturbations within 1e-3 of the largest entry."""
+    """Losses within 2e-6 (of themselves above 1), perturbations within 1e-3 of the largest entry."""
     for got, want in zip(ours[0], theirs[0], strict=True):
         assert set(got) == set(want)
         for name in want:
