@@ -80,13 +80,14 @@ class Estimate:
 @dataclass(frozen=True)
 class Pass:
     """A forward and backward pass: `rows` of `length` tokens under a mask or plainly causal, of which the rows `scored`
-    have logits that are kept, and `headed` ones reach the head."""
+    have logits that are kept, and `headed` ones reach the head; or that many in `parts` passes, one after the other."""
 
     rows: int
     length: int
     scored: int
     headed: int
     masked: bool = False
+    parts: int = 1
 
     @property
     def tokens(self) -> int:
@@ -326,7 +327,7 @@ class Run:
         pairs, text = self.args.per_device_train_batch_size, shape.prompt + shape.completion
         scored = 2 * pairs * shape.completion
         if self.args.attack_engine == "reference":
-            return Pass(2 * pairs, text, scored, 2 * pairs * text)
+            return Pass(2 * pairs, text, scored, 2 * pairs * text, parts=2)
         if self.attention in ("eager", "sdpa"):
             return Pass(pairs, text + shape.completion - 2, scored, scored, masked=True)
         return Pass(2 * pairs, text - 1, scored, scored)
@@ -386,11 +387,12 @@ class Run:
         block = self.blocks[-1]
         again = self._of_block(what, block, attack) if self.args.gradient_checkpointing else 0
         weight = max(w.weights(False) for w in block.linears) * self.size if self.quantized else 0
-        return again + block.transient(attack) * what.tokens + weight
+        parts = 1 if attack else what.parts  # an attack was measured to hold both texts' until it has its gradients
+        return (again + block.transient(attack) * what.tokens) // parts + weight
 
     def _beside(self, what: Pass) -> int:
         """Logits of all tokens of one text, from which the reference engine takes its rows."""
-        return what.headed // 2 * self.vocabulary * self.size if what.headed > what.scored else 0
+        return what.headed // what.parts * self.vocabulary * self.size if what.headed > what.scored else 0
 
     def attack_moments(self) -> Iterator[Counter[str]]:
         """The peaks of an attack: the head's backward pass, the last block's, and under FSDP2 the start."""
@@ -398,8 +400,7 @@ class Run:
         always = self._always(optimiser=not args.reset_optimizer)
         always["gradients"] = 0  # all micro-batches are attacked before the first update
         always["logits"] = self._base_logits
-        others = 0 if args.offload_attacks else self.micro - 1
-        always["perturbations"] = self.delta * (1 + MOMENTS.get(args.attack_rule, 0) + others)
+        always["perturbations"] = self.delta * (self._held + MOMENTS.get(args.attack_rule, 0))
         always["copies"] = self._copies()
         kept = self._kept(what, self.above, attack=True)
         if self.trims and not args.gradient_checkpointing:
@@ -415,10 +416,10 @@ class Run:
 
     def defence_moments(self) -> Iterator[Counter[str]]:
         """The peaks of an update: the same, and the end of the backward pass, when all gradients exist."""
-        args, block, batches = self.args, self.blocks[-1], 1 if self.args.offload_attacks else self.micro
+        args, block = self.args, self.blocks[-1]
         passes = self._defence_passes()
         always = self._always(optimiser=True)
-        always["perturbations"] = self.delta * batches * (args.attack_steps > 0)
+        always["perturbations"] = self.delta * self._held * (args.attack_steps > 0)
         always["logits"] = self._base_logits
         kept = sum(self._kept(each, self.blocks, attack=False) for each in passes)
         logits = sum(3 * F32 * each.scored * self.vocabulary + self._beside(each) for each in passes)
@@ -433,12 +434,16 @@ class Run:
         yield self._moment(always, 0, 0, held)
 
     @property
+    def _held(self) -> int:
+        """Micro-batches whose perturbations and base logits are on the device at once."""
+        return 1 if self.args.offload_attacks else self.micro
+
+    @property
     def _base_logits(self) -> int:
-        """Bytes of the base model's logits of benign rows, of every micro-batch."""
+        """Bytes of the base model's logits of benign rows."""
         if not self.benign or "kl" not in self.args.coefs:
             return 0
-        batches = 1 if self.args.offload_attacks else self.micro
-        return batches * self.benign.scored * self.vocabulary * self.size
+        return self._held * self.benign.scored * self.vocabulary * self.size
 
     @property
     def above(self) -> list[Block]:
