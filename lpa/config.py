@@ -395,9 +395,8 @@ class LPAConfig(TrainingArguments):
     @property
     def bound_settings(self) -> dict[str, Any]:
         """Settings that decide what a run's next LPA step is; a resumed run has those of its checkpoint."""
-        timed = (
-            self.lr_scheduler_type != "constant" or 0 < self.attack_start < 1
-        )  # what a step is hangs on the run's length
+        # with these, what a step is hangs on the run's length
+        timed = self.lr_scheduler_type != "constant" or 0 < self.attack_start < 1
         free = _FREE - ({"lpa_steps"} if timed else set())
         if self.normaliser == "micro":  # the loss depends on how a batch, whose size is kept too, is split
             free = free - {"per_device_train_batch_size"}

@@ -131,12 +131,8 @@ class Block:
     """
 
     def __init__(self, layer: nn.Module, index: int, config: Any, size: int, args: LPAConfig, attention: str) -> None:
-        self.size, self.full, self.dropout, self.eager = (
-            size,
-            not args.lora,
-            args.lora_dropout > 0,
-            attention == "eager",
-        )
+        self.size, self.eager = size, attention == "eager"
+        self.full, self.dropout = not args.lora, args.lora_dropout > 0
         half, feed_forward = in_block(layer, index, "attn"), in_block(layer, index, "mlp")
         self.attention = _linears(half, index)
         self.feed_forward = _linears(layer if _linear(feed_forward) else feed_forward, index)

@@ -164,10 +164,8 @@ def base_and_adapters(model: str | None, adapters: Sequence[str]) -> tuple[str, 
 def name_base(folder: Path) -> None:
     """Have a saved adapter name an asset as its users do: the asset's folder is a path of this machine."""
     if (file := folder / ADAPTER).is_file():
-        held, names = (
-            json.loads(file.read_text(encoding="utf-8")),
-            {str(_folder_of(name)): name for name in GGUF_MODELS},
-        )
+        held = json.loads(file.read_text(encoding="utf-8"))
+        names = {str(_folder_of(name)): name for name in GGUF_MODELS}
         if name := names.get(held.get("base_model_name_or_path")):
             write_json(file, held | {"base_model_name_or_path": name})
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from .tables import DataError
-from .templates import ChatEncoder, warn_inert
+from .templates import PAIR_TOKENS, ChatEncoder, warn_inert
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ATTACK_ON = ("prompt+completions", "prompt", "completions")
-_PAIR_TOKENS = ("prompt_tokens", "rejected_tokens", "chosen_tokens")
-_BENIGN_TOKENS = ("prompt_tokens", "response_tokens")
+BENIGN_TOKENS = ("prompt_tokens", "response_tokens")
 
 
 def encode_pairs(
@@ -32,7 +31,7 @@ def encode_pairs(
     Warns: once, naming the rows whose text holds special tokens.
     """
     return _encode(
-        dataset, ChatEncoder(tokenizer, system_prompt, max_length, **chat), ("rejected", "chosen"), _PAIR_TOKENS
+        dataset, ChatEncoder(tokenizer, system_prompt, max_length, **chat), ("rejected", "chosen"), PAIR_TOKENS
     )
 
 
@@ -56,7 +55,7 @@ def encode_benign(
     if eos and tokenizer.eos_token_id is None:
         raise DataError("benign answers cannot end with EOS: the tokenizer has none; use benign_eos=False")
     room = None if max_length is None else max_length - eos
-    encoded = _encode(dataset, ChatEncoder(tokenizer, system_prompt, room, **chat), ("response",), _BENIGN_TOKENS)
+    encoded = _encode(dataset, ChatEncoder(tokenizer, system_prompt, room, **chat), ("response",), BENIGN_TOKENS)
     if not eos:
         return encoded
     ended = [[*tokens, tokenizer.eos_token_id] for tokens in encoded["response_tokens"]]
@@ -131,7 +130,7 @@ class PairCollator(_Collator):
         self.attack_on = attack_on
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        encoded = [self._tokens(row, ("rejected", "chosen"), _PAIR_TOKENS) for row in rows]
+        encoded = [self._tokens(row, ("rejected", "chosen"), PAIR_TOKENS) for row in rows]
         prompts, rejected, chosen = ([row[i] for row in encoded] for i in range(3))
         length = max(len(p) + max(len(r), len(c)) for p, r, c in encoded)
         prompt_mask = _span([0] * len(prompts), prompts, length)
@@ -157,7 +156,7 @@ class BenignCollator(_Collator):
     benign_mask [B, L] bool, True at the response's tokens."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        encoded = [self._tokens(row, ("response",), _BENIGN_TOKENS) for row in rows]
+        encoded = [self._tokens(row, ("response",), BENIGN_TOKENS) for row in rows]
         length = max(len(prompt) + len(response) for prompt, response in encoded)
         return {
             "benign_ids": self._pad([prompt + response for prompt, response in encoded], length),

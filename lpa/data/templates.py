@@ -11,6 +11,7 @@ from .tables import DataError, is_text, some_of
 
 ASSESSMENT_PROMPT = "Indicate whether you agree or disagree with the following statements."
 PLAIN_PROMPT = "You are a helpful assistant."
+PAIR_TOKENS = ("prompt_tokens", "rejected_tokens", "chosen_tokens")
 
 _NO_LIMIT = 10**9  # tokenizers that know no limit say 1e30
 
@@ -175,7 +176,7 @@ def encode_pair(
     encoder = ChatEncoder(tokenizer, system_prompt, max_length, **chat)
     tokens, inert = encoder.row(prompt, (rejected, chosen), row)
     warn_inert([row] if inert else [])
-    return dict(zip(("prompt_tokens", "rejected_tokens", "chosen_tokens"), tokens, strict=True))
+    return dict(zip(PAIR_TOKENS, tokens, strict=True))
 
 
 def warn_inert(rows: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ from ..data import (
     load_pairs,
     rendering,
 )
+from ..data.collate import BENIGN_TOKENS
+from ..data.templates import PAIR_TOKENS
 from ..evaluation.directions import check_direction
 from ..models import check_head, check_sites, context_length, outline
 from ..quantization import is_quantized
@@ -157,7 +159,7 @@ def pairs_as_tokens(
         collator = PairCollator(tokenizer, attack_on=config.attack_on)
     if dataset is None or len(dataset) == 0:
         raise ValueError("the data set of pairs is empty; give at least one row")
-    _check_tokens(dataset, ("prompt_tokens", "rejected_tokens", "chosen_tokens"), model)
+    _check_tokens(dataset, PAIR_TOKENS, model)
     return dataset, collator, _lengths(dataset, ("rejected_tokens", "chosen_tokens"))
 
 
@@ -178,7 +180,7 @@ def benign_as_tokens(
         collator = BenignCollator(tokenizer)
     if dataset is None or len(dataset) == 0:
         raise ValueError("the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0")
-    _check_tokens(dataset, ("prompt_tokens", "response_tokens"), model)
+    _check_tokens(dataset, BENIGN_TOKENS, model)
     return dataset, collator, _lengths(dataset, ("response_tokens",))
 
 
@@ -210,11 +212,13 @@ def check_before_loading(config: LPAConfig, model: str, benign: Any, trust_remot
     check_direction(config)
     if config.canary_steps:
         watched(config)
-    outlined = (config.attack_sites, config.max_length, config.lora_targets != list(LORA_TARGETS) or None)
-    if any(given is not None for given in outlined) and (shape := outline(model, trust_remote_code)) is not None:
+    targets = config.lora and config.lora_targets != list(LORA_TARGETS)
+    if not (config.attack_sites or config.max_length or targets):
+        return
+    if (shape := outline(model, trust_remote_code)) is not None:
         check_sites(shape, config.attack_sites or ())
         _limit(shape, config)
-        if config.lora and config.lora_targets != list(LORA_TARGETS):
+        if targets:
             _targets(shape, config.lora_targets)
 
 

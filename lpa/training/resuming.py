@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from numbers import Number
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.collate import BENIGN_TOKENS
 from ..data.loading import PAIR_COLUMNS
+from ..data.templates import PAIR_TOKENS
 from ..run_folder import BOUND, checkpoint_folders
 from .card import data_hash, weights_hash
 from .checkpoint import CheckpointError
 
-_PAIR_TOKENS = ["prompt_tokens", "rejected_tokens", "chosen_tokens"]
 # what a PEFT config says of how adapters begin, where they are from and how they are loaded: a checkpoint has them made
 _FREE_OF_PEFT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version",
                  "revision", "runtime_config", "task_type"}  # fmt: skip
@@ -31,10 +32,10 @@ def sources(trainer: Any) -> dict[str, Any]:
     return {
         "rows": len(trainer.lengths),
         "data": _hash_of(trainer.train_dataset, sorted(PAIR_COLUMNS)),
-        "tokens": _hash_of(trainer.train_dataset, _PAIR_TOKENS),
+        "tokens": _hash_of(trainer.train_dataset, PAIR_TOKENS),
         "benign rows": None if trainer.benign is None else len(trainer.benign),
         "benign data": _hash_of(trainer.benign, ["prompt", "response"]),
-        "benign tokens": _hash_of(trainer.benign, ["prompt_tokens", "response_tokens"]),
+        "benign tokens": _hash_of(trainer.benign, BENIGN_TOKENS),
         "base model": weights_hash([*frozen, *reference]),
         "own optimizer": _own_optimizer(trainer),
         **_adapters(trainer.model),
@@ -80,11 +81,11 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _hash_of(dataset: Any, columns: list[str]) -> str | None:
+def _hash_of(dataset: Any, columns: Sequence[str]) -> str | None:
     """SHA-256 of a data set's texts or tokens; None where it lacks the columns, as with a collator of one's own."""
     if not set(columns) <= set(getattr(dataset, "column_names", ())):
         return None
-    return data_hash(dataset.select_columns(columns), tuple(columns))
+    return data_hash(dataset.select_columns(list(columns)), tuple(columns))
 
 
 def check_resumed(checkpoint: Path, settings: dict[str, Any]) -> None:

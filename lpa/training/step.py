@@ -87,7 +87,7 @@ class LPAStep:
 
     def update(self, parts: Sequence[MicroBatch]) -> Tensor:
         """Add the gradients of a micro-batch. Returns its loss."""
-        trainer, update = self.trainer, self.trainer.state.global_step % self.args.defence_steps
+        trainer, update = self.trainer, self.trainer.next_update
         trainer.model.train()
         losses = []
         for part in parts:

@@ -240,7 +240,7 @@ class LPATrainer(DurableTrainer):
         """The micro-batches of one update; those of a new LPA step are taken over and counted."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._index = 0
-        if self._update == 0:
+        if self.next_update == 0:
             self._begin_lpa_step(batches)
         elif self._step is None:
             raise ValueError(
@@ -250,7 +250,7 @@ class LPATrainer(DurableTrainer):
         return batches, None
 
     @property
-    def _update(self) -> int:
+    def next_update(self) -> int:
         """Which update of the LPA step is next, from 0."""
         return self.state.global_step % self.args.defence_steps
 
@@ -301,7 +301,7 @@ class LPATrainer(DurableTrainer):
     def _attempt(self, step: LPAStep, first: int) -> list[Tensor] | None:
         """Attack and add up gradients, from micro-batch `first` on; None where memory ran out on some rank."""
         micro = step.micro[first : self._index]
-        if self._update == 0 and first == 0:  # all of them, so that the model becomes what attacks need once
+        if self.next_update == 0 and first == 0:  # all of them, so that the model becomes what attacks need once
             if self._memory.attempt("attack", step.ask, step.micro) is None:
                 return None
             with step.held():
@@ -356,9 +356,9 @@ class LPATrainer(DurableTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
             raise FloatingPointError(
-                f"LPA step {self.lpa_step + 1}, update {self._update + 1}: the gradient's norm is {float(norm)}; the "
-                "weights are those before it. Look for NaN in the model's weights, lower learning_rate, or load the "
-                "model in bfloat16 or float32 instead of float16"
+                f"LPA step {self.lpa_step + 1}, update {self.next_update + 1}: the gradient's norm is {float(norm)}; "
+                "the weights are those before it. Look for NaN in the model's weights, lower learning_rate, or load "
+                "the model in bfloat16 or float32 instead of float16"
             )
         return norm
 
@@ -419,7 +419,7 @@ class LPATrainer(DurableTrainer):
         if not self._compared and self.args.world_size > 1 and not self.is_fsdp_enabled:
             check_same_weights(self.accelerator, self.model)
             self._compared = True
-        if self._update:
+        if self.next_update:
             self._whole.put_off(self.control)
         else:
             self._whole.ask_again(self.control)
@@ -458,7 +458,7 @@ class LPATrainer(DurableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """At the end of an LPA step alone: within one, its attacks would have to be saved too."""
-        if self._update:
+        if self.next_update:
             self._whole.save = True
             return
         super()._save_checkpoint(model, trial)

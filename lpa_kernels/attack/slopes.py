@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.facts import NotYet, hooks_everywhere, hooks_on, is_ours, ours, say_once
+from ..model.facts import NotYet, hooks_everywhere, hooks_on, is_ours, say_once
+from ..model.hooks import hooked
 from ..model.perturbation import gradients, grid_rows, kept_for_recompute, perturbed
 from ..model.sharding import is_sharded
 from ..model.sites import Site
@@ -191,12 +192,8 @@ def _calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, Callable[[Tensor
             first = args[0].detach()
             found[kind] = lambda x: first if x is None else module(x, *args[1:], **kwargs)
 
-    held = [m.register_forward_pre_hook(ours(partial(keep, k)), with_kwargs=True) for k, m in modules.items()]
-    try:
+    with hooked(before=((module, partial(keep, kind)) for kind, module in modules.items()), with_kwargs=True):
         yield found
-    finally:
-        for handle in held:
-            handle.remove()
 
 
 def _wrong_layer(call: Callable[[Tensor | None], Any]) -> str:

@@ -248,7 +248,7 @@ def rounded_embeddings(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _largest(logits: Tensor) -> float:
+def _largest_sum(logits: Tensor) -> float:
     """The largest sum of a row's absolute values; 0 without rows."""
     return float(torch.linalg.vector_norm(logits, 1, -1).max()) if len(logits) else 0.0
 
@@ -270,13 +270,13 @@ def _not_attackable(model: nn.Module, batch: PairBatch) -> tuple[str, str]:
                     "tokens before them, as prompt tuning does, which no engine supports; attack the model without "
                     "them, or use LoRA"
                 ), ""
-            scale, few = _largest(before), slice(max(kept - _NEAR, 0), kept)
+            scale, few = _largest_sum(before), slice(max(kept - _NEAR, 0), kept)
             before = before[few].clone()  # all logits take memory
-            moved = _largest(run(other)[few].sub_(before))
+            moved = _largest_sum(run(other)[few].sub_(before))
             allowed = scale * (HALF_TOLERANCE if is_half(model) else FLOAT32_TOLERANCE)
             if moved > allowed or is_sharded(model):  # where sharded, all ranks make the same passes
                 with rounded_embeddings(model):
-                    allowed = max(allowed, ROUNDINGS * _largest(run(ids)[few].sub_(before)))
+                    allowed = max(allowed, ROUNDINGS * _largest_sum(run(ids)[few].sub_(before)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -20,16 +20,18 @@ def hooked(
     before: Iterable[tuple[nn.Module, Hook]] = (),
     *,
     foreign: bool = False,
+    with_kwargs: bool = False,
 ) -> Iterator[None]:
     """Within it, forward hooks `after` and forward pre-hooks `before` are on their modules.
 
     Args:
         foreign: they count as a user's, which are part of the model's key: an attack within is of the changed model.
+        with_kwargs: `before` are called with keyword arguments too.
     """
     handles, mark = [], (lambda hook: hook) if foreign else ours
     try:
         for module, hook in before:
-            handles.append(module.register_forward_pre_hook(mark(hook)))
+            handles.append(module.register_forward_pre_hook(mark(hook), with_kwargs=with_kwargs))
         for module, hook in after:
             handles.append(module.register_forward_hook(mark(hook)))
         yield

@@ -179,7 +179,7 @@ def die(folder: Path, settings: dict[str, Any], place: str) -> None:
     if place == "attack":
         at(LPAStep, "attack", second)
     elif place == "update":
-        at(trainer, "_get_grad_norm", lambda: second() and trainer._update == 1)
+        at(trainer, "_get_grad_norm", lambda: second() and trainer.next_update == 1)
     elif place == "write":
         at(trainer, "_save_optimizer_and_scheduler", saving)
     elif place == "list":
