@@ -19,7 +19,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,21 +33,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from benchmarks import measure
 from benchmarks.adapted_models import QUANTISED, TRIGGER, TUNERS, quantised, tuned, with_lora
 from benchmarks.oracle import CUT_OFF, plain_attack
 from benchmarks.tiny_models import VOCAB, build
+from lpa.files import write_json, write_text
 from lpa_kernels.attack import LatentPGD, PairBatch
 
-RESULTS = Path(__file__).parent / "results"
 STEPS, STEP_SIZE, EPSILON = 3, 0.02, 0.15
 # (prompt, rejected, chosen, first tokens that the completions share): rows below the window, and above it
 SHORT = [(9, 5, 3, 0), (5, 3, 4, 1)]
 LONG = [(37, 9, 4, 0), (28, 4, 8, 1), (6, 3, 5, 0)]
-LOSSES, DELTAS, STRAY = (
-    2e-6,
-    1e-3,
-    5e-3,
-)  # what is exact: relative losses, deltas, and the share that may be further off
+LOSSES, DELTAS, STRAY = 2e-6, 1e-3, 5e-3  # what is exact: relative losses, deltas, the share that may be further off
 SECONDS = 240
 
 
@@ -57,17 +54,18 @@ class Result:
 
     Attributes:
         engine: "stack", "packed", "unshared", "alone", or "" where it was refused or failed.
-        losses, deltas, stray: see `Off`. floor: the losses' difference that roundings of the weights make.
+        losses, deltas, stray: see `Off`; None in the record where they are not finite.
+        floor: the losses' difference that roundings of the weights make.
         verdict: "packed-exact" (or "unshared-", "alone-"), "refused", "silently wrong", "unclear message", "not built".
     """
 
     case: str
     verdict: str
     engine: str = ""
-    losses: float = 0.0
-    deltas: float = 0.0
-    stray: float = 0.0
-    floor: float = 0.0
+    losses: float | None = 0.0
+    deltas: float | None = 0.0
+    stray: float | None = 0.0
+    floor: float | None = 0.0
     reason: str = ""
 
 
@@ -292,24 +290,14 @@ def table(results: list[Result]) -> str:
         some = [result for result in results if result.case.startswith(group)]
         count = Counter((result.verdict, "+lora" in result.case) for result in some)
         lines += [f"- {group}: " + ", ".join(f"{n} {v}{' with LoRA' * lora}" for (v, lora), n in sorted(count.items()))]
-    lines += [
-        "",
-        "| case | verdict | engine | losses | deltas | stray | floor | reason |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        reason = r.reason.replace("|", "/")
-        lines.append(
-            f"| {r.case} | {r.verdict} | {r.engine} | {r.losses:.1e} | {r.deltas:.1e} | {r.stray:.1e} | {r.floor:.1e} "
-            f"| {reason} |"
-        )
-    return "\n".join(lines) + "\n"
+    rows = [[f"{cell:.1e}" if isinstance(cell, float) else cell for cell in astuple(result)] for result in results]
+    return "\n".join([*lines, "", measure.table((field.name for field in fields(Result)), rows)])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="beginnings of cases' names; all of them by default")
-    parser.add_argument("--out", type=Path, default=RESULTS / "sweep-models.json")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS / "sweep-models.json")
     parser.add_argument("--resume", action="store_true", help="keep the results that are there, run the rest")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
@@ -328,8 +316,8 @@ def main(argv: list[str] | None = None) -> None:
         kept[case] = run(case, make)
         print(*asdict(kept[case]).values(), flush=True)
         results = [kept[case] for case in everything if case in kept]
-        args.out.write_text(json.dumps([asdict(result) for result in results], indent=1, allow_nan=True) + "\n")
-        args.out.with_suffix(".md").write_text(table(results))
+        write_json(args.out, [asdict(result) for result in results], nulls=True)
+        write_text(args.out.with_suffix(".md"), table(results))
 
 
 if __name__ == "__main__":

@@ -42,9 +42,8 @@ _DIRECTION = ".safetensors"
 RENAMED = {name: f"attack_{name}" for name in ("sites", "steps", *_ATTACK)}
 _PLAIN: dict[Any, type] = {int: Integral, float: Real, bool: bool, str: str, type(None): type(None)}
 # what a resumed run may change: how long it is, how it runs, what is watched and kept
-_FREE = {"lpa_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "attack_engine", "attack_backend",
-         "attack_capture_graph", "auto_micro_batch", "offload_attacks", "max_length", "logging_steps", "save_steps",
-         "save_total_limit", "logging_nan_inf_filter", "canary_steps", "canary_prompts", "canary_max_new_tokens",
+_FREE = {"lpa_steps", "attack_engine", "attack_backend", "attack_capture_graph", "auto_micro_batch", "offload_attacks",
+         "max_length", "logging_nan_inf_filter", "canary_steps", "canary_prompts", "canary_max_new_tokens",
          "canary_set", "canary_max_refusal", "canary_max_perplexity", "canary_patience",
          "canary_keep_best"} | FREE_TO_RESUME  # fmt: skip
 # the first setting of each group of `lpa train --help`, and the group's name
@@ -400,6 +399,8 @@ class LPAConfig(TrainingArguments):
         free = _FREE - ({"lpa_steps"} if timed else set())
         if self.normaliser == "micro":  # the loss depends on how a batch, whose size is kept too, is split
             free = free - {"per_device_train_batch_size"}
+        if self.metric_for_best_model is None:  # no step was or will be chosen by one
+            free = free | {"metric_for_best_model", "greater_is_better"}
         names = (each.name for each in fields(self) if each.name in USED or each.name in LPAConfig.__annotations__)
         own = {name: getattr(self, name) for name in names if name not in free}
         return {name: _written(getattr(value, "value", value)) for name, value in own.items()}

@@ -12,37 +12,22 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-# They do what transformers' documentation says of them.
-_USED = """
-output_dir per_device_train_batch_size gradient_accumulation_steps max_steps max_grad_norm
-learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay
+# They do what transformers' documentation says of them. A resumed run has its checkpoint's values of these:
+_BOUND = """
+max_grad_norm learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay
 optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon
+metric_for_best_model greater_is_better seed data_seed
+"""
+# It may change these: where it runs, how it is computed, and what is watched and kept.
+_FREE_TO_RESUME = """
+output_dir max_steps per_device_train_batch_size gradient_accumulation_steps
 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
 use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps
 logging_strategy logging_steps logging_first_step log_on_each_node include_num_input_tokens_seen
 log_level log_level_replica disable_tqdm report_to run_name
 project trackio_space_id trackio_bucket_id trackio_static_space_id
-eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
-load_best_model_at_end metric_for_best_model greater_is_better
+eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end
 save_only_model save_strategy save_steps save_on_each_node save_total_limit restore_callback_states_from_checkpoint
-push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
-full_determinism seed data_seed use_cpu debug skip_memory_metrics
-dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-dataloader_multiprocessing_context dataloader_in_order
-ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout fsdp fsdp_config
-"""
-USED = frozenset(_USED.split())
-# Of these, what a resumed run may change: where it runs, how it is computed, and what is watched and kept.
-_FREE_TO_RESUME = """
-output_dir max_steps
-tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
-use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps
-logging_strategy logging_first_step log_on_each_node include_num_input_tokens_seen
-log_level log_level_replica disable_tqdm report_to run_name
-project trackio_space_id trackio_bucket_id trackio_static_space_id
-eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size
-load_best_model_at_end metric_for_best_model greater_is_better
-save_only_model save_strategy save_on_each_node restore_callback_states_from_checkpoint
 push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
 full_determinism use_cpu debug skip_memory_metrics
 dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
@@ -50,6 +35,7 @@ dataloader_multiprocessing_context dataloader_in_order
 ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout fsdp fsdp_config
 """
 FREE_TO_RESUME = frozenset(_FREE_TO_RESUME.split())
+USED = FREE_TO_RESUME | set(_BOUND.split())
 # They change nothing here, and nobody would expect them to.
 HARMLESS = {
     "do_train": "for scripts",
@@ -95,16 +81,17 @@ REFUSED = {
     "resume_from_checkpoint": "give it to train(); lpa train has --resume",
     "accelerator_config": f"accelerate does not make the batches here: {_SAMPLING}",
 }
-_OPTIONS_USED = """
-model args data_collator train_dataset eval_dataset processing_class callbacks optimizers optimizer_cls_and_kwargs
-"""
-OPTIONS_USED = frozenset(_OPTIONS_USED.split())
+OPTIONS_USED = {"model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class", "callbacks",
+                "optimizers", "optimizer_cls_and_kwargs"}  # fmt: skip
 OPTIONS_REFUSED = {
     "model_init": "give the model, or its name",
     "compute_loss_func": "the losses are LPA's; LPAConfig has their weights (toward_coef, sft_coef, ...)",
     "compute_metrics": _METRICS,
     "preprocess_logits_for_metrics": _METRICS,
 }
+_OPTIMISER = ("optim", "optim_args", "optim_target_modules", "learning_rate",
+              "adam_beta1", "adam_beta2", "adam_epsilon")  # fmt: skip
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 _UNKNOWN = "this release does not know what it would do here"
 _OF_ACCELERATOR = {"split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking",
                    "gradient_accumulation_kwargs"}  # fmt: skip
@@ -123,17 +110,36 @@ def check_settings(config: TrainingArguments) -> None:
         value = getattr(config, field.name)
         if not (_accelerator_as_usual(value) if field.name == "accelerator_config" else _as_usual(field, value)):
             raise ValueError(
-                f"{field.name}={getattr(value, 'value', value)!r} cannot be used with LPA: "
-                f"{REFUSED.get(field.name, _UNKNOWN)}"
+                f"{_shown(field.name, value)} cannot be used with LPA: {REFUSED.get(field.name, _UNKNOWN)}"
             )
     _check_effect(config)
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """The same for the options of `Trainer`."""
+def check_options(options: Mapping[str, Any], config: TrainingArguments) -> None:
+    """The same for the options of `Trainer`, and for settings that one of them replaces.
+
+    Raises:
+        ValueError: there is one.
+    """
     for name, value in options.items():
         if value is not None and name not in OPTIONS_USED:
             raise ValueError(f"{name} cannot be used with LPA: {OPTIONS_REFUSED.get(name, _UNKNOWN)}")
+    optimizer, schedule = options.get("optimizers") or (None, None)
+    by: dict[str, str] = {}  # setting -> what has it instead
+    if options.get("optimizer_cls_and_kwargs"):
+        by |= dict.fromkeys(_OPTIMISER, "optimizer_cls_and_kwargs")
+    if optimizer is not None:
+        by |= dict.fromkeys((*_OPTIMISER, "weight_decay"), "optimizers")
+    if schedule is not None:
+        by |= dict.fromkeys(_SCHEDULE, "the schedule in optimizers")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in by and not _as_usual(field, value):
+            raise ValueError(f"{_shown(field.name, value)} would have no effect: {by[field.name]} has its own")
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{name}={'(a secret)' if name == 'hub_token' else repr(getattr(value, 'value', value))}"
 
 
 def _as_usual(field: Field[Any], value: Any) -> bool:
@@ -171,7 +177,6 @@ _OPTIM_ARGS = {
     "apollo_adamw": f"{_GALORE} proj scale_type",
 }  # fmt: skip
 _NOT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor", "galore", "grokadamw")  # nor do they read its settings
-_SECRET = {"hub_token"}
 
 
 def _check_optim_args(optimiser: str, given: str | None) -> None:
@@ -229,8 +234,7 @@ def _check_effect(config: Any) -> None:
         if holds or name not in usual:
             continue
         if not _as_usual(usual[name], value) or (value is False and usual[name].default is None):
-            shown = "(a secret)" if name in _SECRET else repr(getattr(value, "value", value))
-            raise ValueError(f"{name}={shown} would have no effect: {why}")
+            raise ValueError(f"{_shown(name, value)} would have no effect: {why}")
     _check_optim_args(optimiser, config.optim_args)
     if saves == "best" and not evaluates:
         raise ValueError("save_strategy='best' would never save: nothing is evaluated; set eval_strategy")

@@ -61,13 +61,13 @@ def run(arguments: Sequence[str]) -> int:
         chosen["chat_template_kwargs"] = json_object("--chat-template-kwargs", options.chat_template_kwargs)
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
     if options.batch_size < 1:
-        parser.error(f"--batch-size={options.batch_size} must be at least 1")
+        raise ValueError(f"--batch-size={options.batch_size} must be at least 1")
     try:
         settings = Settings(**values)
     except ValueError as error:  # it names fields, and these are set by options
         flags = {action.dest: action.option_strings[-1] for action in reversed(parser._actions)}
-        told = re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), str(error))
-        parser.error(told.replace("None for all", "0 for all"))
+        text = re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), str(error))
+        raise ValueError(text.replace("None for all", "0 for all")) from error
     quiet_loading()
     base, adapters = base_and_adapters(
         options.model, [*options.adapter, *(f"{name}={path}" for name, path in steps.items())]

@@ -109,7 +109,7 @@ class LPATrainer(DurableTrainer):
             raise ValueError(
                 f"args is a {type(args).__name__}; give an LPAConfig, which takes the same settings and LPA's"
             )
-        check_options(options)
+        check_options(options, args)
         if type(self).compute_loss is not Trainer.compute_loss:
             raise ValueError(
                 f"{type(self).__name__}.compute_loss would never be called: the losses are LPA's; LPAConfig has their "

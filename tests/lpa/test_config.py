@@ -153,7 +153,8 @@ def test_the_attack_has_the_settings_of_the_run() -> None:
 
 
 def test_a_resumed_run_is_bound_to_every_setting_that_is_not_listed_as_free(tmp_path: Path) -> None:
-    config = LPAConfig(str(tmp_path), use_cpu=True, optim="galore_adamw", optim_target_modules=["q_proj"])
+    config = LPAConfig(str(tmp_path), use_cpu=True, optim="galore_adamw", optim_target_modules=["q_proj"],
+                       eval_strategy="steps", metric_for_best_model="margin")  # fmt: skip
     assert config.bound_settings["optim_target_modules"] == ["q_proj"]
     inherited = {each.name for each in dataclasses.fields(TrainingArguments)} & USED
     own = LPAConfig.__annotations__.keys()

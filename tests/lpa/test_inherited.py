@@ -42,9 +42,10 @@ def test_refused_options_are_named_with_a_reason(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(OPTIONS_REFUSED))
 def test_refused_options_are_named(name: str) -> None:
-    check_options({name: None})
+    config = LPAConfig("out", use_cpu=True)
+    check_options({name: None}, config)
     with pytest.raises(ValueError, match=f"{name} cannot be used with LPA"):
-        check_options({name: print})
+        check_options({name: print}, config)
 
 
 def test_a_setting_of_a_later_release_is_refused_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_a_setting_of_a_later_release_is_refused_where_it_is_set(monkeypatch: py
     with pytest.raises(ValueError, match="turbo=True cannot be used with LPA: this release does not know"):
         later("out", use_cpu=True, turbo=True)
     with pytest.raises(ValueError, match="novelty cannot be used with LPA"):
-        check_options({"novelty": 1})
+        check_options({"novelty": 1}, later("out", use_cpu=True))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lpa import LPATrainer
+from lpa import LPAConfig, LPATrainer
 
 from .tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
@@ -18,6 +18,8 @@ def trainer_of(folder: Path, data: Any = None, **settings: Any) -> LPATrainer:
     names = ("callbacks", "benign_dataset", "ref_model", "peft_config", "optimizers", "optimizer_cls_and_kwargs")
     options = {k: settings.pop(k) for k in names if k in settings}
     model = settings.pop("model", None) or tiny_model(len(TOKENIZER))
+    if {"optimizers", "optimizer_cls_and_kwargs"} & options.keys():  # which have these themselves
+        settings = {"learning_rate": LPAConfig.learning_rate, "adam_epsilon": LPAConfig.adam_epsilon} | settings
     return LPATrainer(model, tiny_config(folder, **settings), rows(8) if data is None else data, TOKENIZER, **options)
 
 

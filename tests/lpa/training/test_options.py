@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
-from lpa import LPATrainer
+from lpa import LPAConfig, LPATrainer
 from lpa.data import load_pairs
+from lpa.inherited import check_options
 from lpa.training import prepare
 from lpa.training.evaluating import eval_sets
 from lpa.training.optimisers import Fresh
@@ -69,7 +70,7 @@ def test_an_optimizer_made_before_the_adapters_is_refused(tmp_path: Path) -> Non
     early = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def make(model: Any, optimizers: Any) -> LPATrainer:
-        return LPATrainer(model, tiny_config(tmp_path), rows(8), TOKENIZER, optimizers=optimizers)
+        return trainer_of(tmp_path, model=model, optimizers=optimizers)
 
     with pytest.raises(ValueError, match=r"optimizers holds 0 of the 24 tensors .*optimizer_cls_and_kwargs"):
         make(model, (early, None))
@@ -81,6 +82,25 @@ def test_an_optimizer_made_before_the_adapters_is_refused(tmp_path: Path) -> Non
     before = weights(trainer)
     trainer.train()
     assert max(float((before[n] - w).abs().max()) for n, w in weights(trainer).items()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("option", "setting", "told"),
+    [
+        ("optimizers", {"adam_beta1": 0.5}, "adam_beta1=0.5 would have no effect: optimizers has its own"),
+        ("optimizers", {"optim": "sgd"}, "optim='sgd' would have no effect: optimizers has"),
+        ("optimizers", {"weight_decay": 0.5}, "weight_decay=0.5 would have no effect: optimizers has"),
+        ("optimizers", {"lr_scheduler_type": "linear"}, "lr_scheduler_type='linear' .* the schedule in optimizers has"),
+        ("optimizer_cls_and_kwargs", {"learning_rate": 1.0}, "learning_rate=1.0 .* optimizer_cls_and_kwargs has"),
+    ],
+)
+def test_settings_that_an_optimizer_of_ones_own_replaces(option: str, setting: dict[str, Any], told: str) -> None:
+    made = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    both = (made, torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1.0))
+    given = {option: both if option == "optimizers" else (torch.optim.SGD, {"lr": 0.1})}
+    check_options(given, LPAConfig("out", use_cpu=True))
+    with pytest.raises(ValueError, match=told):
+        check_options(given, LPAConfig("out", use_cpu=True, **setting))
 
 
 class Counting(torch.optim.SGD):
@@ -275,6 +295,7 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path: Path) -> None:
         ({"kl_coef": 0.5}, "kl_coef=0.0, now 0.5"),
         ({"gradient_accumulation_steps": 1}, "pairs an LPA step=4, now 2"),
         ({"optim": "sgd"}, "optim='adamw_torch_fused', now 'sgd'"),
+        ({"eval_strategy": "steps", "metric_for_best_model": "margin"}, "metric_for_best_model='loss', now 'margin'"),
         ({"model": tiny_model(len(TOKENIZER), seed=1)}, "base model="),
         (
             {"peft_config": LoraConfig(r=2, lora_alpha=99, target_modules=["q_proj"])},
@@ -284,7 +305,8 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path, other: dict[str, Any], message: str) -> None:
-    trainer_of(tmp_path, save_strategy="steps", lpa_steps=1).train()
+    watched = {"eval_strategy": "steps", "metric_for_best_model": "loss"} if "metric_for_best_model" in other else {}
+    trainer_of(tmp_path, save_strategy="steps", lpa_steps=1, **watched).train()
     with pytest.raises(ValueError, match=f"was made with .*{message}"):
         trainer_of(tmp_path, lpa_steps=2, **other).train(resume_from_checkpoint=True)
 
