@@ -258,10 +258,9 @@ def unexplained(found: list[Result]) -> list[str]:
     """Cases of used settings that show nothing without a reason, and reasons for what is no such case."""
     cases = [each for each in found if (each.kind, each.verdict, each.told) == ("used", "trained", NOTHING)]
     silent = {f"{each.name} {each.value}": each.name for each in cases}
-    absent = {*(field.name for field in fields(TrainingArguments)), *options()} - {each.name for each in found}
-    stale = (
-        {each for each in SHOWS_NOTHING if each.partition(" ")[0] not in absent} - silent.keys() - {*silent.values()}
-    )
+    left_out = {*(field.name for field in fields(TrainingArguments)), *options()} - {each.name for each in found}
+    expected = {reason for reason in SHOWS_NOTHING if reason.partition(" ")[0] not in left_out}
+    stale = expected - silent.keys() - {*silent.values()}
     return [case for case, name in silent.items() if not SHOWS_NOTHING.keys() & {name, case}] + sorted(stale)
 
 
