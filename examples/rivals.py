@@ -2,8 +2,9 @@
 
     python examples/rivals.py --output runs/rivals [--seeds 3]
 
-Every arm trains LoRA on the same harmful requests (AdvBench, declined) with 4 updates an LPA step, and as many LPA
-steps as its inner steps leave of the same number of forward and backward passes:
+Every arm trains LoRA on the same harmful requests (AdvBench, declined), 4 a batch, with 4 updates an LPA step and a KL
+term to the model's own answers to benign requests, and as many LPA steps as its inner steps leave of the same number of
+forward and backward passes:
 
   lat       16 inner steps of AdamW at embedding and layers (arXiv 2407.15549)
   er-cat    10 normalised steps at the embedding, radius 0.05, without the singular-value term (ICLR 2026)
@@ -25,23 +26,31 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lpa.evaluation import Settings, evaluate, load_set
+from lpa.evaluation import BASE, Evaluation, Settings, evaluate, load_set
 from lpa.evaluation.sets import benign_prompts
+from lpa.evaluation.stats import mean
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
-from lpa.files import write_json
+from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
 
+COMMON = ["--preset", "quick", "--learning_rate", "3e-4", "--measure", "false"]  # 4 pairs, KL to its own answers
 PASSES, UPDATES = 160, 4  # forward and backward passes of a batch; of which updates, an LPA step
 INNER = {"lat": 16, "er-cat": 10, "ablate": 0, "vector": 0, "random": 0}
 SETTINGS = Settings(sets=("strongreject",), limit=40, benign_limit=40, attacks=("direct", "latent"), max_new_tokens=24,
                     epsilons=(), steps=(), utility_sets=())  # fmt: skip
+COLUMNS = {
+    "harm done, %": ("attacks", "done: direct", 100), "under a latent attack, %": ("attacks", "done: latent", 100),
+    "refused in own words, %": ("attacks", "not done: own words", 100),
+    "trained sentence, %": ("attacks", "not done: trained sentence", 100),
+    "benign not done, %": ("overrefusal", "not done", 100), "perplexity": ("utility", "perplexity", 1),
+}  # fmt: skip
 
 
 def flags(arm: str, data: Path, passes: int = PASSES) -> list[str]:
     """The options of `lpa train` that make an arm."""
     harmful, benign = str(data / "harmful.txt"), str(data / "benign.txt")
     adversary = {
-        "lat": [],
+        "lat": ["--attack_step_size", "1e-3"],
         "er-cat": ["--attack_sites", "embedding", "--attack_on", "prompt", "--attack_rule", "normalised",
                    "--attack_epsilon", "0.05", "--attack_step_size", "1e-2", "--attack_away_coef", "0"],
         "ablate": ["--attack_adversary", "ablate", "--attack_share", "0.5", "--attack_direction", harmful, benign],
@@ -70,6 +79,24 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def over_seeds(found: Evaluation) -> str:
+    """One row an arm, in Markdown: means and ranges over its seeds."""
+    own: dict[str, list[str]] = {}
+    for name in found.subjects:
+        own.setdefault(name if name == BASE else name.rpartition("-")[0], []).append(name)
+    lines = ["| arm | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for arm, names in own.items():
+        cells = []
+        for suite, metric, scale in COLUMNS.values():
+            rows = [row for row in found.rows if row.subject in names and (row.suite, row.metric) == (suite, metric)]
+            values = [scale * row.value for row in rows if row.value is not None and "(" not in row.set]
+            low, high = (f"{end:.{0 if scale == 100 else 1}f}" for end in (min(values), max(values)))
+            middle = f"{mean(values):.{0 if scale == 100 else 1}f}"
+            cells.append(f"{middle} ({low} to {high})" if len(values) > 1 else middle)
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,8 +114,8 @@ def main() -> None:
             adapters[f"{arm}-{seed}"] = str(folder)
             if (folder / "metrics.json").is_file():
                 continue
-            command = ["train", "--model", options.model, "--output", str(folder), "--seed", str(seed), "--measure",
-                       "false", *flags(arm, data, options.passes)]  # fmt: skip
+            command = ["train", "--model", options.model, "--output", str(folder), "--seed", str(seed), *COMMON,
+                       *flags(arm, data, options.passes)]  # fmt: skip
             print(shlex.join(["lpa", *command]), flush=True)
             subprocess.run([sys.executable, "-m", "lpa", *command], check=True)
     shown = shlex.join(["python", *sys.argv])
@@ -98,8 +125,9 @@ def main() -> None:
     )  # fmt: skip
     record = {"command": shown, "passes": options.passes, "rows": [asdict(row) for row in found.rows]}
     write_json(options.output / "results.json", record, nulls=True)
-    for row in found.rows:
-        print(row.subject, row.suite, row.set, row.metric, row.value)
+    table = over_seeds(found)
+    write_text(options.output / "arms.md", table)
+    print(table)
 
 
 if __name__ == "__main__":

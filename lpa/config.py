@@ -96,6 +96,9 @@ class LPAConfig(TrainingArguments):
     away_coef: float = _setting(0.5, "Weight of the defence's loss away from the rejected completion.")
     sft_coef: float = _setting(0.0, "Weight of the cross entropy on benign responses, without the adversary.")
     kl_coef: float = _setting(0.0, "Weight of the divergence from the base model on benign responses.")
+    benign_every: int = _setting(
+        1, "The sft and kl terms enter every so many model updates, with so many times their weight."
+    )
     dpo_coef: float = _setting(0.0, "Weight of the preference loss DPO of the pair, instead of toward and away.")
     ipo_coef: float = _setting(0.0, "Weight of the preference loss IPO of the pair, instead of toward and away.")
     preference_beta: float = _setting(0.3, "beta of dpo and ipo, in defence and attack.")
@@ -240,7 +243,7 @@ class LPAConfig(TrainingArguments):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(values)}")
         for name in ("lpa_steps", "defence_steps", "gradient_accumulation_steps", "per_device_train_batch_size",
-                     "lora_r", "max_length", "canary_prompts", "canary_max_new_tokens",
+                     "benign_every", "lora_r", "max_length", "canary_prompts", "canary_max_new_tokens",
                      "canary_patience"):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -278,6 +281,8 @@ class LPAConfig(TrainingArguments):
                     Objective(coefs=pair, beta=self.preference_beta)
                 except ValueError as error:  # what cannot be mixed
                     raise ValueError(f"{told}: {error}") from error
+        if self.benign_every > 1 and not any(getattr(self, f"{name}_coef") for name in PAIR_TERMS):
+            raise ValueError(f"benign_every={self.benign_every} leaves updates without any term; it must be 1 here")
         if self.kl == "public" and self.normaliser != "micro":
             raise ValueError("kl='public' is a mean of one micro-batch; it needs normaliser='micro'")
         if self.attack_merge_adapters and not self.lora:

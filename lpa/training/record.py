@@ -28,17 +28,25 @@ class StepRecord:
     """Collects the numbers of one LPA step on one rank; nothing is read from the device before its end."""
 
     def __init__(
-        self, args: LPAConfig, pairs: Sequence[PairBatch], benign: Sequence[BenignBatch | None], device: torch.device
+        self,
+        args: LPAConfig,
+        pairs: Sequence[PairBatch],
+        benign: Sequence[BenignBatch | None],
+        device: torch.device,
+        number: int,
     ) -> None:
         self.args, self.device = args, device
         self.start = time.perf_counter()
         self.spans: dict[str, list[Any]] = {"attack": [], "defence": []}
         self.sums: dict[str, Any] = {}
+        self.defence: dict[int, dict[str, Any]] = {}
         self.attacks: list[tuple[AttackResult, float]] = []
         self.micro = len(pairs)
         both = sum(text_tokens(p.rejected_mask) + text_tokens(p.chosen_mask) for p in pairs)
         self.tokens = both * (args.inner_steps + args.defence_steps)
-        self.tokens += args.defence_steps * sum(text_tokens(b.mask) for b in benign if b is not None)
+        updates = range(number * args.defence_steps, (number + 1) * args.defence_steps)
+        with_benign = sum(update % args.benign_every == 0 for update in updates)
+        self.tokens += with_benign * sum(text_tokens(b.mask) for b in benign if b is not None)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -85,14 +93,14 @@ class StepRecord:
             self._add("places", places)
 
     def add_defence(self, update: int, terms: dict[str, Tensor]) -> None:
-        """The losses of one micro-batch; those of the last update are kept."""
-        if update == self.args.defence_steps - 1:
-            for name, value in terms.items():
-                self._add(f"defence_{name}", value)
+        """The losses of one micro-batch in an update. Of each term the last update that has it is logged."""
+        own = self.defence.setdefault(update, {})
+        for name, value in terms.items():
+            own[name] = own.get(name, 0.0) + value
 
-    def forget_defence(self) -> None:
+    def forget_defence(self, update: int) -> None:
         """The update's losses are all to come again."""
-        self.sums = {name: value for name, value in self.sums.items() if not name.startswith("defence_")}
+        self.defence.pop(update, None)
 
     def metrics(self, accelerator: Any, lpa_step: int) -> dict[str, float]:
         """The numbers to log, over all ranks. Losses are sums of the micro-batches' shares, or means of their means.
@@ -101,6 +109,8 @@ class StepRecord:
         """
         for attack, share in self.attacks:
             self._read(attack, share)
+        for update in sorted(self.defence):
+            self.sums |= {f"defence_{name}": value for name, value in self.defence[update].items()}
         names = sorted(self.sums)
         values = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float32, device=self.device) for n in names])
         total = dict(zip(names, accelerator.reduce(values).tolist(), strict=True))

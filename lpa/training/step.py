@@ -47,7 +47,7 @@ class LPAStep:
         self.counts = (counts[0], counts[1], counts[2])
         if trainer.objective is not None and args.attack_steps:
             trainer.pgd.check_counts(counts[0], counts[1], attacked)
-        self.record = StepRecord(args, pairs, benign, device)
+        self.record = StepRecord(args, pairs, benign, device, self.number)
         whole = [
             MicroBatch.of(
                 p.to(device), None if b is None else replace(b, ids=b.ids.to(device), mask=b.mask.to(device)),
@@ -59,7 +59,7 @@ class LPAStep:
 
     def split(self, limit: int) -> None:
         """Run `limit` pairs at once from now on. The losses of the present update are forgotten."""
-        self.record.forget_defence()
+        self.record.forget_defence(self.trainer.next_update)
         self.micro = [[part for micro in parts for part in micro.split(limit)] for parts in self.micro]
 
     def ask(self, parts: Sequence[MicroBatch]) -> None:
@@ -103,7 +103,7 @@ class LPAStep:
 
     def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of a micro-batch, and its terms by name."""
-        trainer = self.trainer
+        trainer, every = self.trainer, self.args.benign_every
         rejected, chosen, answers = self._normalisers(micro)
         total: Any = 0.0
         terms: dict[str, Tensor] = {}
@@ -116,8 +116,8 @@ class LPAStep:
                 whole = trainer.batch_size if self.args.normaliser == "global" else micro.size
                 total = total * (len(micro.pairs) / whole)
                 terms = {name: value * micro.share for name, value in terms.items()}
-        if micro.benign is not None:
-            own = {name: value for name, value in self.args.coefs.items() if name in BENIGN_TERMS}
+        if micro.benign is not None and trainer.state.global_step % every == 0:
+            own = {name: every * value for name, value in self.args.coefs.items() if name in BENIGN_TERMS}
             base = None if micro.base is None else micro.base.to(micro.benign.ids.device)
             part, more = benign_terms(trainer.model, micro.benign, own, answers, self.args.kl, base)
             total, terms = total + part, terms | more

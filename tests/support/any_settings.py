@@ -34,6 +34,7 @@ GOOD: dict[str, list[Any]] = {
     "sft_coef": [0.0, 0.4],
     "kl_coef": [0.0, 0.4],
     "kl": ["standard", "standard", "public"],
+    "benign_every": [1, 1, 2],
     "attack_toward_coef": [0.5, 0.0, 1.0],
     "attack_away_coef": [0.5, 0.0],
     "attack_dpo_coef": [0.0, 0.0, 1.0],

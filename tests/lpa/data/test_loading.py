@@ -35,7 +35,7 @@ def words(text: str) -> list[str]:
     ("kind", "split", "least"),
     [
         ("undesirable", "train", 64),
-        ("desirable", "train", 48),
+        ("desirable", "train", 64),
         ("undesirable", "heldout", 60),
         ("desirable", "heldout", 60),
         ("undesirable", "canary", 8),

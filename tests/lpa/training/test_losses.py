@@ -82,6 +82,32 @@ def test_engines_and_checkpointing_give_the_same_weights(
         assert runs[3][2] > runs[1][2]
 
 
+def test_benign_terms_enter_every_so_many_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(
+        tmp_path, attack_steps=0, kl_coef=0.3, sft_coef=0.2, benign_every=3, lpa_steps=2, gradient_accumulation_steps=1
+    )
+    losses = LPAStep.losses
+    found: list[tuple[float, dict[str, float]]] = []
+
+    def watched(step: LPAStep, micro: Any) -> Any:
+        total, terms = losses(step, micro)
+        found.append((total.item(), {name: float(value) for name, value in terms.items()}))
+        return total, terms
+
+    monkeypatch.setattr(LPAStep, "losses", watched)
+    trainer.train()
+    assert [sorted(terms) for _, terms in found] == [
+        ["away", "kl", "sft", "toward"], ["away", "toward"], ["away", "toward"], ["away", "kl", "sft", "toward"]
+    ]  # fmt: skip
+    for total, terms in found:
+        weights = {name: coef * (3 if name in ("kl", "sft") else 1) for name, coef in trainer.args.coefs.items()}
+        assert total == pytest.approx(sum(weights[name] * value for name, value in terms.items()), rel=1e-5)
+    assert [entry["defence_sft"] for entry in logged(trainer)] == pytest.approx(
+        [found[0][1]["sft"], found[3][1]["sft"]]
+    )
+    assert logged(trainer)[0]["defence_toward"] == pytest.approx(found[1][1]["toward"])
+
+
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_preference_losses_mirror_the_attack(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"toward_coef": 0, "away_coef": 0, f"{name}_coef": 2.0, "preference_beta": 0.5, "lpa_steps": 1}

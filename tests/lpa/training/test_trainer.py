@@ -408,7 +408,7 @@ def test_the_attack_enters_after_a_share_of_the_run(tmp_path: Path) -> None:
     assert tiny_config(tmp_path, lpa_steps=1, attack_start=0.75).attack_radius(0) > 0
 
 
-@pytest.mark.parametrize(("name", "rows"), [("undesirable", 64), ("desirable", 48), ("both", 112)])
+@pytest.mark.parametrize(("name", "rows"), [("undesirable", 64), ("desirable", 64), ("both", 128)])
 def test_the_shipped_statements_are_named_as_on_the_command_line(tmp_path: Path, name: str, rows: int) -> None:
     assert len(trainer_of(tmp_path, name).train_dataset) == rows
 
