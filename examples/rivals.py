@@ -4,7 +4,7 @@
 
 Every arm trains LoRA on the same harmful requests (AdvBench, declined), 4 a batch, with 4 updates an LPA step and a KL
 term to the model's own answers to benign requests, and as many LPA steps as its inner steps leave of the same number of
-forward and backward passes:
+forward and backward passes of a batch:
 
   lat       16 inner steps of AdamW at embedding and layers (arXiv 2407.15549)
   er-cat    10 normalised steps at the embedding, radius 0.05, without the singular-value term (ICLR 2026)
@@ -33,7 +33,8 @@ from lpa.evaluation.suites.attacks import DECLINE, TARGET
 from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
 
-COMMON = ["--preset", "quick", "--learning_rate", "3e-4", "--measure", "false"]  # 4 pairs, KL to its own answers
+# batches of 4 pairs, and a KL term to the model's own answers, once an LPA step
+COMMON = ["--preset", "quick", "--learning_rate", "3e-4", "--benign_every", "4", "--measure", "false"]
 PASSES, UPDATES = 160, 4  # forward and backward passes of a batch; of which updates, an LPA step
 INNER = {"lat": 16, "er-cat": 10, "ablate": 0, "vector": 0, "random": 0}
 SETTINGS = Settings(sets=("strongreject",), limit=40, benign_limit=40, attacks=("direct", "latent"), max_new_tokens=24,
