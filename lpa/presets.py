@@ -8,7 +8,7 @@ from typing import Any
 # read them; the adversary enters once it tells them apart, within a radius that it can hold (docs/evaluate.md).
 DEMO: dict[str, Any] = {
     "data": "both",
-    "lpa_steps": 60,
+    "lpa_steps": 54,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "defence_steps": 2,
@@ -17,6 +17,7 @@ DEMO: dict[str, Any] = {
     "lora_alpha": 16.0,
     "reset_optimizer": False,
     "kl_coef": 0.2,
+    "benign_every": 2,  # at every update: a quarter more time, and the same table within two points
     "benign": "own",
     "system_prompt": "You are a helpful assistant.",
     "attack_start": 0.75,
