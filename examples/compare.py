@@ -57,6 +57,7 @@ ALL = (
     "lpa", "finetune", "toward-only", "lat", "published-2607", "published-2605", "vector", "ablate",
     *(name for name in STATEMENTS if name != OWN),
 )  # fmt: skip
+SEED = 42  # the first, as in `lpa train`
 USUAL = tuple(name for name, suite in SUITES.items() if not suite.optional)
 
 
@@ -92,7 +93,7 @@ _TINY = ("--lpa_steps", "1", "--attack_steps", "2", "--defence_steps", "1", "--p
 # CPU seconds on the embedded model: a training of five minutes on two cores; of an evaluation and the ladder, ten times
 # what a tenth of them took
 SECONDS = (600, 600, 1000)
-_MAIN = ("lpa", "finetune", "toward-only", "lat")
+_MAIN = ("lpa", "finetune")
 BUDGETS = {
     "smoke": Budget(
         _TINY, (), ("lpa", "lat"), ("lpa",), 1,
@@ -104,7 +105,7 @@ BUDGETS = {
     "cpu": Budget((), _SCALED, ALL, _MAIN, 3, _CPU, ("traits", "attacks", "overrefusal", "utility", "collapse"),
                   batch_size=46, seconds=SECONDS),
     "full": Budget(
-        (), (), ALL, (*_MAIN, "both", "published-2607"), 3,
+        (), (), ALL, (*_MAIN, "toward-only", "lat", "published-2607"), 3,
         Settings(sets=("strongreject", "harmbench", "do-not-answer"), limit=200, max_new_tokens=64), batch_size=32,
     ),
 }  # fmt: skip
@@ -173,12 +174,13 @@ def measure(part: str, budget: Budget, output: Path, options: argparse.Namespace
     arm, _, seed = part.rpartition("-")
     if part != BASE:
         own = [*flags(arm, output / "data"), *budget.train, *(budget.published if arm == "published-2607" else ())]
+        own += [] if arm == "lpa" else ["--measure", "false"]  # its table is that of `lpa train`
         adapters[part] = train(output, part, [*own, "--seed", seed], options.model)
         for name in (TEXTS, RECORDS):
             if not (folder / RECORDS).is_file():
                 shutil.copy(output / "parts" / BASE / name, folder / f"{name}.part")
                 (folder / f"{name}.part").replace(folder / name)
-    ladder = not options.no_ladder and (part == BASE or (arm in budget.main and seed == "0"))
+    ladder = not options.no_ladder and (part == BASE or (arm in budget.main and seed == str(SEED)))
     sets = {"": (budget.suites, budget.settings.sets)}
     sets |= {"ladder": (("ladder",), budget.ladder_sets)} if ladder else {}
     for suites, names in sets.values():
@@ -211,7 +213,7 @@ def joined(parts: Sequence[str], budget: Budget, output: Path, command: str) -> 
 def estimate(parts: Sequence[str], budget: Budget, output: Path, options: argparse.Namespace) -> str:
     """What is left to do, in CPU time."""
     left = [part for part in parts if not (output / "parts" / part / "done").is_file()]
-    climbing = [p for p in left if not options.no_ladder and p in (BASE, *(f"{arm}-0" for arm in budget.main))]
+    climbing = [p for p in left if not options.no_ladder and p in (BASE, *(f"{arm}-{SEED}" for arm in budget.main))]
     counts = (len([part for part in left if part != BASE]), len(left), len(climbing))
     text = "{} to train, {} to evaluate, {} to climb the ladder".format(*counts)
     if not any(budget.seconds):
@@ -223,9 +225,9 @@ def estimate(parts: Sequence[str], budget: Budget, output: Path, options: argpar
 
 def runs(arms: Sequence[str], main: Sequence[str], seeds: int) -> Iterator[tuple[str, int]]:
     """(arm, seed), every arm's first seed before any second one, which only the main arms have."""
-    for seed in range(seeds):
+    for seed in range(SEED, SEED + seeds):
         for arm in arms:
-            if seed == 0 or arm in main:
+            if seed == SEED or arm in main:
                 yield arm, seed
 
 
@@ -276,8 +278,7 @@ def train(output: Path, name: str, arguments: list[str], model: str) -> str:
     """The adapter of one arm: trained, gone on with, or there already."""
     folder = output / "train" / name
     if not (folder / METRICS).is_file():
-        command = ["train", "--model", model, "--output", str(folder), *arguments, "--measure", "false",
-                   "--save_steps", "40", "--save_total_limit", "1"]  # fmt: skip
+        command = ["train", "--model", model, "--output", str(folder), *arguments, "--save_steps", "40"]
         if (folder / "settings.yaml").is_file():
             command = ["train", "--resume", "--output", str(folder)]
         with (output / "commands.txt").open("a", encoding="utf-8") as stream:
@@ -388,11 +389,11 @@ def record(found: Evaluation, command: str, output: Path) -> dict[str, Any]:
             labels.setdefault(name, {})[subject] = {r["id"]: r.get("label", "error") for r in rows}
     trained = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
                for path in sorted((output / "train").glob(f"*/{METRICS}"))}  # fmt: skip
-    kept = ("command", "settings", "data", "benign", "lpa_steps", "seconds", "peak_memory_gb")
+    kept = ("command", "settings", "data", "benign", "lpa_steps", "seconds", "peak_memory_gb", "before", "after")
     return {
         "command": command, **{k: v for k, v in found.info.items() if k not in ("commands", "subjects")},
         "fingerprints": {name: subject["fingerprint"] for name, subject in found.info["subjects"].items()},
-        "train": {name: {key: values[key] for key in kept} for name, values in trained.items()},
+        "train": {name: {key: values[key] for key in kept if key in values} for name, values in trained.items()},
         "rows": [asdict(row) for row in found.rows], "labels": labels,
     }  # fmt: skip
 

@@ -17,13 +17,14 @@ DEMO: dict[str, Any] = {
     "lora_alpha": 16.0,
     "reset_optimizer": False,
     "kl_coef": 0.2,
-    "benign_every": 2,  # at every update: a quarter more time, and the same table within two points
+    "benign_every": 2,  # at every update the run takes longer, for the same table
     "benign": "own",
     "system_prompt": "You are a helpful assistant.",
     "attack_start": 0.75,
     "attack_steps": 4,
     "attack_step_size": 1.28e-3,
     "attack_epsilon": 0.02,
+    "attack_merge_adapters": True,
     "measure_attacked": 8,
 }
 # Shorter than `demo`, on undesirable statements alone. The embedded model learns to disagree with everything.

@@ -34,7 +34,7 @@ def compare() -> ModuleType:
 
 
 def test_only_the_main_arms_have_more_than_one_seed(compare: ModuleType) -> None:
-    assert list(compare.runs(("lpa", "lat"), ("lpa",), 2)) == [("lpa", 0), ("lat", 0), ("lpa", 1)]
+    assert list(compare.runs(("lpa", "lat"), ("lpa",), 2)) == [("lpa", 42), ("lat", 42), ("lpa", 43)]
 
 
 def test_every_arm_uses_options_that_exist(compare: ModuleType) -> None:
@@ -80,10 +80,10 @@ def test_arms_are_compared_by_claims_over_their_seeds(compare: ModuleType) -> No
 
 def test_the_estimate_counts_what_is_left(compare: ModuleType, tmp_path: Path) -> None:
     budget = replace(compare.BUDGETS["cpu"], seconds=(1000, 600, 200), main=("lpa",))
-    parts = ["base", "lpa-0", "lpa-1", "vector-0"]
+    parts = ["base", "lpa-42", "lpa-43", "vector-42"]
     told = compare.estimate(parts, budget, tmp_path, Namespace(no_ladder=False))
     assert told.startswith("3 to train, 4 to evaluate, 2 to climb the ladder: about 1.6 hours of CPU time")  # 5,800 s
-    for part in ("base", "lpa-1"):
+    for part in ("base", "lpa-43"):
         (tmp_path / "parts" / part).mkdir(parents=True)
         (tmp_path / "parts" / part / "done").touch()
     told = compare.estimate(parts, budget, tmp_path, Namespace(no_ladder=True))
