@@ -34,8 +34,8 @@ from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
 
 # batches of 4 pairs, and a KL term to the model's own answers, once an LPA step
-COMMON = ["--preset", "quick", "--learning_rate", "3e-4", "--benign_every", "4", "--measure", "false"]
-PASSES, UPDATES = 160, 4  # forward and backward passes of a batch; of which updates, an LPA step
+COMMON = ["--preset", "quick", "--learning_rate", "6e-4", "--benign_every", "4", "--measure", "false"]
+PASSES, UPDATES = 80, 4  # forward and backward passes of a batch; of which updates, an LPA step
 INNER = {"lat": 16, "er-cat": 10, "ablate": 0, "vector": 0, "random": 0}
 SETTINGS = Settings(sets=("strongreject",), limit=40, benign_limit=40, attacks=("direct", "latent"), max_new_tokens=24,
                     epsilons=(), steps=(), utility_sets=())  # fmt: skip
