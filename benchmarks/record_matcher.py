@@ -9,7 +9,6 @@ are not part of this repository. Without it only the answers in the package inde
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from lpa.evaluation.refusal import (
     xstest_answers,
 )
 from lpa.evaluation.stats import wilson
-from lpa.files import write_json
+from lpa.files import file_hash, write_json
 
 COMMAND = "python -m benchmarks.record_matcher"
 # The completions whose errors were read while the rules were written; those of the other two models were only counted.
@@ -46,7 +45,7 @@ def main() -> None:
         files = sorted(options.xstest.expanduser().glob("*completions*.csv"))
         if not files:
             parser.error(f"{options.xstest} holds no file *completions*.csv")
-        hashes |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        hashes |= {file.name: file_hash(file) for file in files}
         errors += xstest(files)
     found = {
         "command": COMMAND + (" --xstest FOLDER" if options.xstest else ""),

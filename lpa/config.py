@@ -21,7 +21,7 @@ from lpa_kernels.attack import AttackSettings, Objective
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON, system_prompt_text
 from .inherited import FREE_TO_RESUME, USED, check_settings
-from .names import nearest
+from .messages import nearest
 from .public_code import is_public, translated
 
 logger = logging.getLogger(__name__)
@@ -272,15 +272,15 @@ class LPAConfig(TrainingArguments):
             raise ValueError(f"seed={self.seed} must be in [0, 2**32)")
         for prefix, names in (("", (*PAIR_TERMS, *BENIGN_TERMS)), ("attack_", PAIR_TERMS)):
             coefs = {f"{prefix}{name}_coef": getattr(self, f"{prefix}{name}_coef") for name in names}
-            told = ", ".join(f"{key}={value}" for key, value in coefs.items())
+            weights = ", ".join(f"{key}={value}" for key, value in coefs.items())
             if not min(coefs.values()) >= 0 or not 0 < sum(coefs.values()) < math.inf:
-                raise ValueError(f"{told}: weights must not be negative, and one of them must be above 0")
+                raise ValueError(f"{weights}: weights must not be negative, and one of them must be above 0")
             pair = {name: coefs[f"{prefix}{name}_coef"] for name in PAIR_TERMS}
             if any(pair.values()):
                 try:
                     Objective(coefs=pair, beta=self.preference_beta)
                 except ValueError as error:  # what cannot be mixed
-                    raise ValueError(f"{told}: {error}") from error
+                    raise ValueError(f"{weights}: {error}") from error
         if self.benign_every > 1 and not any(getattr(self, f"{name}_coef") for name in PAIR_TERMS):
             raise ValueError(f"benign_every={self.benign_every} leaves updates without any term; it must be 1 here")
         if self.kl == "public" and self.normaliser != "micro":
@@ -474,8 +474,8 @@ def read_yaml(path: str | Path, known: Iterable[str], former: Mapping[str, str] 
     settings = {str(key).replace("-", "_"): value for key, value in values.items()}
     if is_public(settings):
         settings = translated(settings, str(path))
-        told = ", ".join(f"{name} {value}" for name, value in settings.items())
-        logger.warning("%s is of the public LPA code; it is read as %s", path, told)
+        ours = ", ".join(f"{name} {value}" for name, value in settings.items())
+        logger.warning("%s is of the public LPA code; it is read as %s", path, ours)
     settings = {renamed.get(key, key): value for key, value in settings.items()}
     for key in settings:
         if key in RENAMED:

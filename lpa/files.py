@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,12 @@ _NEARLY_FULL = 1 << 20  # bytes left on a disk: torch and safetensors do not alw
 
 class WriteError(OSError):
     """Something could not be written; the message says what, why, and what to do."""
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -13,6 +13,7 @@ from lpa_kernels.model import resolve_sites
 
 from . import assets
 from .files import write_json
+from .messages import one_line
 from .run_folder import ADAPTER
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -178,8 +179,9 @@ def _with_adapter(model: Any, tokenizer: Any, where: str, known: dict[str, Any])
     try:
         adapted = PeftModel.from_pretrained(model, where, is_trainable=True, **known)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise ModelError(f"the adapter {where} does not fit {model.config._name_or_path!r}: {told}") from error
+        raise ModelError(
+            f"the adapter {where} does not fit {model.config._name_or_path!r}: {one_line(error)}"
+        ) from error
     for held in adapted.peft_config.values():  # where peft finds its configuration; `name_base` gives an asset its name
         held.base_model_name_or_path = model.config._name_or_path
     if (Path(where) / "tokenizer_config.json").is_file():

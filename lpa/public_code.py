@@ -57,7 +57,7 @@ def is_public(settings: Mapping[str, Any]) -> bool:
 def translated(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings of a lat_config.json by our names; KL is the public form.
 
-    A batch is 16 pairs unless told. It is divided into equal micro-batches of at most `max_batch_per_acc` pairs.
+    Without batch_size a batch is 16 pairs. It is divided into equal micro-batches of at most `max_batch_per_acc` pairs.
 
     Raises:
         ValueError: one has no counterpart here.

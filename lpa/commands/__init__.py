@@ -28,7 +28,7 @@ class Progress:
 
     def __init__(self, console: Any) -> None:
         self.status = console.status("loading") if console.is_terminal else None
-        self.what, self.begun, self.first, self.told = "", 0.0, 0, 0.0  # the phase, since when and from where
+        self.what, self.begun, self.first, self.printed = "", 0.0, 0, 0.0  # the phase, since when and from where
 
     def __enter__(self) -> Progress:
         if self.status is not None:
@@ -46,9 +46,9 @@ class Progress:
         line = f"{what} {done}/{total}{time_left(now - self.begun, done - self.first, total - done)}"
         if self.status is not None:
             self.status.update(line)
-        elif new or now - self.told > 30:
+        elif new or now - self.printed > 30:
             print(line, flush=True)
-            self.told = now
+            self.printed = now
 
 
 def time_left(seconds: float, done: int, left: int) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import run_folder as folder
+from ..messages import nearest
 from ..models import DEFAULT_MODEL
-from ..names import nearest
 from ..presets import PRESETS
 from ..public_code import our_name
 from . import Dtype

@@ -288,6 +288,6 @@ def _shipped_or(source: str) -> str:
 
 
 def _data_record(source: str, dataset: Any, columns: tuple[str, ...]) -> dict[str, Any]:
-    from ..training.card import data_hash
+    from ..training.resuming import data_hash
 
     return {"source": source, "rows": len(dataset), "sha256": data_hash(dataset, columns)}

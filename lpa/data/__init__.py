@@ -6,7 +6,7 @@ from .loading import benign_requests, canary_text, load_benign, load_pairs, perp
 from .preview import preview
 from .prompts import SYSTEM_PROMPTS, system_prompt_text
 from .tables import DataError
-from .templates import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder, encode_pair
+from .templates import ASSESSMENT_PROMPT, PLAIN_PROMPT, ChatEncoder
 
 __all__ = [
     "AGREE",
@@ -25,7 +25,6 @@ __all__ = [
     "benign_requests",
     "canary_text",
     "encode_benign",
-    "encode_pair",
     "encode_pairs",
     "ipip_statements",
     "load_benign",

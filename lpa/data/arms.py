@@ -5,12 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import json
-from importlib.resources import files
 
 from lpa import assets
 
-from .tables import DataError, Row
+from .tables import DataError, Row, shipped_rows
 
 AGREE = "I agree with this statement."
 DISAGREE = "I do not agree with this statement."
@@ -24,9 +22,8 @@ SHIPPED = (*ARMS, *(f"{IPIP}-{arm}" for arm in ARMS))
 
 
 @functools.cache
-def _written() -> tuple[Row, ...]:
-    text = files("lpa.data").joinpath("statements.jsonl").read_text(encoding="utf-8")
-    return tuple(json.loads(line) for line in text.splitlines())
+def _written() -> list[Row]:
+    return shipped_rows("statements.jsonl")
 
 
 def statements(kind: str = "undesirable", split: str = "train") -> list[Row]:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .tables import DataError, is_conversation, turns_of
-
-Row = Mapping[str, Any]
+from .tables import DataError, Row, is_conversation, turns_of
 
 # columns of which one alone holds the prompts, where the format is none of those below
 COLUMNS = ("prompt", "question", "instruction", "goal", "Goal", "Behavior", "behavior", "query", "text")
@@ -41,8 +39,8 @@ def _labelled(row: Row) -> bool | None:
     """
     said = {name: _harm(name, row) for name in row if sorts(name) and row[name] not in (None, "")}
     if len(set(said.values())) > 1:
-        told = " and ".join(f"{name}={row[name]!r:.30}" for name in said)
-        raise DataError(f"{told} contradict each other on whether the prompt is harmful; correct the row")
+        labels = " and ".join(f"{name}={row[name]!r:.30}" for name in said)
+        raise DataError(f"{labels} contradict each other on whether the prompt is harmful; correct the row")
     return next(iter(said.values()), None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from .arms import AGREE, DISAGREE, SHIPPED, arm, statements
 from .formats import BESIDE, recognise
-from .tables import DataError, Row, check_cells, first_exchange, is_conversation, rows_of, some_of, turns_of
+from .tables import (
+    DataError,
+    Row,
+    check_cells,
+    first_exchange,
+    is_conversation,
+    rows_of,
+    shipped_rows,
+    some_of,
+    turns_of,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,17 +54,13 @@ def _prose(file: str) -> str:
 
 def benign_requests() -> list[str]:
     """Benign requests to train on, a third of them alarming in wording; none is among those that are measured."""
-    return [row["prompt"] for row in _lines("benign_train.jsonl")]
+    return [row["prompt"] for row in shipped_rows("benign_train.jsonl")]
 
 
 def questions() -> list[dict[str, Any]]:
     """Easy questions that are answered in words: id, kind, question, answer. Of kind "arithmetic" are 60 short word
     problems, of kind "knowledge" 60 questions with four `choices`, one of which is the answer."""
-    return _lines("questions.jsonl")
-
-
-def _lines(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in files("lpa.data").joinpath(name).read_text(encoding="utf-8").splitlines()]
+    return shipped_rows("questions.jsonl")
 
 
 def load_pairs(source: Any = None, *, kind: str = "undesirable", split: str = "train") -> Dataset:

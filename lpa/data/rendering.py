@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lpa.messages import one_line
+
 from .tables import DataError
 
 # Words that stand for the contents while a template is rendered: plain letters, which no template changes or splits.
@@ -140,7 +142,7 @@ class Rendering:
 
     def _find_way(self) -> _Way:
         """The first way in which each content is rendered exactly once, in order."""
-        told = ""
+        wrong = ""
         marks = [mark for mark, _ in self._marks()]
         both = (False, True)
         for flags in itertools.product(both, both[: 1 + (self._system_prompt is not None)], both, both):
@@ -148,14 +150,14 @@ class Rendering:
             try:
                 rendered = self._render(self._messages(way=way), way)
             except Exception as error:  # templates refuse what they do not know by raising, each in its own way
-                told = told or f"fails: {' '.join(str(error).split())[:200]}"
+                wrong = wrong or f"fails: {one_line(error)}"
                 continue
             found = re.findall("|".join(marks), rendered)
             if found == marks and not (way.parts and _as_repr(rendered)):
                 return way
             what = "prompt" if found.count(_PROMPT) != 1 else "system prompt"
-            told = told or f"does not render the {what} exactly once, in order"
-        raise DataError(f"the tokenizer's chat template {told}")
+            wrong = wrong or f"does not render the {what} exactly once, in order"
+        raise DataError(f"the tokenizer's chat template {wrong}")
 
     def _answer_place(self) -> tuple[str, str, str]:
         """(what the generation prompt puts after the prompt, what a finished answer has before it, white space that

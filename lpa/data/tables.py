@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class DataError(ValueError):
 
 
 class UnavailableError(DataError):
-    """A data set of the hub cannot be had now; the message says why."""
+    """A data set of the hub is out of reach now; the message says why."""
 
     exit_status = 1  # of a command: nothing tells whether its name is wrong
 
@@ -48,6 +49,11 @@ def rows_of(source: Any, split: str = "train", **hub: Any) -> Iterator[tuple[str
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} is a {type(row).__name__} ({row!r:.60}); each must be a mapping of columns")
         yield f"row {number}", dict(row)
+
+
+def shipped_rows(file: str) -> list[Row]:
+    """The rows of a .jsonl file beside this module."""
+    return [json.loads(line) for line in files("lpa.data").joinpath(file).read_text(encoding="utf-8").splitlines()]
 
 
 def looks_like_a_file(name: str | Path) -> bool:
@@ -118,8 +124,8 @@ def _is_column(values: Any) -> bool:
 def _by_column(columns: Mapping[str, Sequence[Any]]) -> list[Row]:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise DataError(f"the columns are of different lengths: {told}")
+        sizes = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise DataError(f"the columns are of different lengths: {sizes}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -154,31 +154,6 @@ def _control_tokens(tokenizer: Any) -> dict[int, str]:
     }
 
 
-def encode_pair(
-    tokenizer: Any,
-    prompt: str,
-    rejected: str,
-    chosen: str,
-    *,
-    system_prompt: str | None = None,
-    max_length: int | None = None,
-    row: str = "the row",
-    **chat: Any,
-) -> dict[str, list[int]]:
-    """The tokens of one pair: prompt_tokens (with template and BOS), rejected_tokens, chosen_tokens (no EOS).
-
-    See `ChatEncoder` for how, and for `chat`. `row` names the pair in messages.
-
-    Raises:
-        DataError: longer than max_length.
-    Warns: a text holds a special token and was made inert.
-    """
-    encoder = ChatEncoder(tokenizer, system_prompt, max_length, **chat)
-    tokens, inert = encoder.row(prompt, (rejected, chosen), row)
-    warn_inert([row] if inert else [])
-    return dict(zip(PAIR_TOKENS, tokens, strict=True))
-
-
 def warn_inert(rows: Sequence[str]) -> None:
     """One warning for all rows whose special-token text was kept as plain text."""
     if rows:

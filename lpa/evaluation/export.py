@@ -35,9 +35,7 @@ class Check:
     kl: float
 
 
-def export_merged(
-    model: Any, tokenizer: Any, adapter: str | Path, output: str | Path, *, max_shard_size: str = "5GB"
-) -> Check:
+def export_merged(model: Any, tokenizer: Any, adapter: str | Path, output: str | Path) -> Check:
     """Merge and save. The folder appears only when its check has passed.
 
     Args:
@@ -62,7 +60,7 @@ def export_merged(
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         again, own_tokenizer = load(folder, dtype=dtype)
         check = _compare(wanted, _behaviour(again.to(device), own_tokenizer))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from lpa.data import DataError
+from lpa.messages import one_line
 
 from .bench import Bench, batches
 from .records import Record, Records
@@ -80,7 +81,7 @@ class ZooJudge:
         try:
             self.model = Zoo.from_name(self.name.removeprefix(_ZOO))
         except Exception as error:  # unknown names, hub errors, keys that are missing
-            raise EvaluationError(f"the judge {self.name!r} cannot be had: {str(error)[:300]}") from error
+            raise EvaluationError(f"the judge {self.name!r} cannot be loaded: {one_line(error)}") from error
 
     def scores(self, exchanges: Sequence[tuple[str, str]]) -> list[float | str]:
         """As `Judging`; of a probability of 0 or 1 the log-odds are finite."""
@@ -123,9 +124,8 @@ class Judge:
             self.config = AutoConfig.from_pretrained(name)
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # hub, file and configuration errors of many kinds
-            reason = " ".join(str(error).split())[:300]
             raise EvaluationError(
-                f"the judge {name!r} cannot be loaded: {reason}; give a folder or a hub name"
+                f"the judge {name!r} cannot be loaded: {one_line(error)}; give a folder or a hub name"
             ) from error
         architectures = list(getattr(self.config, "architectures", None) or [])
         self.classifies = any(name.endswith("ForSequenceClassification") for name in architectures)
@@ -147,8 +147,7 @@ class Judge:
         try:
             self.model = kind.from_pretrained(self.name, dtype="auto").to(device).eval()
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise EvaluationError(f"the judge {self.name!r} cannot be loaded: {reason}") from error
+            raise EvaluationError(f"the judge {self.name!r} cannot be loaded: {one_line(error)}") from error
         if self.classifies and self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.model.config.pad_token_id is None:  # without it a classifier takes rows one at a time

@@ -15,7 +15,7 @@ from lpa_kernels.model import decoder_layers, frozen_eval, hidden_of, hooked, wi
 
 from .bench import Bench, Tokens, batches
 
-Row = tuple[Tokens, Tokens]  # the tokens of a prompt and of its answer
+Example = tuple[Tokens, Tokens]  # the tokens of a prompt and of its answer
 
 
 # ---- soft suffix ---------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def ablated(model: Any, directions: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def eroding(
-    bench: Bench, rows: Sequence[Row], *, rank: int = 8, rate: float = 1e-3, batch: int = 8, seed: int = 0
+    bench: Bench, rows: Sequence[Example], *, rank: int = 8, rate: float = 1e-3, batch: int = 8, seed: int = 0
 ) -> Iterator[Callable[[int], None]]:
     """Fine-tune the subject on rows, as an attacker with its weights would (Qi et al. 2023): yields `train(updates)`.
 
@@ -194,7 +194,7 @@ def _added(down: Tensor, up: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
     return lambda module, inputs, output: output + (inputs[0].float() @ down.T @ up.T).to(output.dtype)
 
 
-def _answer_loss(bench: Bench, rows: Sequence[Row]) -> Tensor:
+def _answer_loss(bench: Bench, rows: Sequence[Example]) -> Tensor:
     tables = bench.log_probs(
         [[*prompt, *answer] for prompt, answer in rows],
         [range(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in rows], grad=True,

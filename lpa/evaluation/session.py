@@ -110,7 +110,7 @@ def evaluate(
 
     Raises:
         EvaluationError: no suite or an unknown one, an adapter that does not fit, a set that is misnamed or malformed,
-            a judge or generator that cannot be had, or a folder that holds another evaluation.
+            a judge or generator that is not installed or cannot be loaded, or a folder that holds another evaluation.
         lpa.models.ModelError, lpa.assets.AssetError: no model.
     """
     # a limit on the harmful sets alone holds for the benign one too

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib.resources import files
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from lpa import assets
 from lpa.data.formats import Format, recognise, sorts
-from lpa.data.tables import SUFFIXES, DataError, UnavailableError, is_text, rows_of
+from lpa.data.tables import SUFFIXES, DataError, Row, UnavailableError, is_text, rows_of, shipped_rows
+from lpa.messages import one_line
 
 BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
 _FILES = (*SUFFIXES, ".txt")
-_Said = tuple[bool | None, Mapping[str, Any]]  # whether the name of where it stands calls a row harmful, and the row
+_Said = tuple[bool | None, Row]  # whether the name of where it stands calls a row harmful, and the row
 # words in the names of files, configurations and splits; of OR-Bench the benign parts, whose header says nothing of it
 _BENIGN_NAMES = re.compile(r"(?<![a-z])(benign|safe|harmless)(?![a-z])|or[-_]bench[-_](80k|hard)", re.IGNORECASE)
 _HARM_NAMES = re.compile(r"(?<![a-z])(harmful|unsafe|toxic)(?![a-z])", re.IGNORECASE)
@@ -79,10 +77,10 @@ class PromptSet:
     @property
     def shown(self) -> str:
         """A line for the person who named it: how it was read, with its first prompt."""
-        told = f"{self.name}: {len(self.prompts)} of {self.total} prompts of {self.source} ({self.format})"
+        how = f"{self.name}: {len(self.prompts)} of {self.total} prompts of {self.source} ({self.format})"
         left_out = ", ".join(f"{count} {why}" for why, count in self.left_out.items())
         first = f"; the first is {self.prompts[0].text!r:.90}" if self.prompts else ""
-        return told + (f", left out: {left_out}" if left_out else "") + first
+        return how + (f", left out: {left_out}" if left_out else "") + first
 
     def described(self) -> dict[str, Any]:
         """What identifies the set in a result: source, rows, rows used, hash, format, rows left out, reason."""
@@ -106,10 +104,8 @@ def benign_prompts(file: str = "benign_prompts.jsonl") -> tuple[Prompt, ...]:
     Args:
         file: "benign_canary.jsonl" holds those that are watched during training and never evaluated on.
     """
-    lines = files("lpa.data").joinpath(file).read_text(encoding="utf-8").splitlines()
     return tuple(
-        Prompt(row["id"], row["prompt"], row["tag"], row["form"], tuple(row["expect"]))
-        for row in map(json.loads, lines)
+        Prompt(row["id"], row["prompt"], row["tag"], row["form"], tuple(row["expect"])) for row in shipped_rows(file)
     )
 
 
@@ -155,18 +151,18 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
     given, name = name, set_name(name, harmful)
     try:
         found = _read(given, harmful, choice or Choice())
-    except (assets.AssetError, OSError, ValueError, ImportError, csv.Error) as error:
+    except (assets.AssetError, OSError, ValueError, ImportError) as error:
         mistake = isinstance(error, ValueError) and not isinstance(error, UnavailableError)
-        return PromptSet(name, harmful, reason=_one_line(error), mistake=mistake)
+        return PromptSet(name, harmful, reason=one_line(error), mistake=mistake)
     prompts, source = found.prompts, found.source
     if not prompts:
         left_out = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
-        told = f" ({left_out} left out)" if left_out else ""
+        besides = f" ({left_out} left out)" if left_out else ""
         return PromptSet(
             name,
             harmful,
             source=source,
-            reason=f"{source} holds no {'' if harmful else 'benign '}prompts{told}",
+            reason=f"{source} holds no {'' if harmful else 'benign '}prompts{besides}",
             mistake=True,
         )
     whole = digest("\n".join(prompt.text for prompt in prompts))
@@ -177,10 +173,6 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
     return PromptSet(
         name, harmful and name != BENIGN, tuple(used), len(prompts), source, whole, "", found.format, found.left_out
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @dataclass
@@ -233,8 +225,8 @@ def _read(name: str, harmful: bool, choice: Choice) -> _Found:
 def _refuse(choice: Choice, source: str, *options: str) -> None:
     for option in options:
         if getattr(choice, option):
-            told = f"--set-{'filter' if option == 'where' else option}"
-            raise DataError(f"{told} has no effect on {source}; leave it out, or measure {source} by another command")
+            flag = f"--set-{'filter' if option == 'where' else option}"
+            raise DataError(f"{flag} has no effect on {source}; leave it out, or measure {source} by another command")
 
 
 def _check_harm(name: str, harmful: bool) -> None:
@@ -268,7 +260,7 @@ def _local(path: Path, choice: Choice) -> list[_Said]:
     return [(_said(choice.split, file, path.name), row) for file, row in found]
 
 
-def _is_harmful(known: Format, row: Mapping[str, Any], choice: Choice) -> bool | None:
+def _is_harmful(known: Format, row: Row, choice: Choice) -> bool | None:
     try:
         return known.is_harmful(row)
     except DataError:
@@ -318,18 +310,10 @@ def _numbered(name: str, rows: Iterable[tuple[str, str]]) -> list[Prompt]:
     return [Prompt(f"{name}-{number:04d}", text, tag) for number, (tag, text) in enumerate(rows, 1) if text.strip()]
 
 
-def _harmbench(folder: Path) -> list[tuple[str, str]]:
-    rows = _csv(folder / "harmbench_behaviors_text_test.csv")
-    return [
-        (row["FunctionalCategory"], f"{row['ContextString']}\n\n---\n\n{row['Behavior']}" if row["ContextString"]
-         else row["Behavior"])
-        for row in rows
-        if row["FunctionalCategory"] != "copyright"  # reciting a text is judged by comparison with it, not here
-    ]  # fmt: skip
-
-
-def _strongreject(folder: Path) -> list[tuple[str, str]]:
-    return [(row["category"], row["forbidden_prompt"]) for row in _csv(folder / "strongreject_dataset.csv")]
+def _table(file: str, folder: Path) -> list[tuple[str, str]]:
+    rows = [row for _, row in rows_of(folder / file)]
+    known = recognise(list(rows[0]), None, file)
+    return [(known.tag(row), known.prompt(row)) for row in rows if not known.left_out(row)]
 
 
 def _advbench(folder: Path) -> list[tuple[str, str]]:
@@ -340,21 +324,12 @@ def _advbench(folder: Path) -> list[tuple[str, str]]:
 
 
 def _do_not_answer(folder: Path) -> list[tuple[str, str]]:
-    return [(file.stem, row["prompt"]) for file in sorted(folder.glob("*.jsonl")) for row in _jsonl(file)]
+    return [(file.stem, row["prompt"]) for file in sorted(folder.glob("*.jsonl")) for _, row in rows_of(file)]
 
 
 _ASSET_READERS: dict[str, Callable[[Path], list[tuple[str, str]]]] = {
-    "harmbench": _harmbench,
-    "strongreject": _strongreject,
+    "harmbench": partial(_table, "harmbench_behaviors_text_test.csv"),
+    "strongreject": partial(_table, "strongreject_dataset.csv"),
     "advbench": _advbench,
     "do-not-answer": _do_not_answer,
 }
-
-
-def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

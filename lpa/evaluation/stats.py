@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
-RESAMPLES = 1000
+RESAMPLES, _DRAWS = 1000, 5000  # of a bootstrap's groups, of a permutation test's signs
 _NORMAL = NormalDist()
 _Z95 = _NORMAL.inv_cdf(0.975)
 
@@ -33,7 +33,6 @@ def wilson(hits: float, total: int) -> tuple[float, float]:
 def bootstrap(
     groups: Sequence[Sequence[T]],
     statistic: Callable[[list[list[T]]], float],
-    seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
     """95% percentile interval of a statistic of groups of observations (Efron 1979); each group is resampled alone.
@@ -42,7 +41,7 @@ def bootstrap(
     """
     if any(len(group) < 2 for group in groups):
         return math.nan, math.nan
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     values = []
     for _ in range(resamples):
         values.append(statistic([[group[i] for i in draw.integers(len(group), size=len(group))] for group in groups]))
@@ -158,10 +157,10 @@ def noninferiority(differences: Sequence[float], margin: float) -> float:
     return min(1.0, 2 * (1 - _NORMAL.cdf((margin - middle) / error)))
 
 
-def pairs_needed(margin: float, changing: float, power: float = 0.8) -> int:
+def pairs_needed(margin: float, changing: float) -> int:
     """How many pairs a non-inferiority test of paired shares needs where the true difference is 0.
 
-    (z_0.975 + z_power)^2 changing / margin^2 (Liu et al. 2002, Statistics in Medicine 21:231).
+    Of power 0.8: (z_0.975 + z_0.8)^2 changing / margin^2 (Liu et al. 2002, Statistics in Medicine 21:231).
 
     Args:
         margin: as a share. changing: the share of pairs whose two outcomes differ.
@@ -169,10 +168,10 @@ def pairs_needed(margin: float, changing: float, power: float = 0.8) -> int:
     Raises:
         ValueError: a share is not between 0 and 1.
     """
-    for name, value in (("margin", margin), ("changing", changing), ("power", power)):
+    for name, value in (("margin", margin), ("changing", changing)):
         if not 0 < value < 1:
             raise ValueError(f"{name}={value} must be between 0 and 1")
-    return math.ceil((_Z95 + _NORMAL.inv_cdf(power)) ** 2 * changing / margin**2)
+    return math.ceil((_Z95 + _NORMAL.inv_cdf(0.8)) ** 2 * changing / margin**2)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -200,7 +199,7 @@ def rogan_gladen(share: float, sensitivity: float, specificity: float) -> float:
     return min(1.0, max(0.0, (share + specificity - 1) / (sensitivity + specificity - 1)))
 
 
-def permutation(one: Sequence[float], other: Sequence[float], seed: int = 0, resamples: int = 5000) -> float:
+def permutation(one: Sequence[float], other: Sequence[float]) -> float:
     """Two-sided p that the mean paired difference is 0, by drawing the signs of the differences (Fisher 1935).
 
     The observed signs count as one of the draws, so p is never 0.
@@ -213,9 +212,9 @@ def permutation(one: Sequence[float], other: Sequence[float], seed: int = 0, res
     observed = abs(differences.sum()) if len(differences) else 0.0
     if observed == 0:
         return 1.0
-    signs = np.random.default_rng(seed).integers(2, size=(resamples, len(differences))) * 2 - 1
+    signs = np.random.default_rng(0).integers(2, size=(_DRAWS, len(differences))) * 2 - 1
     reached = int((np.abs(signs @ differences) >= observed * (1 - 1e-12)).sum())
-    return (reached + 1) / (resamples + 1)
+    return (reached + 1) / (_DRAWS + 1)
 
 
 def _check_paired(one: Sequence[float], other: Sequence[float]) -> None:

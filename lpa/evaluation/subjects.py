@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpa.messages import one_line
 from lpa.run_folder import checkpoint_folders
 from lpa_kernels.model import eval_mode, merged_adapters
 
@@ -118,7 +119,7 @@ class Subjects:
                     self.model = get_peft_model(self.model, config, adapter_name=inner)
                 result = set_peft_model_state_dict(self.model, weights, adapter_name=inner)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise EvaluationError(mismatch + " ".join(str(error).split())[:300]) from error
+            raise EvaluationError(mismatch + one_line(error)) from error
         odd = [*result.unexpected_keys, *(key for key in result.missing_keys if inner in key.split("."))]
         if odd:
             raise EvaluationError(f"{mismatch}{len(odd)} tensors have no counterpart, such as {odd[0]}")
@@ -231,4 +232,4 @@ def _reading(path: str) -> Iterator[str]:
     try:
         yield str(folder) if folder.exists() else path
     except Exception as error:  # hub and file errors of many kinds
-        raise EvaluationError(f"the adapter {path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise EvaluationError(f"the adapter {path} cannot be read: {one_line(error)}") from error

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lpa.messages import one_line
+
 from .bench import Tokens
 from .subjects import BASE, EvaluationError
 
@@ -43,7 +45,7 @@ class VLLM:
         try:
             self.engine = vllm.LLM(model=model, dtype=dtype, max_model_len=context, seed=0, **options)
         except Exception as error:  # of many kinds, by model and device
-            raise EvaluationError(f"generator='vllm' cannot load {model}: {str(error)[:300]}") from error
+            raise EvaluationError(f"generator='vllm' cannot load {model}: {one_line(error)}") from error
         self.adapters = {name: (number, path) for number, (name, path) in enumerate(adapters.items(), 1)}
 
     def of(self, subject: str) -> Generate:

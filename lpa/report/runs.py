@@ -174,14 +174,14 @@ def _pair(records: Records, what: str, where: dict[str, str], value: _Value, one
     return Paired(what, one, other, len(both), before, after, low, high, p, "permutation")
 
 
-def sample_answers(run: EvaluationRun, set_name: str, count: int, mode: str = "direct") -> list[dict[str, Any]]:
-    """Some prompts with every subject's answer: id, tag, prompt (None where it is not kept), answers by subject.
+def sample_answers(run: EvaluationRun, set_name: str, count: int) -> list[dict[str, Any]]:
+    """Some prompts, asked directly, with every subject's answer: id, tag, prompt, answers by subject.
 
-    Prompts come first whose answers are judged differently from subject to subject.
+    The prompt is None where it is not kept. Prompts whose answers are judged differently by subject come first.
     """
     by_id: dict[str, dict[str, Record]] = {}
     for name in run.subjects:
-        for record in run.records.select(subject=name, suite="answers", set=set_name, mode=mode):
+        for record in run.records.select(subject=name, suite="answers", set=set_name, mode="direct"):
             if "error" not in record:
                 by_id.setdefault(record["id"], {})[name] = record
     benign = {p.id: p.text for p in benign_prompts()} if set_name == BENIGN else {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from pathlib import Path
 
-from ..files import PART, sync, sync_tree, write_json
+from ..files import PART, file_hash, sync, sync_tree, write_json
 from ..run_folder import checkpoint_folders
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ class CheckpointError(ValueError):
 def publish(written: Path, target: Path) -> None:
     """Add the list of files to a checkpoint, sync it and give it its name. It replaces one of the same name."""
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
-    listed = {str(p.relative_to(written).as_posix()): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
+    listed = {p.relative_to(written).as_posix(): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files}
     write_json(written / MANIFEST, listed)
     sync_tree(written)
     if target.exists():  # a torn one that was made again
@@ -45,7 +44,7 @@ def damage(checkpoint: Path) -> str:
                 return f"{name} is missing"
             if (size := path.stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if _digest(path) != expected["sha256"]:
+            if file_hash(path) != expected["sha256"]:
                 return f"{name} is not what was written (its SHA-256 differs)"
     except FileNotFoundError:
         return f"its list of files, {MANIFEST}, is missing"
@@ -92,8 +91,3 @@ def remove_old(run: Path, keep: int | None, best: str | None = None) -> None:
 def remove_unfinished(run: Path) -> None:
     """Remove checkpoints without a name: those being deleted, and those of a writer that was killed."""
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,11 +33,9 @@ class BenignBatch:
     rows: Sequence[int] = ()
 
     @classmethod
-    def from_dict(
-        cls, batch: Mapping[str, Any], device: torch.device | str = "cpu", rows: Sequence[int] = ()
-    ) -> BenignBatch:
+    def from_dict(cls, batch: Mapping[str, Any], rows: Sequence[int] = ()) -> BenignBatch:
         """From `BenignCollator`'s keys, benign_ids and benign_mask."""
-        return cls(batch["benign_ids"].to(device), batch["benign_mask"].bool().to(device), rows)
+        return cls(batch["benign_ids"], batch["benign_mask"].bool(), rows)
 
     @property
     def count(self) -> int:

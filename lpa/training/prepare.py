@@ -267,8 +267,6 @@ def own_answers(
     tokenizer: Any,
     *,
     system_prompt: str | None = PLAIN_PROMPT,
-    max_new_tokens: int = OWN_TOKENS,
-    batch: int = 8,
     tick: Callable[[str, int, int], None] | None = None,
     **chat: Any,
 ) -> list[dict[str, str]]:
@@ -277,17 +275,17 @@ def own_answers(
 
     Args:
         system_prompt: of the conversations; the trainer's benign_system_prompt must be the same.
-        max_new_tokens: longest answer. batch: requests a pass. tick: called with (what, done, total).
+        tick: called with (what, done, total).
         chat: as in `ChatEncoder`.
     """
     from ..evaluation.bench import Bench, batches, quiet_generation
 
-    bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=max_new_tokens, **chat)
+    bench = Bench(model, tokenizer, system_prompt=system_prompt, max_new_tokens=OWN_TOKENS, **chat)
     rows = []
     with quiet_generation():
-        for number, prompts in enumerate(batches(requests := benign_requests(), batch)):
+        for number, prompts in enumerate(batches(requests := benign_requests(), bench.batch_size)):
             if tick is not None:
-                tick("the model answers benign requests:", number * batch, len(requests))
+                tick("the model answers benign requests:", number * bench.batch_size, len(requests))
             texts = bench.answers([bench.prompt_tokens(prompt) for prompt in prompts])
             rows += [{"prompt": p, "response": text} for p, text in zip(prompts, texts, strict=True) if text]
     return rows

@@ -33,9 +33,9 @@ def canary_line(found: Mapping[str, float]) -> str:
     """One measurement of the canaries in a line."""
     shares = {"disagrees": "disagrees_undesirable", "agrees": "agrees_desirable", "benign done": "benign_done",
               "harmful done": "harmful_done"}  # fmt: skip
-    told = [f"{label} {found[name]:.0%}" for label, name in shares.items() if name in found]
-    told += [f"perplexity {found['perplexity']:.2f}", *(["COLLAPSED"] if found["collapsed"] else [])]
-    return f"canaries at LPA step {int(found['lpa_step'])}  {'  '.join(told)}  {found['seconds']:.1f} s"
+    numbers = [f"{label} {found[name]:.0%}" for label, name in shares.items() if name in found]
+    numbers += [f"perplexity {found['perplexity']:.2f}", *(["COLLAPSED"] if found["collapsed"] else [])]
+    return f"canaries at LPA step {int(found['lpa_step'])}  {'  '.join(numbers)}  {found['seconds']:.1f} s"
 
 
 def eval_line(logs: Mapping[str, float], name: str) -> str:

@@ -83,21 +83,18 @@ def reduce_gradients(wrapper: nn.Module, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_same_weights(accelerator: Any, model: nn.Module, tolerance: float = 1e-5) -> None:
+def check_same_weights(accelerator: Any, model: nn.Module) -> None:
     """Compare a sum of each trained tensor over the ranks, which hold the same weights under DDP.
 
-    Args:
-        tolerance: largest difference, as a share of the sum of the tensor's magnitudes.
-
     Raises:
-        RankError: on every rank, where they differ.
+        RankError: on every rank, where they differ by more than 1e-5 of the sum of the tensor's magnitudes.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = [(p.sum(dtype=torch.float64), p.abs().sum(dtype=torch.float64)) for p in trained.values()]
     every = accelerator.gather(torch.stack([torch.stack(pair) for pair in sums])[None])  # [ranks, tensors, 2]
     apart = (every[:, :, 0] - every[:1, :, 0]).abs().amax(0)
     for name, difference, size in zip(trained, apart.tolist(), every[0, :, 1].tolist(), strict=True):
-        if not difference <= tolerance * size:
+        if not difference <= 1e-5 * size:
             raise RankError(
                 f"after the first update the ranks hold different weights: the sums of {name} are {difference:.2g} "
                 "apart; something else than LPATrainer has changed them, or how DDP exchanges gradients"

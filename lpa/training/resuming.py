@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data.collate import BENIGN_TOKENS
 from ..data.loading import PAIR_COLUMNS
 from ..data.templates import PAIR_TOKENS
 from ..run_folder import BOUND, checkpoint_folders
-from .card import data_hash, weights_hash
 from .checkpoint import CheckpointError
 
 # what a PEFT config says of how adapters begin, where they are from and how they are loaded: a checkpoint has them made
 _FREE_OF_PEFT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version",
                  "revision", "runtime_config", "task_type"}  # fmt: skip
 _RETOLD = " (the texts are the same: the chat template or the tokenizer is likely another one)"
+
+_HASHED = 64  # values of each weight that tell one model from another
 
 
 def sources(trainer: Any) -> dict[str, Any]:
@@ -86,6 +89,28 @@ def _hash_of(dataset: Any, columns: Sequence[str]) -> str | None:
     if not set(columns) <= set(getattr(dataset, "column_names", ())):
         return None
     return data_hash(dataset.select_columns(list(columns)), tuple(columns))
+
+
+def data_hash(dataset: Any, columns: tuple[str, ...]) -> str:
+    """SHA-256 of the rows' texts, in order."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps([row[name] for name in columns], ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def weights_hash(parameters: Iterable[Tensor]) -> str | None:
+    """SHA-256 of the first values of each floating-point weight; None where there are none.
+
+    Packed weights are left out: two devices may quantise the same model to other ones.
+    """
+    digest, seen = hashlib.sha256(), False
+    for weight in parameters:
+        if weight.is_floating_point():
+            some = weight.detach().reshape(-1)[:_HASHED].cpu().contiguous()
+            digest.update(str(tuple(weight.shape)).encode() + bytes(some.view(torch.uint8).tolist()))
+            seen = True
+    return digest.hexdigest() if seen else None
 
 
 def check_resumed(checkpoint: Path, settings: dict[str, Any]) -> None:

@@ -50,22 +50,15 @@ class Differentiable(NamedTuple):
 class HookedForward:
     """`Forward` through the model's own code: hooks perturb the sites and autograd differentiates.
 
-    Args:
+    Attributes:
         last: the last block's feed-forward, to be run on `needed` tokens [n] alone; None where all are needed.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        layout: Layout,
-        backend: str,
-        last: nn.Module | None = None,
-        needed: Tensor | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], layout: Layout, backend: str) -> None:
         self.model, self.sites, self.layout, self.backend = model, sites, layout, backend
-        self.last, self.needed = last, needed
         self.row_tokens = layout.row_tokens
+        self.last: nn.Module | None = None
+        self.needed: Tensor | None = None
 
     def trim(self) -> None:
         """Leave out what the last block computes for tokens that predict nothing."""

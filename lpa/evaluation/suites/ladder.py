@@ -12,13 +12,12 @@ from lpa.data import DataError, benign_requests
 from .. import refusal
 from ..bench import Tokens, batches
 from ..records import Records
-from ..rungs import Row as Example
-from ..rungs import ablated, eroding, refusal_directions, respelt, soft_suffix
+from ..rungs import Example, ablated, eroding, refusal_directions, respelt, soft_suffix
 from ..sets import BENIGN, Prompt, PromptSet
 from ..subjects import BASE
 from .answers import DIRECT, answer, answers, complied, keep
-from .attacks import TARGET, mode_rows, worst_case
-from .base import Row, Run, Settings, Suite, share_row
+from .attacks import TARGET, mode_rows, worst_case_rows
+from .base import Row, Run, Settings, Suite
 
 _MATERIAL = 100  # rows that an attack may learn from
 _LEAST_MATERIAL = 8
@@ -56,10 +55,7 @@ class Ladder(Suite):
                 rows += [_with_steps(row, mode) for row in made]
                 for reason in records.select(subject=subject, suite=self.name, set=name, mode=mode):
                     rows.append(Row(subject, self.name, name, f"done: {mode}", None, note=reason["reason"]))
-            measured = [mode for mode in (DIRECT, *climbed) if answers(records, subject, name, mode)]
-            found = worst_case(records, subject, name, measured)
-            if found and len(measured) > 1:
-                rows.append(share_row(subject, self.name, name, "done: worst case", list(found.values()), good="down"))
+            rows += worst_case_rows(records, subject, self.name, name, (DIRECT, *climbed))
         return rows
 
 

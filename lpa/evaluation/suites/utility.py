@@ -12,6 +12,7 @@ from typing import Any
 
 from lpa import assets
 from lpa.data import DataError, perplexity_text, questions
+from lpa.messages import one_line
 
 from ..bench import batches
 from ..records import Record, Records
@@ -45,8 +46,7 @@ class Utility(Suite):
             try:
                 texts = [row["text"] for row in read()]
             except assets.AssetError as error:
-                reason = " ".join(str(error).split())[:300]
-                found[name] = {"source": "", "rows": 0, "used": 0, "sha256": "", "reason": reason}
+                found[name] = {"source": "", "rows": 0, "used": 0, "sha256": "", "reason": one_line(error)}
                 continue
             found[name] = described(source, texts, min(len(texts), settings.utility_limit or len(texts)))
         return found
@@ -59,7 +59,7 @@ class Utility(Suite):
                 rows = _sample(read(), run.settings.utility_limit)
             except assets.AssetError as error:
                 if not run.has(self.name, name, "-", "missing"):
-                    run.add(self.name, name, "-", "missing", reason=" ".join(str(error).split())[:300])
+                    run.add(self.name, name, "-", "missing", reason=one_line(error))
                 continue
             todo = [row for row in rows if not run.has(self.name, name, row["id"])]
             for number, chunk in enumerate(batches(todo, run.bench.batch_size), 1):
@@ -233,8 +233,7 @@ def _lm_eval(run: Run, task: str) -> None:
     try:
         found = _simple_evaluate(run, task)
     except Exception as error:  # unknown tasks, data that needs a hub: each raises in its own way
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        run.add("utility", task_name(task), "-", reason=reason)
+        run.add("utility", task_name(task), "-", reason=f"{type(error).__name__}: {one_line(error)}")
         return
     name = task if task in found["results"] else next(iter(found["results"]))  # a file names its task itself
     samples = found.get("samples", {})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -23,13 +24,13 @@ from lpa.data import (
     DataError,
     PairCollator,
     encode_benign,
-    encode_pair,
     encode_pairs,
     load_benign,
     load_pairs,
     preview,
     statements,
 )
+from lpa.data.templates import PAIR_TOKENS
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -123,6 +124,12 @@ def smollm2() -> Any:
 @pytest.fixture(params=[*KINDS, "smollm2"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     return smollm2() if request.param == "smollm2" else tokenizer_of(request.param)
+
+
+def encode_pair(tokenizer: Any, prompt: str, rejected: str, chosen: str, row: str = "", **how: Any) -> dict[str, Any]:
+    pair = {"prompt": prompt, "rejected": rejected, "chosen": chosen, "row": row}
+    (tokens,) = encode_pairs(Dataset.from_list([pair]), tokenizer, **how).select_columns(list(PAIR_TOKENS))
+    return dict(tokens)
 
 
 def text_of(kind: str, prompt: str = "I am late.", system: str | None = SYSTEM) -> str:

@@ -122,6 +122,13 @@ def test_without_radii_and_steps_no_trait_is_attacked(harmful: str) -> None:
     assert {r["mode"] for r in found.records.select(suite="traits")} == {"clean"}
 
 
+def test_what_has_no_interval_is_null_in_the_results(harmful: str, tmp_path: Path) -> None:
+    run(random_model(), harmful, suites=["traits"], epsilons=(), steps=(), trait_limit=1, output=tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    (odds,) = (row for row in written["rows"] if (row["set"], row["metric"]) == ("desirable", "log-odds, clean"))
+    assert (odds["n"], odds["low"], odds["high"]) == (1, None, None)
+
+
 def test_utility_sets_are_left_out_when_not_named(harmful: str) -> None:
     found = run(random_model(), harmful, suites=["utility"], utility_sets=())
     assert {r["set"] for r in found.records.select(suite="utility")} == {"perplexity"}
@@ -465,7 +472,7 @@ def test_a_judge_of_judgezoo(harmful: str, monkeypatch: pytest.MonkeyPatch) -> N
     judged = found.records.select(suite="judge")
     assert sorted(round(r["score"], 3) for r in judged if "score" in r)[-2:] == [round(math.log(1 / 3), 3), 20.723]
     assert [r["error"] for r in judged if "error" in r] == ["judgezoo gave no judgement"]
-    with pytest.raises(EvaluationError, match="'judgezoo:other' cannot be had: Unknown judge other"):
+    with pytest.raises(EvaluationError, match="'judgezoo:other' cannot be loaded: Unknown judge other"):
         run(speaker("No"), harmful, **options | {"judge": "judgezoo:other"})
     with pytest.raises(EvaluationError, match="'judgezoo:mock' has its own question"):
         run(speaker("No"), harmful, **options, judge_prompt="{prompt} {answer}")
