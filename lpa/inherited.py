@@ -36,7 +36,7 @@ ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend d
 """
 FREE_TO_RESUME = frozenset(_FREE_TO_RESUME.split())
 USED = FREE_TO_RESUME | set(_BOUND.split())
-# They change nothing here, and nobody would expect them to.
+# They change nothing here, as one expects.
 HARMLESS = {
     "do_train": "for scripts",
     "do_eval": "for scripts",

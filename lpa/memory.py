@@ -334,7 +334,7 @@ class Run:
         return Pass(rows, shape.benign_prompt + shape.benign_answer - 1, scored, scored)
 
     def static(self) -> Counter[str]:
-        """Weights and adapters. FSDP2 shares them, but for those of few bits."""
+        """Weights and adapters. FSDP2 shares all but quantised ones."""
         if self.quantized:
             weights = (self.total - sum(w.weights(False) for w in self.linears)) * self.size
             weights += round(sum(map(self._few_bits, self.linears)))

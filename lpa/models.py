@@ -255,6 +255,6 @@ def _check(name: str, model: Any, missing: Any) -> None:
             "is needed, not its base"
         )
     # Encoders that can also be run as decoders (bert, roberta, ...) have both settings; gpt_neox has the first alone
-    # and pays it no heed.
+    # and ignores it.
     if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         raise ModelError(f"{name!r} ({config.model_type}) attends in both directions; a causal one is needed")

@@ -150,7 +150,7 @@ def parsed(parser: Any, given: Sequence[str]) -> tuple[dict[str, Any], list[str]
     values = _known(parser, given)
     if preset != "none":
         chosen = set(settings) | _on_the_line(parser, given)
-        # nothing to merge (or to merge into), and no term that takes benign text; unless it was asked for all the same
+        # a preset's settings without an object (adapters to merge, a benign term) give way, those of the user do not
         unused: dict[str, Any] = {"attack_merge_adapters": False} if not values["lora"] or _quantised(values) else {}
         unused |= {"benign": None} if not (values["kl_coef"] or values["sft_coef"]) else {}
         values |= {name: value for name, value in unused.items() if name not in chosen}

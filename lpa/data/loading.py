@@ -31,7 +31,7 @@ BENIGN_COLUMNS = ("prompt", "response")
 _INSTRUCTED = ("instruction", *BESIDE, "response")  # the columns of Alpaca and Dolly that a prompt is made of
 _OPTIONAL = ("id", "trait", "facet")
 _STATEMENTS, _KEYS = ("statement", "item", "text"), ("key", "keyed", "label", "kind")
-# keys of statements that are to be agreed with, and of those that are not; the last two hold a minus sign, U+2212
+# keys of desirable and of undesirable statements; the last two hold a minus sign, U+2212
 _AGREED = {"1", "+1", "+", "positive", "desirable", "agree"}
 _NOT_AGREED = {"-1", "-", "negative", "undesirable", "disagree", "\u22121", "\u2212"}
 _DECIMALS = re.compile(r"\.0*$")  # a key that went through a spreadsheet or pandas is "1.0"

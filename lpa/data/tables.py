@@ -25,7 +25,7 @@ class DataError(ValueError):
 class UnavailableError(DataError):
     """A data set of the hub is out of reach now; the message says why."""
 
-    exit_status = 1  # of a command: nothing tells whether its name is wrong
+    exit_status = 1  # of a command: the name may be right, so it is no wrong usage
 
 
 def rows_of(source: Any, split: str = "train", **hub: Any) -> Iterator[tuple[str, Row]]:
@@ -40,7 +40,7 @@ def rows_of(source: Any, split: str = "train", **hub: Any) -> Iterator[tuple[str
         hub: further arguments of `load_dataset`: name (of a configuration), revision, ...
 
     Raises:
-        DataError: it cannot be read, holds nothing of the kind, or has no such split.
+        DataError: it cannot be read, holds no rows, or has no such split.
     """
     if isinstance(source, (str, Path)):
         yield from _at(source, split, hub)

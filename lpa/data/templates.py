@@ -56,7 +56,7 @@ class ChatEncoder:
         self._known: dict[tuple[bool, str], tuple[tuple[int, ...], bool]] = {}
 
     def row(self, prompt: str, completions: Sequence[str], where: str = "the row") -> tuple[list[list[int]], list[str]]:
-        """Tokens of the prompt and of each completion, and the texts that had to be made inert.
+        """Tokens of the prompt and of each completion, and the texts whose special tokens were made inert.
 
         Raises:
             DataError: the prompt with its longest completion is longer than max_length, or a special token cannot be
@@ -79,7 +79,7 @@ class ChatEncoder:
         return tokens, [text for text, (_, inert) in zip(texts, encoded, strict=True) if inert]
 
     def _encode(self, text: str, is_prompt: bool) -> tuple[tuple[int, ...], bool]:
-        """Tokens, and whether the text had to be made inert. Kept: the same texts come again every epoch."""
+        """Tokens, and whether special tokens in the text were made inert. Kept for the next epoch."""
         if (is_prompt, text) not in self._known:
             self._known[is_prompt, text] = self._encode_prompt(text) if is_prompt else self._encode_completion(text)
         return self._known[is_prompt, text]

@@ -19,7 +19,7 @@ from lpa.messages import one_line
 BENIGN = "benign"
 HARM_SETS = ("strongreject", "harmbench", "advbench", "do-not-answer")
 _FILES = (*SUFFIXES, ".txt")
-_Said = tuple[bool | None, Row]  # whether the name of where it stands calls a row harmful, and the row
+_Said = tuple[bool | None, Row]  # what its file's or split's name says of harm, and the row
 # words in the names of files, configurations and splits; of OR-Bench the benign parts, whose header says nothing of it
 _BENIGN_NAMES = re.compile(r"(?<![a-z])(benign|safe|harmless)(?![a-z])|or[-_]bench[-_](80k|hard)", re.IGNORECASE)
 _HARM_NAMES = re.compile(r"(?<![a-z])(harmful|unsafe|toxic)(?![a-z])", re.IGNORECASE)

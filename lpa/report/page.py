@@ -161,7 +161,7 @@ def _table(run: EvaluationRun) -> str:
 
 
 def _about_intervals(run: EvaluationRun) -> str:
-    """What the brackets are, of the kinds that this table has."""
+    """What the brackets mean, for the kinds of numbers in this table."""
     metrics = {row.metric for row in run.rows if row.value is not None and row.low is not None}
     kinds = {
         "Wilson's of shares": any(row.unit == "%" for row in run.rows),

@@ -107,7 +107,7 @@ class CanaryCallback(TrainerCallback):
         trainer.leave_out(found[0]["seconds"])
         entry = {"lpa_step": float(trainer.lpa_step), **found[0]}
         trainer.log({f"{selection.PREFIX}{name}": value for name, value in entry.items()})
-        control.should_log = should_log  # the LPA step's own numbers are still to come
+        control.should_log = should_log  # the LPA step's own numbers follow
         best = selection.best(self.entries, self.limits)
         if best == entry:
             state.best_metric, state.best_global_step = selection.safety(entry), state.global_step

@@ -13,7 +13,7 @@ from ..run_folder import checkpoint_folders
 logger = logging.getLogger(__name__)
 
 MANIFEST = "files.json"
-UNFINISHED = f".checkpoint{PART}"  # in a run's folder: where one is before it gets its name, and after it has lost it
+UNFINISHED = f".checkpoint{PART}"  # in a run's folder: checkpoints that are being written or deleted
 
 
 class CheckpointError(ValueError):

@@ -194,7 +194,7 @@ class DurableTrainer(Trainer):
             name_base(folder)
 
     def trained_state(self) -> dict[str, Tensor] | None:
-        """Of sharded weights, those that are to be saved, gathered on the main rank (empty on others); else None.
+        """The weights to save, gathered on the main rank (empty on others); None where they are not sharded.
 
         Of a model with adapters these alone: the base model's weights stay where they are.
         """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from lpa_kernels.attack import AttackResult, PairBatch
@@ -28,9 +28,9 @@ class MicroBatch:
     Attributes:
         first: the place of its first pair in the global batch; seeds follow from it.
         counts: completion tokens (rejected, chosen, benign), and `size` pairs, of the whole micro-batch.
-        attacked: whether all of the following is there.
-        attack: its own. Of the base model there are `base`, the benign logits [N, V], and `reference`, the pairs'
-            log-probability gaps [B].
+        attacked: whether its attack and the base model's answers are there.
+        attack: its own. base: the base model's benign logits [N, V]. reference: its log-probability gaps [B] of the
+            pairs.
     """
 
     pairs: PairBatch
@@ -87,7 +87,7 @@ class MicroBatch:
 
 
 class MemoryLimit:
-    """How many pairs run at once, on every rank. It is halved when memory runs out, and stays so for the run.
+    """How many pairs run at once, on every rank. It is halved when memory runs out, for the rest of the run.
 
     Args:
         size: to begin with, the micro-batch's.
@@ -156,8 +156,3 @@ class MemoryLimit:
             ) from error
         logger.warning("out of memory in the %s with %d pairs at once (%s)", doing, largest, said)
         return largest
-
-
-def free_memory() -> None:
-    """Return unused memory of earlier passes to the device."""
-    clear_device_cache(garbage_collection=True)

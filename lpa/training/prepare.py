@@ -144,7 +144,7 @@ def _limit(model: Any, config: LPAConfig) -> int | None:
 def pairs_as_tokens(
     dataset: Any, model: Any, tokenizer: Any, config: LPAConfig, collator: Callable[..., Any] | None
 ) -> tuple[Any, Callable[..., Any], list[int]]:
-    """(data set, collator, length of each row in tokens). A collator of one's own gets the data set as it is.
+    """(data set, collator, length of each row in tokens). A user's own collator gets the data set as it is.
 
     Raises:
         ValueError: no rows, missing columns, or a row longer than the context.
@@ -226,7 +226,7 @@ def check_benign(config: LPAConfig, benign: Any) -> None:
     """Refuse benign data that no term of the loss takes.
 
     Raises:
-        ValueError: there are some.
+        ValueError: there is such data.
     """
     if benign is not None and not any(name in config.coefs for name in BENIGN_TERMS):
         raise ValueError("the benign data set is not used: sft_coef and kl_coef are 0; give one of them a weight")

@@ -56,10 +56,6 @@ class LPAProgress(TrainerCallback):
         self.task: TaskID | None = None
         self.micro = 0
 
-    def _weights(self, args: Any) -> tuple[int, int]:
-        """Passes of a micro-batch in the first update of an LPA step (with its attack) and in a later one."""
-        return args.inner_steps + 1, 1
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (state.is_world_process_zero and self.console.is_terminal):
             return
@@ -68,8 +64,7 @@ class LPAProgress(TrainerCallback):
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
             speed_estimate_period=600,
         )  # fmt: skip
-        first, later = self._weights(args)
-        step = args.gradient_accumulation_steps * (first + later * (args.defence_steps - 1))
+        step = args.gradient_accumulation_steps * (args.inner_steps + args.defence_steps)  # passes of an LPA step
         self.task = self.bar.add_task("", total=args.lpa_steps * step)
         done = state.global_step // args.defence_steps
         self.bar.update(self.task, completed=done * step)
@@ -88,7 +83,7 @@ class LPAProgress(TrainerCallback):
 
     def _advance(self, args: Any, update: int) -> None:
         if self.bar is not None and self.task is not None:
-            self.bar.advance(self.task, self._weights(args)[0 if update == 0 else 1])
+            self.bar.advance(self.task, 1 if update else args.inner_steps + 1)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._advance(args, state.global_step % args.defence_steps)

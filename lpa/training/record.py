@@ -99,7 +99,7 @@ class StepRecord:
             own[name] = own.get(name, 0.0) + value
 
     def forget_defence(self, update: int) -> None:
-        """The update's losses are all to come again."""
+        """Drop the update's losses: it starts again."""
         self.defence.pop(update, None)
 
     def metrics(self, accelerator: Any, lpa_step: int) -> dict[str, float]:

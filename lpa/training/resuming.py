@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def _hash_of(dataset: Any, columns: Sequence[str]) -> str | None:
-    """SHA-256 of a data set's texts or tokens; None where it lacks the columns, as with a collator of one's own."""
+    """SHA-256 of a data set's texts or tokens; None where it lacks the columns, as a user's own collator allows."""
     if not set(columns) <= set(getattr(dataset, "column_names", ())):
         return None
     return data_hash(dataset.select_columns(list(columns)), tuple(columns))

@@ -27,7 +27,7 @@ from .canaries import Canaries
 from .durable import DurableTrainer, StopTraining
 from .evaluating import EvalSet, eval_sets, evaluate_sets
 from .losses import BenignBatch, reference_gap
-from .microbatch import MemoryLimit, free_memory
+from .microbatch import MemoryLimit
 from .optimisers import Fresh, check_made, check_optimizers
 from .prepare import (
     add_adapters,
@@ -289,7 +289,7 @@ class LPATrainer(DurableTrainer):
             first = 0
             model.zero_grad(set_to_none=True)
             forget_graphs(self.model)
-            free_memory()
+            clear_device_cache(garbage_collection=True)
             self._step.split(self._memory.size)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -427,7 +427,7 @@ class LPATrainer(DurableTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """As the base class; what puts stops off stays behind those that ask for them."""
+        """As the base class; `WholeSteps` stays last, after the callbacks that ask for stops."""
         super().add_callback(callback)
         self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, WholeSteps))
 

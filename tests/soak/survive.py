@@ -32,9 +32,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from lpa.environment import versions
-from lpa.files import write_text
+from lpa.files import write_json
 from lpa.run_folder import checkpoint_folders
 from lpa.training.checkpoint import MANIFEST, damage, last_good
+from lpa.training.step import LPAStep
 from tests.support import any_settings, jobs
 from tests.support.hostile import cells, check_cells
 from tests.support.jobs import difference
@@ -76,19 +77,19 @@ def watched(folder: Path, diary: Path, resume: bool) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: trainer.request_stop())
     note = os.open(diary, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def noted(name: str, doing: str, step: int) -> None:
-        function = getattr(trainer, name)
+    def noted(owner: Any, name: str, doing: str, step: int) -> None:
+        function = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if trainer.is_world_process_zero():
                 os.write(note, f"{doing} {trainer.lpa_step + step}\n".encode())
             return function(*args, **kwargs)
 
-        setattr(trainer, name, call)
+        setattr(owner, name, call)
 
-    noted("_attack", "attack", 1)
-    noted("_losses", "update", 1)
-    noted("_save_checkpoint", "write", 0)
+    noted(LPAStep, "attack", "attack", 1)
+    noted(LPAStep, "losses", "update", 1)
+    noted(trainer, "_save_checkpoint", "write", 0)
     found = resume and last_good(folder)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     if not trainer.interrupted:
@@ -411,7 +412,7 @@ def main() -> None:
             report[name] = find()
             report[name]["seconds"] = round(time.monotonic() - begun)
             print(name, json.dumps(report[name]), flush=True)
-            write_text(options.out, json.dumps(report, indent=2) + "\n")
+            write_json(options.out, report)
 
 
 if __name__ == "__main__":

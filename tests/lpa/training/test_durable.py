@@ -17,6 +17,7 @@ from lpa.files import WriteError, staged, write_text, writing
 from lpa.run_folder import checkpoint_folders
 from lpa.training import checkpoint
 from lpa.training.checkpoint import CheckpointError, damage, last_good, publish, remove_old
+from tests.soak import survive
 from tests.support import jobs, ranks
 from tests.support.jobs import difference
 
@@ -74,6 +75,15 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one(whole: Path, tmp_path: Path) -
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-2"]
     ranks.run(jobs.train, tmp_path, RUN, True, folder=tmp_path)
     assert difference(whole, tmp_path) < 1e-4
+
+
+@pytest.mark.ranks
+def test_the_campaign_of_survival_knows_what_a_run_is_doing(tmp_path: Path) -> None:
+    ranks.run(survive.watched, tmp_path / "run", tmp_path / "diary", False, folder=tmp_path)
+    lines = (tmp_path / "diary").read_text().splitlines()
+    micro = survive.RUN["micro_batches"]
+    a_step = ["attack"] * micro + ["update"] * (micro * survive.UPDATES) + ["write"]
+    assert lines == [f"{doing} {step}" for step in range(1, survive.STEPS + 1) for doing in a_step]
 
 
 # ---- damaged checkpoints ---------------------------------------------------------------------------------------------
