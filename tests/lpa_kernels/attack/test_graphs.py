@@ -427,7 +427,7 @@ def test_merged_weights_are_where_they_were(graphs: bool, monkeypatch: pytest.Mo
     assert base.data_ptr() == where
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs(dtype: torch.dtype, attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,13 +452,14 @@ def test_cuda_graphs(dtype: torch.dtype, attn: str, monkeypatch: pytest.MonkeyPa
     assert len(graphs.graphs_of(model).kept) == 2
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_graph_is_of_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(graphs.RECORDERS, "cuda", graphs.cuda_graph)
     check(llama().to("cuda:1"), pairs())
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(graphs.RECORDERS, "cuda", graphs.cuda_graph)
     model = llama()

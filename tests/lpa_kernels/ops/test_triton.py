@@ -42,7 +42,6 @@ NARROW = (torch.float32, torch.bfloat16)
 PARTS, WHOLE = 1000, 1  # multiprocessors: far more than rows, so that a row is shared; or no more than rows
 
 kernels = pytest.mark.skipif(not (CUDA or launch.INTERPRETED), reason="no GPU; runs under the interpreter")
-on_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log(0), in the interpreter
 
 
@@ -193,7 +192,7 @@ def test_says_what_it_cannot_take():
         assert "on cpu" in reason("token_loss_", loss_case(2, 9))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_beyond_2_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GB of free GPU memory")
