@@ -22,7 +22,11 @@ Two suites on 50 prompts a set:
 def run(arguments: Sequence[str]) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="lpa evaluate", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="lpa evaluate",
+        usage="lpa evaluate [OPTIONS]",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -175,4 +179,4 @@ class _Renamed(argparse.Action):
         self.now = now
 
     def __call__(self, parser: argparse.ArgumentParser, space: Any, values: Any, option_string: Any = None) -> None:
-        parser.error(f"{option_string} is called {self.now} now")
+        raise ValueError(f"{option_string} is called {self.now} now")
