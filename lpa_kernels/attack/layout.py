@@ -127,7 +127,7 @@ class Layout:
         return float((self.branch == PADDING).float().mean())
 
 
-def pack(batch: PairBatch, bucket: int = 1, first_position: int = 0) -> Layout:
+def pack(batch: PairBatch, first_position: int = 0) -> Layout:
     """One row a pair: the longest common prefix of its two texts once, then the rest of the rejected, of the chosen.
 
     Causal attention keeps a prefix from seeing what follows, and delta is the same in both texts, so one pass over
@@ -136,11 +136,7 @@ def pack(batch: PairBatch, bucket: int = 1, first_position: int = 0) -> Layout:
     in total (rows x length of the longest).
 
     Args:
-        bucket: L is rounded up to a multiple of it.
         first_position: see `Layout`.
-
-    Raises:
-        ValueError: `bucket` is not positive.
     """
     device, batch = batch.rejected_ids.device, batch.on_host()
     rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
@@ -149,26 +145,23 @@ def pack(batch: PairBatch, bucket: int = 1, first_position: int = 0) -> Layout:
     same &= _arange(same) < torch.minimum(rejected, chosen)[:, None]
     prefix = same.long().cumprod(1).sum(1)
     apart = (prefix == 0) & (rejected > 0) & (chosen > 0)
-    apart |= _too_long(rejected, chosen, prefix, apart, bucket)
-    layout = _lay_out(batch, rejected, chosen, prefix, apart, bucket, packed=True)
+    apart |= _too_long(rejected, chosen, prefix, apart)
+    layout = _lay_out(batch, rejected, chosen, prefix, apart, packed=True)
     return replace(layout, first_position=first_position).changed(lambda t: t.to(device))
 
 
-def unshared(batch: PairBatch, bucket: int = 1) -> Layout:
+def unshared(batch: PairBatch, length: int = 1) -> Layout:
     """Every text that has labels in a row of its own: for models that cannot be packed.
 
     Positions run from 0, `branch` is 0 or -1, and plain causal attention over right-padded rows is right for it.
 
     Args:
-        bucket: L is rounded up to a multiple of it.
-
-    Raises:
-        ValueError: `bucket` is not positive.
+        length: L is this at least.
     """
     device, batch = batch.rejected_ids.device, batch.on_host()
     rejected, chosen = text_lengths(batch.rejected_mask), text_lengths(batch.chosen_mask)
     apart = (rejected > 0) & (chosen > 0)
-    layout = _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), apart, bucket, packed=False)
+    layout = _lay_out(batch, rejected, chosen, torch.zeros_like(rejected), apart, packed=False, least=length)
     return layout.changed(lambda t: t.to(device))
 
 
@@ -182,13 +175,7 @@ def text_lengths(mask: Tensor) -> Tensor:
     return (_arange(mask) * mask).amax(1) if mask.shape[1] else mask.new_zeros(len(mask), dtype=torch.long)
 
 
-def _round_up(length: Tensor, bucket: int) -> Tensor:
-    if bucket < 1:
-        raise ValueError(f"bucket is {bucket}; expected a positive number of tokens")
-    return (length + bucket - 1) // bucket * bucket
-
-
-def _too_long(rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, bucket: int) -> Tensor:
+def _too_long(rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor) -> Tensor:
     """[B] bool: the pairs to split so that rows x length is least. All rows are as long as the longest one."""
     shared = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
     single = torch.maximum(rejected, chosen)
@@ -196,20 +183,20 @@ def _too_long(rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, b
     limits = limits[limits >= single.amax()]
     split = shared[None] > limits[:, None]
     rows = len(shared) + (split | apart).sum(1)
-    cost = rows * _round_up(limits, bucket)
+    cost = rows * limits
     # the least cost, and of equal ones the longest row, which shares most
     best = (cost * (int(limits.max()) + 1) - limits).argmin()
     return split[best]
 
 
 def _lay_out(
-    batch: PairBatch, rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, bucket: int, packed: bool
+    batch: PairBatch, rejected: Tensor, chosen: Tensor, prefix: Tensor, apart: Tensor, packed: bool, least: int = 1
 ) -> Layout:
-    """The layout for given text lengths, shared prefixes and pairs that stand apart, all [B]."""
+    """The layout for given text lengths, shared prefixes and pairs that stand apart, all [B]; L is `least` or more."""
     pairs = len(batch)
     prefix = torch.where(apart, 0, prefix)
     lengths = torch.where(apart, torch.maximum(rejected, chosen), rejected + chosen - prefix)
-    length = int(_round_up(lengths.max().clamp(min=1), bucket))  # a batch without a label is one of padding
+    length = max(int(lengths.max()), least)  # a batch without a label is one of padding
     rows = pairs + int(apart.sum())
     row = torch.arange(pairs, device=prefix.device)
     chosen_row = torch.where(apart, pairs + apart.long().cumsum(0) - 1, row)

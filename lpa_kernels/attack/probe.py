@@ -202,7 +202,7 @@ def _parity(model: nn.Module, batch: PairBatch, layout: Layout, base: Tensor) ->
     others = {
         "packed": base,
         "wrong": layout_logits(model, replace(layout, position_ids=index)),
-        "padded": layout_logits(model, unshared(batch, bucket=layout.shape[1])),
+        "padded": layout_logits(model, unshared(batch, length=layout.shape[1])),
     }
     far = {name: _distance(logits, plain, where) for name, logits in others.items()}
     if far["packed"] <= far["wrong"] / 2 and far["packed"] <= max(far["wrong"] / 10, 2 * far["padded"]):

@@ -48,7 +48,7 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def check(layout: Layout, pairs: list[tuple[Text, Text]], attack: list[list[bool]], bucket: int) -> None:
+def check(layout: Layout, pairs: list[tuple[Text, Text]], attack: list[list[bool]]) -> None:
     """Everything about a layout that follows from what it is for, in slow and obvious Python."""
     rows, length = layout.shape
     row_of = iter(itertools.count())
@@ -80,7 +80,6 @@ def check(layout: Layout, pairs: list[tuple[Text, Text]], attack: list[list[bool
     assert layout.padding_share == pytest.approx(int(padding.sum()) / (rows * length))
     assert not layout.input_ids[padding].any()
     assert not layout.position_ids[padding].any()
-    assert length % bucket == 0
     assert int(padding[:, 0].sum()) == sum(not needed(a) and not needed(b) for a, b in pairs)
     # row_tokens is token_rows the other way round
     there = {(int(r), t) for t, r in enumerate(layout.token_rows) if r >= 0}
@@ -89,19 +88,19 @@ def check(layout: Layout, pairs: list[tuple[Text, Text]], attack: list[list[bool
     assert layout.row_tokens.shape == (sum(map(sum, attack)), 2)
 
 
-def places(pairs: list[tuple[Text, Text]], apart: tuple[bool, ...], bucket: int) -> int:
+def places(pairs: list[tuple[Text, Text]], apart: tuple[bool, ...]) -> int:
     """Rows x length when the pairs of `apart` stand in two rows."""
     lengths = []
     for (a, b), split in zip(pairs, apart, strict=True):
         r, c = needed(a), needed(b)
         lengths += [len(r), len(c)] if split else [len(r) + len(c) - common(r, c)]
-    return len(lengths) * -(-max(lengths) // bucket) * bucket
+    return len(lengths) * max(lengths)
 
 
-def fewest_places(pairs: list[tuple[Text, Text]], bucket: int) -> int:
+def fewest_places(pairs: list[tuple[Text, Text]]) -> int:
     must = [bool(needed(a) and needed(b) and not common(needed(a), needed(b))) for a, b in pairs]
     choices = itertools.product(*[[True] if m else [False, True] for m in must])
-    return min(places(pairs, choice, bucket) for choice in choices)
+    return min(places(pairs, choice) for choice in choices)
 
 
 tokens = st.integers(1, 3)
@@ -127,23 +126,24 @@ def pairs_and_attack(draw: st.DrawFn) -> tuple[list[tuple[Text, Text]], list[lis
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(pairs_and_attack(), st.integers(1, 4))
-def test_random_batches(drawn: tuple[list[tuple[Text, Text]], list[list[bool]], tuple[int, int]], bucket: int) -> None:
+@given(pairs_and_attack(), st.integers(1, 20))
+def test_random_batches(drawn: tuple[list[tuple[Text, Text]], list[list[bool]], tuple[int, int]], least: int) -> None:
     pairs, attack, spare = drawn
     batch = batch_of(pairs, attack, spare)
     if not any(needed(text) for pair in pairs for text in pair):
-        layout = pack(batch, bucket)
-        assert layout.shape == (len(pairs), bucket)
+        layout = pack(batch)
+        assert layout.shape == (len(pairs), 1)
         assert layout.labels.shape == (0,)
         assert bool((layout.branch == -1).all())
         assert bool((layout.row_tokens == -1).all())
         return
-    layout = pack(batch, bucket)
-    check(layout, pairs, attack, bucket)
+    layout = pack(batch)
+    check(layout, pairs, attack)
     rows, length = layout.shape
-    assert rows * length == fewest_places(pairs, bucket)
-    plain = unshared(batch)
-    check(plain, pairs, attack, 1)
+    assert rows * length == fewest_places(pairs)
+    plain = unshared(batch, least)
+    check(plain, pairs, attack)
+    assert plain.shape[1] == max(least, unshared(batch).shape[1])
     assert plain.shape[0] == sum(max(bool(needed(a)) + bool(needed(b)), 1) for a, b in pairs)
     assert set(plain.branch.flatten().tolist()) <= {0, -1}
 
@@ -195,8 +195,3 @@ def test_one_half_alone_stands_in_one_row() -> None:
     layout = pack(batch)
     assert layout.input_ids.tolist() == [[4, 5, 3]]
     assert layout.rejected.tolist() == [False, False]
-
-
-def test_bad_bucket() -> None:
-    with pytest.raises(ValueError, match="bucket is 0"):
-        pack(batch_of([pair_of([4, 5], [1, 2], [3, 3])], [[True] * 4]), bucket=0)

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 
 from lpa_kernels.attack import masks
 from lpa_kernels.attack.batch import PairBatch
-from lpa_kernels.attack.layout import pack
+from lpa_kernels.attack.layout import pack, unshared
 from lpa_kernels.attack.masks import packed_masks
 from lpa_kernels.attack.passes import layout_logits
 from lpa_kernels.model.sites import decoder_layers, hidden_of, in_block, resolve_sites, with_hidden
@@ -219,7 +219,7 @@ def test_patterns_of_one_kind_have_masks_of_their_own() -> None:
 
 def test_the_library_is_left_as_it_was() -> None:
     before = [ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("eager", "sdpa")]
-    layout, other = pack(ragged_batch()), pack(ragged_batch(), bucket=8)
+    layout, other = pack(ragged_batch()), unshared(ragged_batch())
 
     def fail() -> None:
         with packed_masks(layout):
