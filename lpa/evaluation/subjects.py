@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lpa.messages import one_line
-from lpa.run_folder import checkpoint_folders
+from lpa.run_folder import ADAPTER, checkpoint_folders
 from lpa_kernels.model import eval_mode, merged_adapters
 
 BASE = "base"
@@ -63,7 +63,7 @@ def checkpoints_of(run: str | Path) -> dict[str, str]:
     Raises:
         EvaluationError: the run has no checkpoint with an adapter.
     """
-    folders = [path for path in checkpoint_folders(Path(run).expanduser()) if (path / "adapter_config.json").is_file()]
+    folders = [path for path in checkpoint_folders(Path(run).expanduser()) if (path / ADAPTER).is_file()]
     if not folders:
         raise EvaluationError(f"{run} has no checkpoint with an adapter; train with --save_strategy steps")
     return {f"{STEP}{path.name.rpartition('-')[2]}": str(path) for path in reversed(folders)}
@@ -203,9 +203,9 @@ def _adapter_config(path: str) -> Any:
     from peft import PeftConfig
 
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+    if folder.is_dir() and not (folder / ADAPTER).is_file():
         what = "a whole model: evaluate it with --model" if (folder / "config.json").is_file() else "no adapter"
-        raise EvaluationError(f"{path} holds no adapter_config.json; it is {what}")
+        raise EvaluationError(f"{path} holds no {ADAPTER}; it is {what}")
     if folder.is_dir() and not any(folder.glob("adapter_model*.safetensors")):
         raise EvaluationError(f"{path} holds no adapter_model.safetensors; adapters in pickles (.bin) are not read")
     with _reading(path) as where:
