@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -21,10 +19,6 @@ from lpa_kernels.attack import AttackSettings, Objective
 
 from .data import ASSESSMENT_PROMPT, ATTACK_ON, system_prompt_text
 from .inherited import FREE_TO_RESUME, USED, check_settings
-from .messages import nearest
-from .public_code import is_public, translated
-
-logger = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 NORMALISERS = ("global", "micro")
@@ -448,38 +442,3 @@ class _Usual(LPAConfig):
     """The defaults. It does not look at the devices, since that would wait for the other ranks."""
 
     _setup_devices = torch.device("cpu")
-
-
-def read_yaml(path: str | Path, known: Iterable[str], former: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The settings in a YAML file; dashes in their names count as underscores.
-
-    Args:
-        known: the names of settings. former: names that are read as others.
-
-    Raises:
-        ValueError: no such file, not a mapping, or an unknown key (with the nearest known one).
-
-    A lat_config.json of the public LPA code is read as well (`lpa.public_code`).
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} holds a {type(values).__name__}; it must be a mapping of settings to values")
-    names = set(known)
-    renamed = former or {}
-    settings = {str(key).replace("-", "_"): value for key, value in values.items()}
-    if is_public(settings):
-        settings = translated(settings, str(path))
-        ours = ", ".join(f"{name} {value}" for name, value in settings.items())
-        logger.warning("%s is of the public LPA code; it is read as %s", path, ours)
-    settings = {renamed.get(key, key): value for key, value in settings.items()}
-    for key in settings:
-        if key in RENAMED:
-            raise ValueError(f"--config {path} sets {key!r}, which is called {RENAMED[key]!r} now")
-        if key not in names:
-            raise ValueError(f"--config {path} has the unknown key {key!r}{nearest(key, names)}")
-    return settings

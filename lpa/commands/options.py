@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import run_folder as folder
+from ..config import GROUPS, RENAMED, LPAConfig
 from ..messages import nearest
 from ..models import DEFAULT_MODEL
 from ..presets import PRESETS
-from ..public_code import our_name
+from ..public_code import is_public, our_name, translated
 from . import Dtype
+
+logger = logging.getLogger(__name__)
 
 _COMMAND_LINE_ONLY = ("config", "overwrite", "preset", "resume")
 _NOT_KEPT = (*_COMMAND_LINE_ONLY, "output", "output_dir")  # in a run's settings, which lie in its folder
@@ -72,8 +76,6 @@ class TrainOptions:
 def parser(command: str, text: str) -> Any:
     """The options of a run, for a command that takes them, in groups; those of `TrainingArguments` come last."""
     from transformers import HfArgumentParser
-
-    from ..config import GROUPS, LPAConfig
 
     found = HfArgumentParser(
         [TrainOptions, LPAConfig], prog=command, usage=f"{command} [OPTIONS]", description=text, allow_abbrev=False,
@@ -162,8 +164,6 @@ def _quantised(values: dict[str, Any]) -> bool:
 
 
 def _known(parser: Any, given: Sequence[str]) -> dict[str, Any]:
-    from ..config import RENAMED
-
     values, unknown = parser.parse_known_args(given)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -193,13 +193,46 @@ def _settings(parser: Any, path: str | Path, of_a_run: bool = False) -> dict[str
     Raises:
         ValueError: one that is unknown, has no value, or one that its option does not take.
     """
-    from ..config import RENAMED, read_yaml
-
     options = _options(parser)
     found = read_yaml(path, options, RENAMED if of_a_run else {})
     if odd := [name for name in _COMMAND_LINE_ONLY if name in found]:
         raise ValueError(f"{path} sets {odd[0]}, which belongs on the command line")
     return {name: _as_read(options[name], value, f"{path} sets {name}") for name, value in found.items()}
+
+
+def read_yaml(path: str | Path, known: Iterable[str], former: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The settings in a YAML file; dashes in their names count as underscores.
+
+    Args:
+        known: the names of settings. former: names that are read as others.
+
+    Raises:
+        ValueError: no such file, not a mapping, or an unknown key (with the nearest known one).
+
+    A lat_config.json of the public LPA code is read as well (`lpa.public_code`).
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} holds a {type(values).__name__}; it must be a mapping of settings to values")
+    names = set(known)
+    renamed = former or {}
+    settings = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if is_public(settings):
+        settings = translated(settings, str(path))
+        ours = ", ".join(f"{name} {value}" for name, value in settings.items())
+        logger.warning("%s is of the public LPA code; it is read as %s", path, ours)
+    settings = {renamed.get(key, key): value for key, value in settings.items()}
+    for key in settings:
+        if key in RENAMED:
+            raise ValueError(f"--config {path} sets {key!r}, which is called {RENAMED[key]!r} now")
+        if key not in names:
+            raise ValueError(f"--config {path} has the unknown key {key!r}{nearest(key, names)}")
+    return settings
 
 
 def _as_read(option: Any, value: Any, where: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
-from lpa.config import RENAMED, LPAConfig, default_sites, read_yaml
+from lpa.config import LPAConfig, default_sites
 from lpa.inherited import FREE_TO_RESUME, USED
 
 
@@ -119,31 +119,9 @@ def test_the_record_can_be_made_when_the_other_ranks_are_gone(monkeypatch: pytes
     assert told.own_settings == whole
 
 
-def test_yaml(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("lpa-steps: 3\nlearning_rate: 1e-4\n")
-    names = ["lpa_steps", "learning_rate"]
-    assert read_yaml(file, names) == {"lpa_steps": 3, "learning_rate": "1e-4"}
-    for text, message in (
-        ("lpa_stepz: 3", "unknown key 'lpa_stepz'; did you mean 'lpa_steps'"),
-        ("qqqqqq: 3", "unknown key 'qqqqqq'$"),
-        ("- 3", "holds a list; it must be a mapping"),
-        ("a: [", "cannot be read"),
-    ):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_yaml(file, names)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_yaml(tmp_path / "none.yaml", [])
-
-
-def test_a_former_name_is_answered_with_the_new_one(tmp_path: Path) -> None:
+def test_a_former_name_is_answered_with_the_new_one() -> None:
     with pytest.raises(ValueError, match="steps=3: this setting is called attack_steps now"):
         config(steps=3)
-    (tmp_path / "run.yaml").write_text("epsilon: 2.0")
-    with pytest.raises(ValueError, match="'epsilon', which is called 'attack_epsilon' now"):
-        read_yaml(tmp_path / "run.yaml", ["attack_epsilon"])
-    assert read_yaml(tmp_path / "run.yaml", ["attack_epsilon"], RENAMED) == {"attack_epsilon": 2.0}
 
 
 def test_the_attack_has_the_settings_of_the_run() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lpa.cli import main
-from lpa.commands.options import parsed, parser
-from lpa.config import LPAConfig, read_yaml
+from lpa.commands.options import parsed, parser, read_yaml
+from lpa.config import LPAConfig
 from lpa.public_code import NAMES, translated
 
 FILE = {

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from lpa.cli import main
+from lpa.commands.options import read_yaml
+from lpa.config import RENAMED
 from lpa.data import PLAIN_PROMPT, benign_requests
 from lpa.data.tables import UnavailableError
 from lpa.presets import PRESETS
@@ -296,6 +298,28 @@ def test_yaml_is_checked_like_the_command_line(tmp_path: Path, capsys: Any, text
     with contextlib.suppress(SystemExit):
         assert train("--config", str(file)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lpa-steps: 3\nlearning_rate: 1e-4\n")
+    names = ["lpa_steps", "learning_rate"]
+    assert read_yaml(file, names) == {"lpa_steps": 3, "learning_rate": "1e-4"}
+    for text, message in (
+        ("lpa_stepz: 3", "unknown key 'lpa_stepz'; did you mean 'lpa_steps'"),
+        ("qqqqqq: 3", "unknown key 'qqqqqq'$"),
+        ("- 3", "holds a list; it must be a mapping"),
+        ("a: [", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_yaml(file, names)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml", [])
+    file.write_text("epsilon: 2.0")
+    with pytest.raises(ValueError, match="'epsilon', which is called 'attack_epsilon' now"):
+        read_yaml(file, ["attack_epsilon"])
+    assert read_yaml(file, ["attack_epsilon"], RENAMED) == {"attack_epsilon": 2.0}  # of an older run
 
 
 def test_yaml_of_every_kind_is_read_as_words_would_be(tmp_path: Path) -> None:
