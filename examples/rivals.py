@@ -37,8 +37,8 @@ from lpa.models import DEFAULT_MODEL
 COMMON = ["--preset", "quick", "--learning_rate", "6e-4", "--benign_every", "4", "--measure", "false"]
 PASSES, UPDATES = 80, 4  # forward and backward passes of a batch; of which updates, an LPA step
 INNER = {"lat": 16, "er-cat": 10, "ablate": 0, "vector": 0, "random": 0}
-SETTINGS = Settings(sets=("strongreject",), limit=40, benign_limit=40, attacks=("direct", "latent"), max_new_tokens=24,
-                    epsilons=(), steps=(), utility_sets=())  # fmt: skip
+SETTINGS = Settings(sets=("strongreject",), limit=40, benign_limit=40, attacks=("direct", "latent"), attack_steps=5,
+                    max_new_tokens=24, epsilons=(), steps=(), utility_sets=())  # fmt: skip
 COLUMNS = {
     "harm done, %": ("attacks", "done: direct", 100), "under a latent attack, %": ("attacks", "done: latent", 100),
     "refused in own words, %": ("attacks", "not done: own words", 100),
