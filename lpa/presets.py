@@ -8,7 +8,7 @@ from typing import Any
 # read them; the adversary enters once it tells them apart, within a radius that it can hold (docs/evaluate.md).
 DEMO: dict[str, Any] = {
     "data": "both",
-    "lpa_steps": 54,
+    "lpa_steps": 60,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "defence_steps": 2,
@@ -24,7 +24,6 @@ DEMO: dict[str, Any] = {
     "attack_steps": 4,
     "attack_step_size": 1.28e-3,
     "attack_epsilon": 0.02,
-    "attack_merge_adapters": True,
     "measure_attacked": 8,
 }
 # Shorter than `demo`, on undesirable statements alone. The embedded model learns to disagree with everything.

@@ -344,7 +344,7 @@ def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
     names = ("lpa_steps", "gradient_accumulation_steps", "attack_merge_adapters", "measure_attacked", "benign")
-    demo, quick, own = (54, 1, True, 8, "own"), (8, 1, True, 4, "own"), (30, 4, False, 12, None)
+    demo, quick, own = (60, 1, False, 8, "own"), (8, 1, True, 4, "own"), (30, 4, False, 12, None)
     config, run = tmp_path / "run.yaml", tmp_path / "run"
     config.write_text("lpa_steps: 3\n")
     cases: list[tuple[list[str], tuple[Any, ...]]] = [
@@ -352,9 +352,9 @@ def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -
         (["--preset", "none"], own),
         (["--model", "smollm2-135m-instruct"], own),  # defaults do not change with the model that is named
         (["--model", "other", "--preset", "quick"], quick),
-        (["--lpa_steps", "30", "--measure_attacked", "12"], (30, 1, True, 12, "own")),
-        (["--config", str(config)], (3, 1, True, 8, "own")),
-        (["--config", str(config), "--lpa_steps", "5"], (5, 1, True, 8, "own")),
+        (["--lpa_steps", "30", "--measure_attacked", "12"], (30, 1, False, 12, "own")),
+        (["--config", str(config)], (3, 1, False, 8, "own")),
+        (["--config", str(config), "--lpa_steps", "5"], (5, 1, False, 8, "own")),
         (
             ["--preset", "quick", "--no_lora", "--kl_coef", "0"],
             (8, 1, False, 4, None),
