@@ -29,6 +29,7 @@ def check_cells(prompt: str, rejected: str, chosen: str) -> None:
     (empty, *_), _ = PLAIN.row("I", ("I",))
     assert controls(tokens) == controls(empty)
     assert not any(map(controls, answers))
-    start, end = empty.index(471), len(empty) - empty.index(471) - 1  # "user", and what follows the prompt
+    start = empty.index(TOKENIZER.convert_tokens_to_ids("user"))
+    end = len(empty) - start - 1  # what follows the prompt
     assert tokens[: start + 1] == empty[: start + 1]
     assert tokens[len(tokens) - end + 1 :] == empty[len(empty) - end + 1 :]
