@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +62,18 @@ class Records:
         return [r for r in self._records.values() if all(r.get(name, "") == value for name, value in values.items())]
 
     def add(self, record: Record, harmful: bool = False) -> None:
-        """Keep a record and write it out at once. With `harmful`, prompt and answer go to the local file alone."""
+        """Keep a record and write it out at once. With `harmful`, prompt and answer go to the local file alone.
+
+        Raises:
+            FloatingPointError: a score is NaN, which would count as an answer.
+        """
         key = key_of(record)
+        for name, value in record.items():
+            if isinstance(value, float) and math.isnan(value):
+                raise FloatingPointError(
+                    f"{', '.join(filter(None, key))}: {name} is NaN; look for NaN in the model's weights, or load it "
+                    "in bfloat16 or float32"
+                )
         self._records[key] = record
         if self.folder is None:
             return

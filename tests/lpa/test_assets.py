@@ -302,7 +302,7 @@ def test_an_unknown_name_lists_those_there_are() -> None:
         assets.fetch("tou")
 
 
-def test_the_list_tells_what_is_cached(pip: Callable[..., Pip]) -> None:
+def test_the_list_shows_what_is_cached(pip: Callable[..., Pip]) -> None:
     def row() -> dict[str, str]:
         return next(row for row in assets.list_assets() if row["name"] == "toy")
 

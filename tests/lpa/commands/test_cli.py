@@ -132,7 +132,7 @@ def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
         (["--max_length", "100000"], "max_length=100000 is above the model's context"),
     ],
 )
-def test_what_needs_no_weights_is_told_before_they_are_loaded(
+def test_what_needs_no_weights_is_checked_before_they_are_loaded(
     model: str, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -143,7 +143,7 @@ def test_what_needs_no_weights_is_told_before_they_are_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_adapter_is_told_before_a_model_is_loaded(model: str, monkeypatch: Any, capsys: Any) -> None:
+def test_a_wrong_adapter_is_named_before_a_model_is_loaded(model: str, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model is loaded")
     )
@@ -167,7 +167,7 @@ def test_a_wrong_adapter_is_told_before_a_model_is_loaded(model: str, monkeypatc
         (["--set-filter", "odd"], "--set-filter='odd' must be column=value"),
     ],
 )
-def test_wrong_numbers_are_told_by_the_names_of_their_options(words: list[str], told: str, capsys: Any) -> None:
+def test_wrong_numbers_are_named_by_their_options(words: list[str], told: str, capsys: Any) -> None:
     assert main(["evaluate", *words]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {told}")
@@ -560,7 +560,7 @@ def test_a_yaml_names_the_output_folder_too(model: str, tmp_path: Path) -> None:
     assert "output" not in (output / "settings.yaml").read_text().partition("\n")[2]
 
 
-def test_a_run_resumed_with_other_settings_tells_those_in_force(model: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_resumed_with_other_settings_records_those_in_force(model: str, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out"
     assert train("--model", model, "--no_measure", "--output", str(output), *SMALL, "--lpa_steps", "1") == 0
     again = ["--resume", "--output", str(output)]

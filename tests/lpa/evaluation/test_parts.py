@@ -112,7 +112,7 @@ def test_a_sample_depends_on_the_texts_alone(tmp_path: Path) -> None:
         ("bad.jsonl", "{", "Expecting"),
     ],
 )
-def test_a_set_that_cannot_be_had_says_why(tmp_path: Path, name: str, content: str | None, reason: str) -> None:
+def test_an_unavailable_set_says_why(tmp_path: Path, name: str, content: str | None, reason: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
     found = load_set(str(tmp_path / name))
@@ -136,6 +136,14 @@ def test_records_come_back_and_harmful_texts_stay_local(tmp_path: Path) -> None:
     assert [r["answer"] for r in again.select(suite="answers")] == ["ANSWER\u2028two", "bread"]
     Records(tmp_path / "kept", keep_texts=True).add({**secret, "answer": "A", "prompt": "PROMPT"}, harmful=True)
     assert "PROMPT" in (tmp_path / "kept" / TEXTS).read_text(encoding="utf-8")
+
+
+def test_a_score_that_is_nan_ends_the_evaluation(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    with pytest.raises(FloatingPointError, match="base, harm, benign, b-1: yes is NaN; look for NaN in the model's w"):
+        records.add({"subject": "base", "suite": "harm", "set": "benign", "id": "b-1", "yes": math.nan, "no": 0.0})
+    assert not len(records)
+    assert not (tmp_path / RECORDS).exists()
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

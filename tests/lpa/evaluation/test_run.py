@@ -237,7 +237,7 @@ def test_a_whole_model_in_the_place_of_an_adapter_raises(harmful: str, tmp_path:
         run(random_model(), harmful, adapters=[tmp_path / "whole"])
 
 
-def test_a_set_that_cannot_be_had_is_a_row_with_the_reason(harmful: str) -> None:
+def test_an_unavailable_set_is_a_row_with_the_reason(harmful: str) -> None:
     hub = "someone/harmful"
     found = run(random_model(), harmful, sets=(harmful, hub, "strongreject"), suites=["harm", "utility"])
     told = {row.set: row.note for row in found.rows if row.value is None and row.suite != "verdict"}
@@ -563,4 +563,4 @@ def test_lm_eval_itself_runs_a_task_of_ones_own(tmp_path: Path, monkeypatch: pyt
 
 
 def _not_had(name: str) -> Any:
-    raise utility.assets.AssetError(f"{name} cannot be had")
+    raise utility.assets.AssetError(f"{name} is unavailable")

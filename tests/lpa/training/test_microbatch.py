@@ -133,7 +133,7 @@ def test_a_single_pair_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatc
     [({"auto_micro_batch": False}, "auto_micro_batch is False"),
      ({"kl": "public", "kl_coef": 0.1, "normaliser": "micro"}, "kl='public' depends on the micro-batch's size")],
 )  # fmt: skip
-def test_where_it_cannot_be_split_the_error_tells_what_to_set(
+def test_where_it_cannot_be_split_the_error_names_what_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], why: str
 ) -> None:
     trainer = of_size(tmp_path, 4, **settings)

@@ -202,7 +202,7 @@ def test_data_are_loaded_as_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", [{}, {"dpo_coef": 1.0, "toward_coef": 0.0, "away_coef": 0.0}])
-def test_evaluate_tells_of_held_out_statements_and_of_pairs(tmp_path: Path, objective: dict[str, float]) -> None:
+def test_evaluate_measures_held_out_statements_and_pairs(tmp_path: Path, objective: dict[str, float]) -> None:
     trainer = trainer_of(tmp_path, **objective)
     before = weights(trainer)
     found = trainer.evaluate()
