@@ -27,6 +27,7 @@ from lpa_kernels.ops import (
     attention_backward_,
     native,
     registry,
+    rotate_,
     swiglu,
     swiglu_backward_,
 )
@@ -397,6 +398,12 @@ def attention_cases(pairs: int, heads: int, kv_heads: int, width: int, dtype: to
         c, s = (torch.cat([t, t], -1).to(dtype) for t in rotation)
         return x * c + torch.cat([-b, a], -1) * s
 
+    def turn(backend: str) -> Way:
+        return called(lambda q, k, v: rotate_(q, k, rotation, places, places, backend=backend))
+
+    def both_turned(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(turned(t.reshape(pairs, length, -1, width).transpose(1, 2)) for t in tensors[:2])
+
     def sdpa(*tensors: Tensor) -> Tensor:
         q, k, v = (t.reshape(pairs, length, -1, width).transpose(1, 2) for t in tensors)
         return F.scaled_dot_product_attention(turned(q), turned(k), v, mask, enable_gqa=heads != kv_heads)
@@ -404,12 +411,14 @@ def attention_cases(pairs: int, heads: int, kv_heads: int, width: int, dtype: to
     first = {**ours("attention", forward), "eager rotation and sdpa": called(sdpa), "torch.compile": compiled(sdpa)}
     second = {**ours("attention_backward_", back), "eager rotation and sdpa": backward(sdpa, 3),
               "torch.compile": backward(torch.compile(sdpa, dynamic=False), 3)}  # fmt: skip
+    third = {**ours("rotate_", turn), "eager": called(both_turned), "torch.compile": compiled(both_turned)}
     moved = (
         2 * (heads + kv_heads) * pairs * length * width * dtype.itemsize
     )  # q, k, v and out; then their gradients too
     work = 2 * pairs * heads * width * int(mask.sum())  # of one product: queries with the keys that they see
     return [*cases(f"attention of {shape}", data, first, moved, 2 * work),
-            *cases(f"attention backward of {shape}", data, second, 2 * moved, 5 * work)]  # fmt: skip
+            *cases(f"attention backward of {shape}", data, second, 2 * moved, 5 * work),
+            *cases(f"rotate_ [{shape}]", data, third, moved)]  # fmt: skip
 
 
 # ---- which -----------------------------------------------------------------------------------------------------------

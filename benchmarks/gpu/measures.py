@@ -271,6 +271,7 @@ def small_ops() -> Found:
             *(("add_norm_backward", block.norm_backward_case(17, width, dtype, device=where)) for width in (33, 9000)),
             ("swiglu", block.gate_case(17, 33, dtype, layout="rows", device=where)),
             ("swiglu_backward_", block.gate_case(17, 33, dtype, backward=True, device=where)),
+            *(("rotate_", block.rotate_case(dtype, device=where, **options)) for options in attention[:3]),
             *(("attention", block.attention_case(dtype, device=where, **options)) for options in attention),
             *(("attention_backward_", block.attention_case(dtype, backward=True, device=where, **options))
               for options in attention),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -135,12 +135,14 @@ class InnerStep:
         """d objective / d loss of every row: constant, except for a preference loss."""
         leaf = losses.detach().requires_grad_()
         with torch.enable_grad():
-            total, _ = self._combine(leaf)
+            total, _ = self.objective.combine(leaf, *self._about_losses)
         return torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(leaf)
 
-    def _combine(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        layout, counts = self.layout, self.state.counts
-        return self.objective.combine(losses, layout.rejected, layout.example, layout.size, counts, self.reference)
+    @property
+    def _about_losses(self) -> tuple[Any, ...]:
+        """What `Objective.combine` takes beside the losses."""
+        layout = self.layout
+        return layout.rejected, layout.example, layout.size, self.state.counts, self.reference
 
     def __call__(self) -> None:
         """Run the step; the losses go into the state's history."""
@@ -148,7 +150,7 @@ class InnerStep:
         with self.forward(state.deltas, self.chunked) as passed:
             found = self._chunked_losses(passed.values) if self.chunked else self._losses(passed.values)
             grads = passed.gradients(found.output, found.grad)
-        _, terms = self._combine(found.losses)
+        terms = self.objective.terms_of(found.losses, *self._about_losses)
         if found.kl is not None:
             terms["kl"] = found.kl
         terms["total"] = torch.stack([term.double() for term in terms.values()]).sum()

@@ -96,12 +96,26 @@ class Objective:
             counts: tokens that the means of (toward, away) divide by.
             reference: [size] difference of the pair's log-probabilities in the reference model.
         """
+        terms = self.terms_of(losses, favoured, example, size, counts, reference)
         total = losses.new_zeros(())
+        for name, term in terms.items():
+            total = total + self.coefs[name] * term
+        return total, {name: term.detach() for name, term in terms.items()}
+
+    def terms_of(
+        self,
+        losses: Tensor,
+        favoured: Tensor,
+        example: Tensor,
+        size: int,
+        counts: tuple[float, float] | Tensor,
+        reference: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The terms of `combine` by name, to be differentiated."""
         terms: dict[str, Tensor] = {}
         for name, rows, count in (("toward", favoured, counts[0]), ("away", ~favoured, counts[1])):
             if name in self.terms:
                 terms[name] = torch.where(rows, losses, 0).sum() / count
-                total = total + self.coefs[name] * terms[name]
         if self.preference is not None:
             name = self.preference
             gap = self.pair_gap(losses, favoured, example, size)
@@ -112,8 +126,7 @@ class Objective:
                 smooth = self.label_smoothing
                 each = -F.logsigmoid(self.beta * gap) * (1 - smooth) - F.logsigmoid(-self.beta * gap) * smooth
             terms[name] = each.mean()
-            total = total + self.coefs[name] * terms[name]
-        return total, {k: v.detach() for k, v in terms.items()}
+        return terms
 
     def pair_gap(self, losses: Tensor, favoured: Tensor, example: Tensor, size: int) -> Tensor:
         """[size] log-probability of the favoured completion minus the other's; per token for "ipo"."""

@@ -130,6 +130,7 @@ class StackForward:
     def __init__(self, model: nn.Module, sites: Sequence[Site], layout: Layout, backend: str) -> None:
         decoder = read_decoder(model)
         self.head = decoder.head
+        ops.note("products", decoder.products)
         streams = Streams(layout)
         self.row_tokens, self.order = streams.row_tokens, streams.order
         with observed(model) as (given, inputs):

@@ -165,9 +165,9 @@ class AttackState:
     def record(self, terms: dict[str, Tensor], losses: Tensor, hits: Tensor, rows: PairRows | Layout) -> None:
         """Write this step's terms and accuracies into the history, on the device; mark the examples that may stop."""
         scored = rows.labels != -100
-        values = dict(terms)
-        for name, mask in (("toward_accuracy", rows.rejected & scored), ("away_accuracy", ~rows.rejected & scored)):
-            values[name] = (hits & mask).sum() / mask.sum().clamp(min=1)
+        halves = torch.stack([rows.rejected, ~rows.rejected]) & scored
+        shares = (halves & hits).sum(1) / halves.sum(1).clamp(min=1)
+        values = terms | dict(zip(("toward_accuracy", "away_accuracy"), shares, strict=True))
         for name, value in values.items():
             if name not in self.history:
                 self.history[name] = torch.zeros(self.settings.steps, dtype=value.dtype, device=self.index.device)
@@ -211,13 +211,14 @@ class AttackState:
 
     def _count(self, grads: list[Tensor], tokens: Tensor) -> None:
         """Count, on the device, the rows whose gradient at this step is not finite."""
-        found = []
+        device, norms = self.index.device, []
         for grad in grads:
             wide = torch.promote_types(grad.dtype, torch.float32)  # where a row of finite numbers has a finite norm
-            finite = torch.linalg.vector_norm(grad, dim=-1, dtype=wide).isfinite()
-            own = tokens.to(grad.device)
-            found.append((~finite[own.clamp(min=0)] & (own >= 0)).any(1).sum(dtype=torch.int32).to(self.index.device))
-        self.nonfinite.index_copy_(0, self.index - 1, torch.stack(found)[None])
+            norms.append(torch.linalg.vector_norm(grad, dim=-1, dtype=wide).to(device))
+        own = tokens.to(device)
+        finite = torch.stack(norms).isfinite()[:, own.clamp(min=0)]
+        wrong = (~finite & (own >= 0)).any(2).sum(1, dtype=torch.int32)
+        self.nonfinite.index_copy_(0, self.index - 1, wrong[None])
 
     def _live(self, tokens: Tensor) -> Tensor:
         """`tokens` [R, K] without those of examples that have stopped: such rows are left as they are."""

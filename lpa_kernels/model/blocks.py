@@ -3,101 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .facts import hooks_on, is_ours
+from .joined import Maps, joined_maps
 from .lean import _lora_parts, _untouched, norm_offset
+from .linear import Linear
 from .sites import decoder_layers, unwrapped
-
-Low = tuple[Tensor, Tensor]  # LoRA's product with its first factor, [T, rank], and its second factor, [out, rank]
-
-
-_WIDE, _PART = 1 << 14, 1 << 10  # outputs from which a product is made in parts, and how many are one
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias. On a CPU a head's by parts of W, which stay in the caches: a sixth faster than whole."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or len(weight) < _WIDE or bias is not None:
-        return nn.functional.linear(x, weight, bias)
-    out = x.new_empty(len(x), len(weight))
-    for part, rows in zip(out.split(_PART, 1), weight.split(_PART), strict=True):
-        torch.mm(x, rows.t(), out=part)
-    return out
 
 
 class UnsupportedStack(ValueError):
     """A model is not of the kind that a frozen stack runs; the message names the module and why."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A frozen linear map y = x W^T + bias + scaling (x A^T) B^T.
-
-    Attributes:
-        weight: [out, in]. bias: [out] or None.
-        a: [rank, in] and b: [out, rank], the factors of one LoRA adapter, or None. scaling: of their product.
-        held: the sum of weight and adapter, from a backward pass to the next forward pass. Then least else is saved.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scaling: float = 1.0
-    held: list[Tensor] = field(default_factory=list, repr=False, compare=False)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """y [T, out] of x [T, in]."""
-        if (sum_ := self.held.pop() if self.held else self._summed(x)) is not None:
-            return _product(x, sum_, self.bias)
-        out = _product(x, self.weight, self.bias)
-        if self.a is not None and self.b is not None:
-            out.addmm_(x @ self.a.t(), self.b.t(), alpha=self.scaling)
-        return out
-
-    def ahead(self, x: Tensor) -> tuple[Tensor, Low | None]:
-        """y of x without LoRA's second product, and what that takes: for an op that makes it as it reads y.
-
-        On a CPU the product of a library is faster, and y is whole.
-        """
-        if self.a is None or self.b is None or x.device.type == "cpu":
-            return self(x), None
-        low = torch.addmm(x.new_empty(0), x, self.a.t(), beta=0, alpha=self.scaling)
-        return nn.functional.linear(x, self.weight, self.bias), (low, self.b)
-
-    def back(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
-        """The gradient of x [T, in] from that of y [T, out], added to `into` where one is given."""
-        sum_ = self._summed(grad)
-        weight = self.weight if sum_ is None else sum_
-        out = grad @ weight if into is None else into.addmm_(grad, weight)
-        if sum_ is not None:
-            self.held[:] = [sum_]
-        elif self.a is not None and self.b is not None:
-            out.addmm_(grad @ self.b, self.a, alpha=self.scaling)
-        return out
-
-    def _summed(self, x: Tensor) -> Tensor | None:
-        """The weight with the adapter added, where that takes fewer operations than the adapter on the rows of x.
-
-        In float32 and float64 alone: there it is exact up to the order of sums.
-        """
-        if self.a is None or self.b is None or x.dtype not in (torch.float32, torch.float64):
-            return None
-        many, few = self.weight.shape
-        if len(x) * (many + few) <= 1.25 * many * few:  # the copy of the weight costs something too
-            return None
-        return torch.addmm(self.weight, self.b, self.a, alpha=self.scaling)
-
-    def split(self, sizes: Sequence[int]) -> list[Linear]:
-        """Maps to consecutive `sizes` of its outputs, as views of its weights."""
-        biases = [None] * len(sizes) if self.bias is None else list(self.bias.split(list(sizes)))
-        ups = [None] * len(sizes) if self.b is None else list(self.b.split(list(sizes)))
-        weights = self.weight.split(list(sizes))
-        return [Linear(w, bias, self.a, up, self.scaling) for w, bias, up in zip(weights, biases, ups, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -117,16 +37,14 @@ class Attention:
     """The attention of a block.
 
     Attributes:
-        q, k, v, o: its maps. heads, kv_heads, head_dim: its shape.
+        qkv: the maps to queries, keys and values. o: the map of what it gives. heads, kv_heads, head_dim: its shape.
         q_norm, k_norm: norms before the rotation, over each head or over all together; None where there are none.
         scaling: of the scores. softcap: scores s become softcap * tanh(s / softcap); None for none.
         rotates: whether queries and keys are rotated by their positions.
     """
 
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
+    qkv: Maps
+    o: Maps
     heads: int
     kv_heads: int
     head_dim: int
@@ -141,9 +59,8 @@ class Attention:
 class Mlp:
     """A gated feed-forward, down(act(gate(x)) * up(x)). act: "silu" or "gelu_tanh"."""
 
-    gate: Linear
-    up: Linear
-    down: Linear
+    gate_up: Maps
+    down: Maps
     act: str
 
 
@@ -210,6 +127,15 @@ class Decoder:
     norm: Norm
     head: Head
 
+    @property
+    def products(self) -> str:
+        """How many products the maps of one input are, in words."""
+        maps = [m for b in self.blocks for m in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
+        joined = sum(m.joined is not None for m in maps)
+        if joined in (0, len(maps)):
+            return "joined" if joined else "one a weight"
+        return f"{joined} of {len(maps)} joined (others refer to the memory of the rest)"
+
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -271,22 +197,21 @@ def _attention(module: Any, name: str) -> Attention:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if not (isinstance(dim, int) and isinstance(heads, int) and isinstance(kv_heads, int)):
         raise UnsupportedStack(f"{name} ({type(module).__name__}) does not say its number of heads and their width")
+    wide = [heads * dim, kv_heads * dim, kv_heads * dim]
     if "qkv_proj" in children:
-        linears = _linears(module, name, ("qkv_proj", "o_proj"))
-        maps = [*linears[0].split([heads * dim, kv_heads * dim, kv_heads * dim]), linears[1]]
+        qkv, o = _maps(module, name, (("qkv_proj",), ("o_proj",)), wide)
     else:
-        maps = _linears(module, name, ("q_proj", "k_proj", "v_proj", "o_proj"))
-    if maps[0].weight.shape[0] != heads * dim or maps[1].weight.shape[0] != kv_heads * dim:
-        raise UnsupportedStack(f"{name}'s queries are {maps[0].weight.shape[0]} wide, not {heads} heads of {dim}")
+        qkv, o = _maps(module, name, (("q_proj", "k_proj", "v_proj"), ("o_proj",)))
+    if qkv.sizes != wide:
+        raise UnsupportedStack(f"{name}'s queries are {qkv.sizes[0]} wide, not {heads} heads of {dim}")
     q_norm, k_norm = (
         _norm(children[key], f"{name}.{key}") if key in children else None for key in ("q_norm", "k_norm")
     )
     if (q_norm is None) != (k_norm is None):
         raise UnsupportedStack(f"{name} ({type(module).__name__}) norms one of queries and keys alone")
-    q, k, v, o = maps
     softcap = getattr(module, "attn_logit_softcapping", None)
     return Attention(
-        q, k, v, o, heads, kv_heads, dim, q_norm, k_norm, float(module.scaling), softcap,
+        qkv, o, heads, kv_heads, dim, q_norm, k_norm, float(module.scaling), softcap,
         bool(getattr(module, "use_rope", True)),
     )  # fmt: skip
 
@@ -295,16 +220,23 @@ def _mlp(module: Any, name: str) -> Mlp:
     module = _plain(unwrapped(module), name)
     act = _activation(getattr(module, "act_fn", None) or getattr(module, "activation_fn", None), name)
     if hasattr(module, "gate_up_proj"):
-        joint, down = _linears(module, name, ("gate_up_proj", "down_proj"))
-        gate, up = joint.split([joint.weight.shape[0] // 2] * 2)
+        wide = [getattr(module.gate_up_proj, "out_features", 0) // 2] * 2
+        gate_up, down = _maps(module, name, (("gate_up_proj",), ("down_proj",)), wide)
     else:
-        gate, up, down = _linears(module, name, ("gate_proj", "up_proj", "down_proj"))
-    return Mlp(gate, up, down, act)
+        gate_up, down = _maps(module, name, (("gate_proj", "up_proj"), ("down_proj",)))
+    return Mlp(gate_up, down, act)
 
 
-def _linears(module: nn.Module, name: str, keys: Sequence[str]) -> list[Linear]:
-    """The maps of these names, where they are all that `module` has with weights beside its norms of heads."""
+def _maps(
+    module: nn.Module, name: str, groups: Sequence[Sequence[str]], sizes: Sequence[int] | None = None
+) -> list[Maps]:
+    """The maps of one input each, by names, where they are all that `module` has with weights beside norms of heads.
+
+    Args:
+        sizes: of the outputs of the first group's only map, which holds several.
+    """
     children = dict(module.named_children())
+    keys = [key for group in groups for key in group]
     if missing := [key for key in keys if key not in children]:
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has no {missing[0]}")
     known = {*keys, "q_norm", "k_norm"}
@@ -312,16 +244,19 @@ def _linears(module: nn.Module, name: str, keys: Sequence[str]) -> list[Linear]:
     others += list(module._parameters)
     if others:
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has {others[0]}, which a stack does not run")
-    return [_linear(children[key], f"{name}.{key}") for key in keys]
+    read = [{key: _linear(children[key], f"{name}.{key}") for key in group} for group in groups]
+    return [
+        joined_maps([children[key] for key in group], list(group.values()), None if number else sizes)
+        for number, group in enumerate(read)
+    ]
 
 
 def _linear(module: Any, name: str) -> Linear:
     if type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear":
         _plain(module, name)
         if (parts := _lora_parts(module)) is not None:
-            frozen = [None if part is None else part.detach() for part in parts[:4]]
-            assert frozen[0] is not None
-            return Linear(frozen[0], frozen[1], frozen[2], frozen[3], parts[4])
+            base, bias, a, b, scaling = parts
+            return Linear(base, None if bias is None else bias.detach(), a.detach(), b.detach(), scaling)
         if module.disable_adapters or module.merged or not set(module.active_adapters) & set(module.lora_A):
             module = module.base_layer
     module = unwrapped(module)
@@ -330,7 +265,7 @@ def _linear(module: Any, name: str) -> Linear:
         base = getattr(module, "base_layer", module)  # that an adapter is on
         kind = type(module if type(base) is nn.Linear else base)
         raise UnsupportedStack(f"{name} is {kind.__module__}.{kind.__name__}, not a frozen nn.Linear")
-    return Linear(weight.detach(), None if module.bias is None else module.bias.detach())
+    return Linear(weight, None if module.bias is None else module.bias.detach())
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .blocks import Decoder, Low, Mlp, Norm, UnsupportedStack
+from .blocks import Decoder, Mlp, Norm, UnsupportedStack
 from .hooks import forwards
+from .joined import APART
+from .linear import Low
 from .sites import decoder_layers
 
 EMBEDDING = -1  # the half block that a perturbation of the embedding follows
@@ -151,6 +153,7 @@ class FrozenStack:
         self.streams = {_half(name): name for name in sites if name.startswith("block:")}
         self.first = min([*self.outputs, *self.streams], default=self.last + 1)
         self.scored_rows = tokens.rows[tokens.scored]
+        self.rotates_apart = tokens.ids.device.type not in APART  # a CPU's kernels rotate what they read anyway
         self.saved: dict[Any, Any] = {}
         self.keys: list[tuple[Tensor, Tensor]] = []  # of each block, where nothing here is perturbed
         self.kept = [] if before is None else [self._with_room(k, v) for k, v in before.keys]
@@ -231,8 +234,8 @@ class FrozenStack:
         """What a half block adds to the residual stream, from the norm of it: a product, and LoRA's to come."""
         block = self.decoder.blocks[half // 2]
         if half % 2:
-            gate, up = block.mlp.gate(x), block.mlp.up(x)
-            kept: tuple[Any, ...] = gate, up
+            kept: Any = block.mlp.gate_up(x)
+            gate, up = block.mlp.gate_up.parts(kept)
             output = block.mlp.down.ahead(ops.swiglu(gate, up, block.mlp.act, backend=self.backend))
         else:
             kept = self._attention(half // 2, x)
@@ -249,21 +252,30 @@ class FrozenStack:
         """How `ops.attention` is called in a block."""
         part = self.decoder.blocks[index].attention
         return {"scale": part.scaling, "softcap": part.softcap or 0.0, "window": self.rules[index].window,
-                "rotation": self.rules[index].rotation if part.rotates else None,
+                "rotation": self.rules[index].rotation if part.rotates and not self.rotates_apart else None,
                 "backend": self.backend}  # fmt: skip
+
+    def _rotate(self, index: int, q: Tensor, k: Tensor, back: bool = False) -> None:
+        """Rotate queries and keys of a block's tokens where they are, once for all that reads them, or back."""
+        if self.rotates_apart and self.decoder.blocks[index].attention.rotates:
+            queries, own = self._lines(2 * index)[0].places, self.tokens.line.places
+            ops.rotate_(q, k, self.rules[index].rotation, queries, own, back=back, backend=self.backend)
 
     def _attention(self, index: int, x: Tensor) -> tuple[Any, ...]:
         """(q, k, v, out, lse) of a block, and what the norms of its queries and keys leave."""
         part, few = self.decoder.blocks[index].attention, self._is_few(2 * index)
-        q, k, v = part.q(x[self.tokens.scored] if few else x), part.k(x), part.v(x)
+        if few:
+            q, k, v = (one(rows) for one, rows in zip(part.qkv.each, (x[self.tokens.scored], x, x), strict=True))
+        else:
+            q, k, v = part.qkv.parts(part.qkv(x))
         normed: Any = None
         if part.q_norm is not None and part.k_norm is not None:
             (q, *q_kept), (k, *k_kept) = self._head_norm(q, part.q_norm), self._head_norm(k, part.k_norm)
             normed = q_kept, k_kept
-        q = q.view(-1, part.heads, part.head_dim)
-        k, v = (t.view(-1, part.kv_heads, part.head_dim) for t in (k, v))
+        q, k, v = (t.unflatten(1, (-1, part.head_dim)) for t in (q, k, v))
+        self._rotate(index, q, k)
         if self.first > self.last:  # nothing here is perturbed: it is for the stack on the tokens that follow
-            self.keys.append((k, v))
+            self.keys.append((k.contiguous(), v.contiguous()))
         own = self.tokens.own
         if own is not None:
             k, v = (old.index_copy_(0, own, new) for old, new in zip(self.kept[index], (k, v), strict=True))
@@ -273,7 +285,7 @@ class FrozenStack:
     def _head_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
         """The norm of x [T, heads * D] over parts as wide as its weight; those parts and their factors."""
         parts, normed, rstd = ops.add_norm(
-            x.view(-1, norm.weight.shape[0]), None, norm.weight, eps=norm.eps, backend=self.backend
+            x.reshape(-1, norm.weight.shape[0]), None, norm.weight, eps=norm.eps, backend=self.backend
         )
         return normed.view(x.shape), parts, rstd
 
@@ -319,28 +331,40 @@ class FrozenStack:
         return few.new_zeros(len(self.tokens.places), few.shape[1]).index_copy_(0, self.tokens.scored, few)
 
     def _mlp_backward(self, mlp: Mlp, grad: Tensor, kept: Any) -> Tensor:
-        gate, up = kept
+        gate, up = mlp.gate_up.parts(kept)
         ops.swiglu_backward_(gate, up, mlp.down.back(grad), mlp.act, backend=self.backend)
-        return mlp.up.back(up, mlp.gate.back(gate))
+        return mlp.gate_up.back(kept)
 
     def _attention_backward(self, index: int, grad: Tensor, kept: Any) -> Tensor:
         part, few = self.decoder.blocks[index].attention, self._is_few(2 * index)
         q, k, v, out, lse, normed = kept
         queries, keys = self._lines(2 * index)
-        into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        own, room = self.tokens.own, part.qkv.room(grad)
+        places = part.qkv.parts(room)
+        norms = (None, None, None) if normed is None else (part.q_norm, part.k_norm, None)
+        ready = [norm is None and own is None and not few for norm in norms]  # to be multiplied as attention leaves it
+        d_q, d_k, d_v = (
+            place.view(x.shape) if last else x.new_empty(x.shape)
+            for place, x, last in zip(places, (q, k, v), ready, strict=True)
+        )
         ops.attention_backward_(
-            part.o.back(grad).view(q.shape), q, k, v, out, lse, into, queries=queries, keys=keys,
+            part.o.back(grad).view(q.shape), q, k, v, out, lse, (d_q, d_k, d_v), queries=queries, keys=keys,
             **self._options(index),
         )  # fmt: skip
-        own = self.tokens.own
-        dq, dk, dv = (t.flatten(1) for t in (into if own is None else (into[0], into[1][own], into[2][own])))
+        if own is not None:
+            d_k, d_v = d_k[own], d_v[own]
+        self._rotate(index, d_q, d_k, back=True)
+        dq, dk, dv = (t.flatten(1) for t in (d_q, d_k, d_v))
         if part.q_norm is not None and part.k_norm is not None:
             dq = self._head_norm_backward(dq, part.q_norm, *normed[0])
             dk = self._head_norm_backward(dk, part.k_norm, *normed[1])
-        total = part.v.back(dv, part.k.back(dk))
         if few:
-            return total.index_add_(0, self.tokens.scored, part.q.back(dq))
-        return part.q.back(dq, total)
+            q_map, k_map, v_map = part.qkv.each
+            return v_map.back(dv, k_map.back(dk)).index_add_(0, self.tokens.scored, q_map.back(dq))
+        for place, found, last in zip(places, (dq, dk, dv), ready, strict=True):
+            if not last:
+                place.copy_(found)
+        return part.qkv.back(room)
 
     def _head_norm_backward(self, grad: Tensor, norm: Norm, parts: Tensor, rstd: Tensor) -> Tensor:
         return ops.add_norm_backward(

@@ -1,7 +1,16 @@
 """The ops: of the attack (perturb, pgd_update_, token_loss_) and of a frozen block, and the faces built on them."""
 
 from . import block_reference, native, reference, triton  # noqa: F401  each registers what it has, or why it is absent
-from .block import Stream, add_norm, add_norm_backward, attention, attention_backward_, swiglu, swiglu_backward_
+from .block import (
+    Stream,
+    add_norm,
+    add_norm_backward,
+    attention,
+    attention_backward_,
+    rotate_,
+    swiglu,
+    swiglu_backward_,
+)
 from .block_reference import seen_by
 from .functional import (
     THRESHOLD,
@@ -17,7 +26,7 @@ from .functional import (
 )
 from .optimizer import PGDOptimizer
 from .reference import NORMS, RULES, gather_grad
-from .registry import backends, noted, requested
+from .registry import backends, note, noted, requested
 
 __all__ = [
     "NORMS",
@@ -34,11 +43,13 @@ __all__ = [
     "linear_token_loss",
     "no_autocast",
     "norm_named",
+    "note",
     "noted",
     "perturb",
     "pgd_update_",
     "project_",
     "requested",
+    "rotate_",
     "rule_named",
     "seen_by",
     "swiglu",

@@ -180,6 +180,46 @@ class Stream(NamedTuple):
     longest: int
 
 
+def _expect_rotation(rotation: tuple[Tensor, Tensor], width: int) -> None:
+    cos, sin = rotation
+    expect("cos", cos, (-1, -1))
+    expect("sin", sin, cos.shape)
+    if 2 * cos.shape[1] > width:
+        raise ValueError(f"cos is {cos.shape[1]} wide; a head of {width} has {width // 2} pairs to rotate")
+
+
+def rotate_(
+    q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor], q_places: Tensor, k_places: Tensor, *, back: bool = False,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """Rotate queries and keys by their positions, where they are: once for all that reads them.
+
+    The first 2R entries of each head, (a, b), become (a cos - b sin, b cos + a sin), in float32 and rounded once.
+
+    Args:
+        q: [Tq, heads, D], k: [Tk, kv heads, D], any float dtype; views of one product may be given. They are written.
+        rotation: cos and sin, [P, R] float32 by position, R at most D / 2.
+        q_places, k_places: [T, 2] int32, branch and position of each token, as in `Stream`.
+        back: the other way round, which is the gradient's way.
+        backend: "auto", "reference", "triton" or "native".
+
+    Raises:
+        ValueError: the shapes do not fit.
+        RuntimeError: the named backend cannot take this call; the message says why.
+
+    >>> q, k, places = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]), torch.tensor([[0, 1]]).int()
+    >>> rotate_(q, k, (torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])), places, places)
+    >>> q.tolist(), k.tolist()
+    ([[[0.0, 1.0]]], [[[-2.0, 0.0]]])
+    """
+    expect("q", q, (-1, -1, -1))
+    expect("k", k, (-1, -1, q.shape[2]))
+    _expect_rotation(rotation, q.shape[2])
+    for name, tensor, places in (("q", q, q_places), ("k", k, k_places)):
+        expect(f"the places of {name}", places, (len(tensor), 2))
+    run("rotate_", backend, (q, k, *rotation, q_places, k_places, back), written=(q, k))
+
+
 def _attention_arguments(
     q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, queries: Stream, keys: Stream
 ) -> tuple[Tensor | int | None, ...]:
@@ -192,13 +232,8 @@ def _attention_arguments(
         expect(f"the places of {name}", stream.places, (tensor.shape[0], 2))
         expect(f"the starts of {name}", stream.starts, queries.starts.shape)
     cos, sin = rotation or (None, None)
-    if cos is not None:
-        expect("cos", cos, (-1, -1))
-        expect("sin", sin, cos.shape)
-        if 2 * cos.shape[1] > q.shape[2]:
-            raise ValueError(
-                f"cos is {cos.shape[1]} wide; a head of {q.shape[2]} has {q.shape[2] // 2} pairs to rotate"
-            )
+    if rotation is not None:
+        _expect_rotation(rotation, q.shape[2])
     return (cos, sin, queries.places, keys.places, queries.starts, keys.starts, queries.longest, keys.longest)
 
 

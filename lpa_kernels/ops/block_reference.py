@@ -122,6 +122,14 @@ def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, places: Tensor, b
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
 
+def rotate_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_places: Tensor, k_places: Tensor, back: bool
+) -> None:  # fmt: skip
+    """Rotate q and k where they are, as `lpa_kernels.ops.rotate_`."""
+    for x, places in ((q, q_places), (k, k_places)):
+        x.copy_(rotated(_wide(x), cos, sin, places, back))
+
+
 def _turns(cos: Tensor, sin: Tensor, places: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     """[T, 1, 2R] each: what an entry is multiplied by, and what its partner in the other half is."""
     c, s = cos[places[:, 1]][:, None], sin[places[:, 1]][:, None]
@@ -313,5 +321,5 @@ def _takes(*args: object) -> str | None:
     return None
 
 
-for _op in (add_norm, add_norm_backward, swiglu, swiglu_backward_, attention, attention_backward_):
+for _op in (add_norm, add_norm_backward, swiglu, swiglu_backward_, rotate_, attention, attention_backward_):
     registry.register(_op.__name__, "reference", _op, _takes)

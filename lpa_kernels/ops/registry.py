@@ -83,10 +83,14 @@ def noted() -> Iterator[dict[str, str]]:
         _noted.reset(token)
 
 
+def note(what: str, how: str) -> None:
+    """Have an enclosing `noted` tell how something else than an op is run."""
+    if (kernels := _noted.get()) is not None:
+        kernels[what] = how
+
+
 def _found(op: str, backend: str, refusals: list[str]) -> Callable[..., Any]:
-    kernels = _noted.get()
-    if kernels is not None:
-        kernels[op] = f"{backend} ({'; '.join(refusals)})" if refusals else backend
+    note(op, f"{backend} ({'; '.join(refusals)})" if refusals else backend)
     return _table[op, backend].fn
 
 

@@ -128,6 +128,26 @@ def swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor, activation: str) ->
     return swiglu(gate, up, activation) or swiglu(gate, grad, activation)
 
 
+def rotate_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_places: Tensor, k_places: Tensor, *_: object
+) -> str | None:
+    """For heads of one dtype in lines, tables in float32 and places in int32."""
+    heads, tables, places = (
+        (("q", q), ("k", k)),
+        (("cos", cos), ("sin", sin)),
+        (("q_places", q_places), ("k_places", k_places)),
+    )
+    return (
+        _narrow("q", q)
+        or _typed(q.dtype, *heads)
+        or _in_lines(*heads)
+        or _together(q, *heads, contiguous=False)
+        or _typed(torch.float32, *tables)
+        or _typed(torch.int32, *places)
+        or _together(q, *tables, *places)
+    )
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, q_places: Tensor, k_places: Tensor,
     q_starts: Tensor, k_starts: Tensor, *_: object,

@@ -21,6 +21,7 @@ SCHEMAS = (
     "add_norm_backward(Tensor grad, Tensor r, Tensor rstd, Tensor weight, Tensor? residual) -> Tensor",
     "swiglu(Tensor gate, Tensor up, str activation) -> Tensor",
     "swiglu_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad, str activation) -> ()",
+    "rotate_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor q_places, Tensor k_places, bool back) -> ()",
     "attention(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor q_places, Tensor k_places,"
     " Tensor q_starts, Tensor k_starts, int longest_q, int longest_k, float scale, float softcap, int window)"
     " -> (Tensor out, Tensor lse)",
@@ -90,6 +91,7 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("lpa_kernels::swiglu_backward_", lib=_library)
+@torch.library.register_fake("lpa_kernels::rotate_", lib=_library)
 @torch.library.register_fake("lpa_kernels::attention_backward_", lib=_library)
 def _(*args: Any) -> None:
     return None

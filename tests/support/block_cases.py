@@ -152,6 +152,12 @@ def attention_case(
     return grad, q, k, v, out.to(dtype), lse.float(), *into, *layout
 
 
+def rotate_case(dtype: torch.dtype = torch.float32, *, back: bool = False, **options: Any) -> Args:
+    """A call of rotate_ on the queries and keys of `attention_case`, which says what `options` are."""
+    q, k, _, cos, sin, q_places, k_places, *_ = attention_case(dtype, **options)
+    return q, k, cos, sin, q_places, k_places, back
+
+
 def run_against_oracle(op: str, backend: str, args: Args, tolerance: float = 2e-6) -> None:
     """Run `op` on `backend` and compare all that it returns and writes with the reference in float64.
 
@@ -173,8 +179,9 @@ def run_against_oracle(op: str, backend: str, args: Args, tolerance: float = 2e-
         assert returned.dtype == dtype
         assert_near(returned, expected, tolerance, op, dtype)
     else:
-        for i, name in enumerate(("gate", "up")):
-            assert_near(got[i], want[i], tolerance, f"the gradient of {name}", dtype)
+        names = ("q", "k") if op == "rotate_" else ("the gradient of gate", "the gradient of up")
+        for i, name in enumerate(names):
+            assert_near(got[i], want[i], tolerance, name, dtype)
 
 
 def _compare_norm(args: Args, returned: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:

@@ -28,6 +28,10 @@ else:
     def _attention_backward_refusal(*args: Any) -> str | None:
         return attention.unsupported(args[1], args[9]) or _refusal("attention_backward_")(*args)
 
+    def _rotate_refusal(q: Tensor, k: Tensor, cos: Tensor, *rest: Any) -> str | None:
+        return attention.unsupported(q, cos) or _refusal("rotate_")(q, k, cos, *rest)
+
+    registry.register("rotate_", "triton", attention.rotate_, _rotate_refusal)
     registry.register("attention", "triton", attention.attention, _attention_refusal)
     registry.register("attention_backward_", "triton", attention.attention_backward_, _attention_backward_refusal)
     for _kernel in (

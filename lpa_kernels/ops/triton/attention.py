@@ -70,12 +70,12 @@ def _rotate(
 
 def _rotated(
     q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, q_places: Tensor, k_places: Tensor,
-    back: bool = False,
+    back: bool = False, inside: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """New tensors of q and k rotated; with `back`, q and k themselves, rotated back in place."""
-    if cos is None:
+    """New tensors of q and k rotated; with `inside`, q and k themselves. back: the other way round."""
+    if cos is None or not (q.numel() or k.numel()):
         return q, k
-    q_out, k_out = (q, k) if back else (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+    q_out, k_out = (q, k) if inside else (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
     half = cos.shape[1]
     pad = launch.power_of_two(half)
     many = max(1, TURNED // pad)
@@ -85,6 +85,14 @@ def _rotated(
         BACK=back, HALF=half, PAD=pad, TOKENS=many, **launch.threads(TURNED // 8),
     )  # fmt: skip
     return q_out, k_out
+
+
+def rotate_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_places: Tensor, k_places: Tensor, back: bool
+) -> None:  # fmt: skip
+    """Rotate q and k where they are, as `lpa_kernels.ops.rotate_`."""
+    with launch.on(q):
+        _rotated(q, k, cos, sin, q_places, k_places, back=back, inside=True)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -364,7 +372,7 @@ def attention_backward_(
                 grad, q, k, v, lse, own, d_k, d_v, *stream, *strides, *d_k.stride()[:2], *d_v.stride()[:2], queries,
                 scale, softcap, M=walked, N=held, **shape,
             )  # fmt: skip
-        _rotated(d_q, d_k, cos, sin, q_places, k_places, back=True)
+        _rotated(d_q, d_k, cos, sin, q_places, k_places, back=True, inside=True)
 
 
 def unsupported(q: Tensor, cos: Tensor | None) -> str | None:

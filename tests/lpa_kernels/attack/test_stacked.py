@@ -23,6 +23,7 @@ from lpa_kernels.model.modes import inner_mode
 from lpa_kernels.model.sites import resolve_sites
 from lpa_kernels.ops import block_reference
 from tests.support.batches import PLAIN, RAGGED, assert_same, attack_with, late, llama, pairs, with_lora
+from tests.support.joining import joining
 from tests.support.models import DEVICE, implementations, tiny
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "smollm3", "gemma2", "gemma3_text", "granite")
@@ -34,15 +35,22 @@ SITES = (["embedding", "mlp:1"], ["attn:1", "block:2"], ["mlp:3", "attn:3", "blo
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [False, True])
 def test_attacks_are_those_of_plain_passes(family: str, lora: bool) -> None:
-    """Ragged rows, one-token completions, windows that bind; prompts that are attacked, in part, and not at all."""
+    """Ragged rows, one-token completions, windows that bind; prompts that are attacked, in part, and not at all.
+
+    With a product a weight, as on a CPU, and with joined ones, as on a GPU.
+    """
     model = tiny(family, attn=implementations(family)[-1])
     model = with_lora(model) if lora else model
     batches = pairs(RAGGED, "all"), pairs(RAGGED, "some"), late(pairs(RAGGED, "all"))
     for number, sites in enumerate(SITES):
         batch = batches[number % 3]
-        got, want = (attack_with(model, batch, sites, engine, **DESCENT) for engine in ("stack", "reference"))
-        assert (got.engine, got.reason) == ("stack", "")
-        assert_same(got, want, losses=1e-5)
+        want = attack_with(model, batch, sites, "reference", **DESCENT)
+        for together in (False, True):
+            with joining(together):
+                got = attack_with(model, batch, sites, "stack", **DESCENT)
+            assert (got.engine, got.reason) == ("stack", "")
+            assert got.kernels["products"] == ("joined" if together else "one a weight")
+            assert_same(got, want, losses=1e-5)
 
 
 def plain_norms(model: nn.Module) -> nn.Module:
@@ -58,12 +66,13 @@ def plain_norms(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi3", "smollm3"])
 @pytest.mark.parametrize("sites", SITES, ids=str)
-def test_gradients_at_every_site_in_float64(family: str, sites: list[str]) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_gradients_at_every_site_in_float64(family: str, sites: list[str], together: bool) -> None:
     model = with_lora(plain_norms(tiny(family, attn="sdpa", dtype=torch.float64)), dtype=torch.float64)
     layout = pack(pairs(RAGGED, "all"))
     found = resolve_sites(model, sites)
     draw = torch.Generator().manual_seed(1)
-    with inner_mode(model):
+    with inner_mode(model), joining(together):
         ours, theirs = StackForward(model, found, layout, "reference"), HookedForward(model, found, layout, "reference")
         shape = (len(layout.row_tokens), model.config.hidden_size)
         deltas = [torch.randn(shape, dtype=torch.float64, generator=draw).to(DEVICE) * 0.1 for _ in found]
@@ -105,14 +114,16 @@ def test_a_head_in_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float32_as_the_model_itself(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_half_precision_is_as_near_to_float32_as_the_model_itself(dtype: torch.dtype, together: bool) -> None:
     """By the first steps' gradients' effect over some batches: how far deltas are off, and those of plain passes."""
     off = {"stack": 0.0, "reference": 0.0}
     for seed in range(4):
         batch, options = pairs(seed=seed), {"rule": "sgd", "epsilon": 1e3}
         exact = attack_with(tiny("llama"), batch, ["embedding", "mlp:1"], "reference", **options)
         for engine in off:
-            found = attack_with(tiny("llama", dtype=dtype), batch, ["embedding", "mlp:1"], engine, **options)
+            with joining(together):
+                found = attack_with(tiny("llama", dtype=dtype), batch, ["embedding", "mlp:1"], engine, **options)
             errors = [(found.deltas[n] - exact.deltas[n]).norm() / exact.deltas[n].norm() for n in exact.deltas]
             off[engine] += float(max(errors)) / 4
     assert off["stack"] < 1.5 * off["reference"] + 1e-3, off
@@ -293,7 +304,8 @@ def test_an_attack_explains_what_ran_it() -> None:
     model = tiny("llama")
     found = attack_with(model, pairs(), ["embedding"], "stack", backend="reference")
     block = {"add_norm", "add_norm_backward", "swiglu", "swiglu_backward_", "attention", "attention_backward_"}
-    assert set(found.kernels) == block | {"token_loss_", "pgd_update_"}
+    assert found.kernels.pop("products") == ("one a weight" if DEVICE == "cpu" else "joined")
+    assert set(found.kernels) - {"rotate_"} == block | {"token_loss_", "pgd_update_"}
     assert set(found.kernels.values()) == {"reference"}
     told = found.explain().splitlines()
     assert told[0].startswith("engine: stack, ")

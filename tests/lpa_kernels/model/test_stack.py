@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lpa_kernels.model import blocks
-from lpa_kernels.model.blocks import Linear, UnsupportedStack, read_decoder
+from lpa_kernels.model import linear as linears
+from lpa_kernels.model.blocks import UnsupportedStack, read_decoder
+from lpa_kernels.model.linear import Linear
 from lpa_kernels.model.stack import Given, rules_of
 from lpa_kernels.ops import seen_by, swiglu
 from tests.support.batches import with_lora
@@ -62,8 +63,8 @@ def test_a_sum_of_weight_and_adapter_is_made_once_for_a_backward_pass_and_the_ne
 def test_a_wide_head_in_parts_is_the_whole_product(monkeypatch):
     linear, x = Linear(drawn(70, 6).float()), drawn(5, 6, seed=1).float()
     wanted = linear(x)
-    monkeypatch.setattr(blocks, "_WIDE", 64)
-    monkeypatch.setattr(blocks, "_PART", 16)
+    monkeypatch.setattr(linears, "_WIDE", 64)
+    monkeypatch.setattr(linears, "_PART", 16)
     assert torch.allclose(linear(x), wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -118,13 +119,14 @@ def test_blocks_are_read_as_they_are(family, lora):
     decoder = read_decoder(frozen(with_lora(model) if lora else model))
     assert len(decoder.blocks) == model.config.num_hidden_layers
     block = decoder.blocks[0]
-    assert (block.attention.q.a is not None) == lora
+    assert (block.attention.qkv.each[0].a is not None) == lora
     assert (block.post_mlp is None) == (family not in ("gemma2", "gemma3_text", "olmo2"))
     x = torch.randn(3, model.config.hidden_size, device=DEVICE)
     mlp = block.mlp
     with torch.no_grad():
         wanted = model.model.layers[0].mlp(x)
-    assert torch.allclose(mlp.down(swiglu(mlp.gate(x), mlp.up(x), mlp.act)), wanted, atol=1e-5)
+        gate, up = mlp.gate_up.parts(mlp.gate_up(x))
+        assert torch.allclose(mlp.down(swiglu(gate, up, mlp.act)), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,19 @@ from lpa_kernels.ops import (
     attention_backward_,
     block_reference,
     registry,
+    rotate_,
     swiglu,
     swiglu_backward_,
 )
 from tests.support.backends import everywhere, need
-from tests.support.block_cases import attention_case, gate_case, norm_backward_case, norm_case, run_against_oracle
+from tests.support.block_cases import (
+    attention_case,
+    gate_case,
+    norm_backward_case,
+    norm_case,
+    rotate_case,
+    run_against_oracle,
+)
 from tests.support.op_cases import copied, implementation
 
 WIDTHS = (1, 33, 64, 576, 4096, 8192, 9000)  # in Triton: many rows a program, one, and in chunks
@@ -248,6 +256,35 @@ def test_attention_backward(variant, dtype, place):
     run_against_oracle("attention_backward_", backend, case)
 
 
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["plain", "few queries", "part of a rotation"])
+def test_rotate(variant, dtype, place):
+    backend, device = need("rotate_", place)
+    if variant == "part of a rotation" and backend == "triton":
+        pytest.skip("it rotates heads as a whole")
+    options = {"few queries": {"few": True}, "part of a rotation": {"rotated": 12}}.get(variant, {})
+    for back in (False, True):
+        run_against_oracle("rotate_", backend, rotate_case(dtype, back=back, device=device, **options))
+
+
+@pytest.mark.parametrize("rotated", [None, 12])
+def test_attention_of_what_was_rotated_is_attention_that_rotates(rotated):
+    case = attention_case(torch.float64, rotated=rotated)
+    wanted, _ = block_reference.attention(*case)
+    q, k, v, cos, sin, q_places, k_places, *rest = copied(case)
+    rotate_(q, k, (cos, sin), q_places, k_places)
+    found, _ = block_reference.attention(q, k, v, None, None, q_places, k_places, *rest)
+    torch.testing.assert_close(found, wanted)
+    rotate_(q, k, (cos, sin), q_places, k_places, back=True)
+    torch.testing.assert_close(q, case[0])
+    torch.testing.assert_close(k, case[1])
+    with pytest.raises(ValueError, match="a head of 16 has 8 pairs to rotate"):
+        rotate_(q, k, (torch.cat([cos, cos, cos], 1),) * 2, q_places, k_places)
+    with pytest.raises(ValueError, match="the places of k has shape"):
+        rotate_(q, k, (cos, sin), q_places, k_places[1:])
+
+
 def test_the_faces_of_attention():
     q, k, v, cos, sin, q_places, k_places, q_starts, k_starts, longest_q, longest_k, scale, *_ = attention_case()
     queries, keys = Stream(q_places, q_starts, longest_q), Stream(k_places, k_starts, longest_k)
@@ -275,6 +312,7 @@ SMALL = {
     "add_norm_backward": norm_backward_case(6, 5),
     "swiglu": gate_case(6, 5),
     "swiglu_backward_": gate_case(6, 5, backward=True),
+    "rotate_": rotate_case(),
     "attention": attention_case(),
     "attention_backward_": attention_case(backward=True),
 }

@@ -1,0 +1,205 @@
+"""Frozen linear maps of one input as one product: their weights, and LoRA's first factors, are views of one memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from .facts import remembered, undone_by_forgetting
+from .linear import Linear, Low
+
+APART = {"cpu"}  # devices on which each map is a product of its own: one thread runs these as fast
+_EVEN = 16  # entries: rows of this many of them begin at addresses that wide loads take
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The memory of the maps that are one product.
+
+    Attributes:
+        weight: [N + R, in]: their weights, and then A scaled of each adapter, and zeros up to a multiple of 16 rows.
+        bias: [N + R] or None.
+        up: [columns, R], of each adapter B where its map's outputs meet its A, and 0 elsewhere; None without adapters.
+        adapted: the columns of the outputs from the first adapted map to the last.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    up: Tensor | None
+    adapted: slice
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Frozen linear maps of one input. Their outputs stand side by side, in the first N columns of [T, N + R].
+
+    Attributes:
+        each: the maps. sizes: of their outputs.
+        joined: None where each is a product of its own; then R is 0.
+    """
+
+    each: tuple[Linear, ...]
+    joined: Joined | None
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(one.weight) for one in self.each]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, N + R] of x [T, in]."""
+        if self.joined is None:
+            y = self.room(x)
+            for one, part in zip(self.each, self.parts(y), strict=True):
+                one(x, part)
+            return y
+        y, width = nn.functional.linear(x, self.joined.weight, self.joined.bias), sum(self.sizes)
+        if self.joined.up is not None:
+            y[:, self.joined.adapted].addmm_(y[:, width:], self.joined.up.t())
+        return y
+
+    def ahead(self, x: Tensor) -> tuple[Tensor, Low | None]:
+        """The outputs [T, N] without LoRA's second product, and what that takes: for an op that makes it as it reads.
+
+        Of a single map. Where it is not joined, the outputs are whole.
+        """
+        if self.joined is None or self.joined.up is None:
+            return self(x), None
+        y, width = nn.functional.linear(x, self.joined.weight, self.joined.bias), sum(self.sizes)
+        return y[:, :width], (y[:, width:], self.joined.up)
+
+    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of each map, views of y [T, N + R]."""
+        return y[:, : sum(self.sizes)].split(self.sizes, 1)
+
+    def room(self, like: Tensor) -> Tensor:
+        """[T, N + R], not written yet, for the gradients of the outputs for as many tokens as in `like`."""
+        return like.new_empty(len(like), sum(self.sizes) if self.joined is None else len(self.joined.weight))
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of x [T, in], from that of the outputs in the first N columns of [T, N + R] or in [T, N].
+
+        What stands in the columns after N is overwritten.
+        """
+        width = sum(self.sizes)
+        if self.joined is None:
+            out: Tensor | None = None
+            for one, part in zip(self.each, self.parts(grad), strict=True):
+                out = one.back(part, out)
+            assert out is not None
+            return out
+        if self.joined.up is None:
+            return grad @ self.joined.weight
+        own = grad[:, self.joined.adapted]
+        if grad.shape[1] > width:
+            grad[:, width:].addmm_(own, self.joined.up, beta=0)
+            return grad @ self.joined.weight
+        return (grad @ self.joined.weight[:width]).addmm_(own @ self.joined.up, self.joined.weight[width:])
+
+
+def joined_maps(modules: Sequence[nn.Module], linears: Sequence[Linear], sizes: Sequence[int] | None = None) -> Maps:
+    """Maps of one input, as one product on a device that has it, where their memory allows it.
+
+    Args:
+        modules: that the maps are read from. linears: the maps, whose weights are the modules' parameters.
+        sizes: of the maps that a single one holds one after the other.
+    """
+    weights = [one.weight for one in linears]
+    adapters = {id(one.a): one for one in linears if one.a is not None}
+    ranks = [len(one.a) for one in adapters.values() if one.a is not None]
+    rows = -(-sum(ranks) // _EVEN) * _EVEN
+    memory = None if weights[0].device.type in APART else together(modules, weights, rows)
+    each = tuple(linears if sizes is None else linears[0].split(sizes))
+    if memory is None:
+        return Maps(each, None)
+    width = len(memory) - rows
+    bias = None
+    if any(one.bias is not None for one in each):
+        none = memory.new_zeros(max(width, rows))
+        bias = torch.cat([none[: len(one.weight)] if one.bias is None else one.bias for one in each] + [none[:rows]])
+    if not adapters:
+        return Maps(each, Joined(memory, bias, None, slice(0)))
+    # the rows of each A, and what each B is multiplied with
+    places, start = {}, 0
+    for key, one in adapters.items():
+        assert one.a is not None
+        places[key] = slice(start, start + len(one.a))
+        torch.mul(one.a, one.scaling, out=memory[width:][places[key]])
+        start += len(one.a)
+    memory[width + start :] = 0
+    ends = torch.tensor([0, *(len(one.weight) for one in each)]).cumsum(0).tolist()
+    columns = [(slice(*ends[i : i + 2]), one) for i, one in enumerate(each) if one.b is not None]
+    adapted = slice(columns[0][0].start, columns[-1][0].stop)
+    up = memory.new_zeros(adapted.stop - adapted.start, rows)
+    for place, one in columns:
+        assert one.b is not None
+        up[place.start - adapted.start : place.stop - adapted.start, places[id(one.a)]] = one.b
+    return Maps(each, Joined(memory, bias, up, adapted))
+
+
+# ---- where weights are -----------------------------------------------------------------------------------------------
+
+
+def together(modules: Sequence[nn.Module], weights: Sequence[Tensor], rows: int) -> Tensor | None:
+    """[N + rows, in]: the weights [n, in] one below the other, of which they are views from then on, and room below.
+
+    They are moved where they are not there already: each to its part of new memory, one after the other. Afterwards
+    the parameters are the same objects with the same values; their memory is one. `facts.forget` gives them their own.
+
+    Returns:
+        None where a weight's memory is not its own alone (of a shard, a flat buffer, a tie, or held by somebody): what
+        else refers to it would not follow.
+    """
+    first, total = weights[0], sum(map(len, weights)) + rows
+    if len(weights) == 1 and not rows:
+        return first.data
+    homes: set[int] = remembered(modules[0], "memory of joined weights", None, set)
+    width, size = first.shape[1], total * first.shape[1]
+    starts = [sum(map(len, weights[:i])) * width for i in range(len(weights))]
+    memory = first.untyped_storage()
+    if (
+        memory._cdata in homes
+        and memory.nbytes() == size * first.element_size()
+        and all(
+            w.untyped_storage()._cdata == memory._cdata and w.storage_offset() == at and w.is_contiguous()
+            for w, at in zip(weights, starts, strict=True)
+        )
+    ):
+        return first.data.as_strided((total, width), (width, 1), 0)
+    alike = all((w.dtype, w.device, w.shape[1]) == (first.dtype, first.device, width) for w in weights)
+    if not alike or not all(_own(w) or w.untyped_storage()._cdata in homes for w in weights):
+        return None
+    new = first.data.new_empty(total, width)
+    for weight, part in zip(weights, new.split([*map(len, weights), rows]), strict=False):
+        part.copy_(weight.data)
+        weight.data = part
+    homes.add(home := new.untyped_storage()._cdata)
+    for module, weight in zip(modules, weights, strict=True):
+        undone_by_forgetting(module, partial(apart, ref(weight), home))
+    return new
+
+
+def _own(weight: Tensor) -> bool:
+    """Whether a weight is a plain parameter of the whole of a memory that nothing else refers to."""
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_contiguous():
+        return False
+    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size() and _uses(weight) <= _ALONE
+
+
+def _uses(weight: Tensor) -> int:
+    count: Any = torch._C._storage_Use_Count
+    return int(count(weight.untyped_storage()._cdata))
+
+
+_ALONE = _uses(nn.Parameter(torch.empty(1)))
+
+
+def apart(weight: ref[Tensor], home: int) -> None:
+    """Give a weight its own memory again, if it is still a part of that joined one."""
+    if (found := weight()) is not None and found.untyped_storage()._cdata == home:
+        found.data = found.data.clone()

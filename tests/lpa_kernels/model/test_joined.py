@@ -1,0 +1,347 @@
+"""Joined weights: the same products, and weights that stay what they are to everything that saves or moves them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import io
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lpa_kernels.model.facts import forget
+from lpa_kernels.model.joined import joined_maps
+from lpa_kernels.model.linear import Linear
+from tests.support.batches import assert_same, attack_with, llama, pairs, with_lora
+from tests.support.joining import joining
+from tests.support.models import tiny
+
+DESCENT = {"rule": "sgd", "step_size": 0.5, "epsilon": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def joined() -> Iterator[None]:
+    with joining():
+        yield
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def close(given: Tensor, wanted: Tensor) -> bool:
+    return bool((given - wanted).abs().max() <= 1e-12 * wanted.abs().max())
+
+
+def a_linear(out: int, rank: int, bias: bool, seed: int) -> tuple[nn.Module, Linear]:
+    """A module of 6 inputs with an adapter of this rank (0 for none), and what is read from it."""
+    module = nn.Linear(6, out, bias=bias, dtype=torch.float64).requires_grad_(False)
+    if not rank:
+        return module, Linear(module.weight, module.bias)
+    return module, Linear(module.weight, module.bias, drawn(rank, 6, seed=seed), drawn(out, rank, seed=seed + 1), 0.7)
+
+
+CASES: dict[str, list[tuple[int, int, bool]]] = {  # outputs, rank, bias
+    "alone": [(8, 3, False)],
+    "alone, without an adapter": [(8, 0, True)],
+    "three": [(8, 2, False), (4, 2, False), (4, 2, False)],
+    "ranks differ": [(8, 5, True), (4, 17, False), (3, 1, True)],
+    "no adapter": [(8, 0, False), (4, 0, True)],
+    "the first alone": [(8, 2, False), (4, 0, False)],
+    "the last alone": [(8, 0, True), (4, 2, True)],
+    "not the one between": [(8, 2, False), (4, 0, False), (4, 3, False)],
+    "the one between": [(8, 0, False), (4, 2, True), (4, 0, False)],
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_product_is_the_products_of_its_maps(case: list[tuple[int, int, bool]]) -> None:
+    modules, linears = zip(*(a_linear(*each, seed=10 * i) for i, each in enumerate(case)), strict=True)
+    x, widths = drawn(5, 6, seed=99), [out for out, *_ in case]
+    wanted = [one(x) for one in linears]
+    grads = [drawn(5, out, seed=50 + i) for i, out in enumerate(widths)]
+    below = sum(one.back(grad) for one, grad in zip(linears, grads, strict=True))
+    maps = joined_maps(modules, linears)
+    assert isinstance(below, Tensor)
+    assert maps.joined is not None
+    assert maps.sizes == widths
+    y = maps(x)
+    assert all(close(*both) for both in zip(maps.parts(y), wanted, strict=True))
+    room = maps.room(y).fill_(float("nan"))  # nothing that was not written may count
+    for part, grad in zip(maps.parts(room), grads, strict=True):
+        part.copy_(grad)
+    assert close(maps.back(room), below)
+    assert close(maps.back(torch.cat(grads, 1)), below)
+    if len(case) == 1:
+        base, low = maps.ahead(x)
+        assert close(base if low is None else base + low[0] @ low[1].t(), wanted[0])
+
+
+def test_maps_that_a_module_holds_as_one_weight() -> None:
+    (module, linear), x = a_linear(9, 2, True, seed=3), drawn(5, 6)
+    with joining(False):
+        apart = joined_maps([module], [linear], [4, 5])
+    wanted, grad = apart(x), drawn(5, 9, seed=1)
+    below = apart.back(grad)
+    maps = joined_maps([module], [linear], [4, 5])
+    assert close(maps(x)[:, :9], wanted)
+    assert close(maps.back(grad), below)
+    assert close(torch.cat([one(x) for one in maps.each], 1), wanted)
+
+
+# ---- the model's weights ---------------------------------------------------------------------------------------------
+
+
+def fingerprints(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {
+        name: (tuple(t.shape), hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest())
+        for name, t in model.state_dict().items()
+    }
+
+
+def attacked(model: Any) -> Any:
+    return attack_with(model, pairs(), ["embedding", "mlp:1"], "stack", **DESCENT)
+
+
+def assert_attacks_right(model: Any) -> None:
+    """The next attack is that of plain passes, which read the parameters."""
+    want = attack_with(model, pairs(), ["embedding", "mlp:1"], "reference", **DESCENT)
+    assert_same(attacked(model), want, losses=1e-5)
+
+
+def parts(model: Any, index: int = 1) -> list[nn.Parameter]:
+    """Weights of queries, keys and values of a block."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = base.model.layers[index].self_attn
+    found = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+    return [getattr(one, "base_layer", one).weight for one in found]
+
+
+def are_joined(model: Any, index: int = 1) -> bool:
+    return len({p.untyped_storage().data_ptr() for p in parts(model, index)}) == 1
+
+
+def test_the_parameters_are_the_same_objects_with_the_same_values() -> None:
+    model = llama(lora=True)
+    before, objects = fingerprints(model), dict(model.named_parameters())
+    held = sum(p.numel() for p in model.parameters())
+    attacked(model)
+    assert are_joined(model)
+    assert fingerprints(model) == before
+    assert all(p is objects[name] for name, p in model.named_parameters())
+    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    rows = 16 * len(model.base_model.model.model.layers) * (3 * 32 + 48)  # of LoRA's first factors, four a block
+    assert sum(memory.values()) <= 4 * (held + 2 * rows)  # no second copy of the weights
+
+
+def test_a_second_attack_moves_nothing() -> None:
+    model = llama(lora=True)
+    attacked(model)
+    places = [p.data_ptr() for p in model.parameters()]
+    attacked(model)
+    assert [p.data_ptr() for p in model.parameters()] == places
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_is_saved_has_the_same_bytes(family: str, lora: bool, tmp_path: Path) -> None:
+    """With adapters there is room below the weights, in the same memory."""
+    model = tiny(family)
+    model.save_pretrained(tmp_path / "before")
+    adapted = with_lora(model) if lora else model
+    attacked(adapted)
+    if lora:
+        adapted.save_pretrained(tmp_path / "adapter")
+        adapted.unload()
+    model.save_pretrained(tmp_path / "after")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after")]
+    assert files[0] == files[1]
+    assert fingerprints(type(model).from_pretrained(tmp_path / "after")) == fingerprints(tiny(family))
+
+
+def test_joined_weights_are_pickled_copied_and_moved() -> None:
+    model = llama(lora=True)
+    before = fingerprints(model)
+    attacked(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = llama(lora=True)
+    fresh.load_state_dict(torch.load(buffer))
+    assert fingerprints(fresh) == before
+    twin = copy.deepcopy(model)
+    assert fingerprints(twin) == before
+    assert not are_joined(twin)
+    assert_attacks_right(twin)
+    assert are_joined(twin)
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+    model.to(torch.float64).to(torch.float32)
+    assert not are_joined(model)
+    assert fingerprints(model) == before
+    assert_attacks_right(model)
+    assert are_joined(model)
+
+
+def replaced(model: Any) -> None:
+    q = parts(model)[0]
+    q.data = q.data * 1.5
+
+
+def written(model: Any) -> None:
+    with torch.no_grad():
+        parts(model)[1].mul_(1.5)
+
+
+def another_parameter(model: Any) -> None:
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj.base_layer
+    layer.weight = nn.Parameter(layer.weight.detach() * 1.5, requires_grad=False)
+
+
+def loaded(model: Any) -> None:
+    model.load_state_dict({name: t * 1.25 if "proj" in name else t for name, t in model.state_dict().items()})
+
+
+def given_another_rank(model: Any) -> None:
+    """More rows are wanted below the weights than there are."""
+    model.add_adapter("wide", with_lora(llama(), r=40).peft_config["default"])
+    model.set_adapter("wide")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "wide" in name:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "data replaced": replaced,
+    "written in place": written,
+    "another parameter": another_parameter,
+    "a state loaded": loaded,
+    "an adapter of another rank": given_another_rank,
+    "facts forgotten": forget,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_weights_that_change_between_attacks(change: Callable[[Any], None]) -> None:
+    model = llama(lora=True)
+    attacked(model)
+    change(model)
+    assert_attacks_right(model)
+    assert are_joined(model)
+
+
+def test_adapters_are_merged_unmerged_and_switched_off() -> None:
+    model = llama(lora=True)
+    before = fingerprints(model)
+    attacked(model)
+    for _ in range(2):
+        found = attack_with(model, pairs(), ["embedding"], "stack", merge_adapters=True, **DESCENT)
+        want = attack_with(model, pairs(), ["embedding"], "reference", **DESCENT)
+        assert_same(found, want, losses=1e-5)
+        assert fingerprints(model) == before
+        with model.disable_adapter():
+            assert_attacks_right(model)
+    assert_attacks_right(model)
+    model.merge_adapter()
+    assert_attacks_right(model)
+    model.unmerge_adapter()
+    assert_attacks_right(model)
+    merged = model.merge_and_unload()
+    assert_attacks_right(merged)
+
+
+def test_weights_that_are_trained_stay_the_optimisers() -> None:
+    """All parameters want gradients outside of attacks; an optimiser writes where they are."""
+    model = tiny("llama").requires_grad_(True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        attacked(model)
+        assert are_joined(model)
+        assert all(p.requires_grad for p in model.parameters())
+        before = fingerprints(model)
+        model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        assert fingerprints(model) != before
+        assert_attacks_right(model)
+
+
+def test_forget_gives_weights_their_own_memory() -> None:
+    model = llama(lora=True)
+    before = fingerprints(model)
+    attacked(model)
+    forget(model)
+    assert not are_joined(model)
+    assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in model.parameters())
+    assert fingerprints(model) == before
+
+
+def test_a_model_that_was_attacked_is_let_go_of_with_its_memory() -> None:
+    model = llama(lora=True)
+    attacked(model)
+    gone = weakref.ref(model), weakref.ref(parts(model)[0])
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def flat(model: Any) -> Any:
+    """Weights that are parts of somebody's buffer."""
+    found = parts(model)
+    buffer = torch.cat([p.data.flatten() for p in found])
+    for p, part in zip(found, buffer.split([p.numel() for p in found]), strict=True):
+        p.data = part.view(p.shape)
+    return buffer
+
+
+def tied(model: Any) -> Any:
+    """Two parameters on one memory."""
+    first, second = (model.model.layers[i].self_attn.q_proj for i in (1, 2))
+    second.weight = nn.Parameter(first.weight.data, requires_grad=False)
+
+
+def held(model: Any) -> Any:
+    return parts(model)[2].data
+
+
+@pytest.mark.parametrize("arrange", [flat, tied, held])
+def test_weights_whose_memory_others_refer_to_are_not_moved(arrange: Callable[[Any], Any]) -> None:
+    model = tiny("llama")
+    other = arrange(model)
+    places = [p.data_ptr() for p in parts(model)]
+    assert_attacks_right(model)
+    assert [p.data_ptr() for p in parts(model)] == places
+    assert are_joined(model, 0)  # which is not touched
+    del other
+
+
+def test_the_same_weights_in_two_blocks() -> None:
+    model = tiny("llama")
+    first, second = (model.model.layers[i].self_attn for i in (1, 2))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(second, name).weight = getattr(first, name).weight
+    for _ in range(2):
+        assert_attacks_right(model)
+    assert second.q_proj.weight is first.q_proj.weight
+
+
+def test_a_cpu_keeps_its_weights_where_they_are() -> None:
+    model = tiny("llama")
+    with joining(False):
+        attacked(model)
+    assert not are_joined(model)
+
+
+def test_explain_tells_what_is_one_product() -> None:
+    model = tiny("llama")
+    assert attacked(model).kernels["products"] == "joined"
+    flat(model)
+    assert attacked(model).kernels["products"] == "15 of 16 joined (others refer to the memory of the rest)"
+    with joining(False):
+        assert attacked(model).kernels["products"] == "one a weight"
