@@ -191,8 +191,9 @@ def bytes_in(value: Any) -> int:
     return sum(held.values())
 
 
-def step_of(own: Shape) -> tuple[Counter[Kernel], int, int]:
-    """Of one inner step of a shape: its launches, the bytes that its forward saves, and the most that it takes."""
+def step_of(own: Shape) -> tuple[Counter[Kernel], int, int, int]:
+    """Of one inner step of a shape: its launches, the bytes that its forward saves, the most that it takes, and those
+    of the adapters' copies, which stay beside the joined weights for as long as an attack."""
     launches, batch, model = Launches(), batch_of(own).to("cpu"), model_on_meta(own)
     options = settings.AttackSettings(epsilon=EPSILON, step_size=STEP_SIZE, steps=1, backend="triton")
     with without_values(own, launches):
@@ -208,12 +209,18 @@ def step_of(own: Shape) -> tuple[Counter[Kernel], int, int]:
             step()
         kernels = launches.kernels.copy()
         forward.stack.forward(dict(zip(forward.names, held.deltas, strict=True)))
-        return kernels, bytes_in(list(forward.stack.saved.values())), launches.peak
+        copies = sum(
+            part.numel() * part.element_size()
+            for maps in forward.stack.decoder.maps
+            if maps.joined is not None and maps.joined.up is not None
+            for part in (maps.joined.weight[sum(maps.sizes) :], maps.joined.up)
+        )
+        return kernels, bytes_in(list(forward.stack.saved.values())), launches.peak, copies
 
 
 def counts(family: str, pairs: int, dry: bool = False) -> dict[str, Any]:
     """An inner step's operations, launches, bytes, and milliseconds by the assumed rates."""
-    (kernels, saved, peak), plan = step_of(shape(family, pairs, dry)), counted(family, pairs, dry)
+    (kernels, saved, peak, copies), plan = step_of(shape(family, pairs, dry)), counted(family, pairs, dry)
     by_name: dict[str, dict[str, float]] = {}
     for kernel, many in kernels.items():
         row = by_name.setdefault(
@@ -235,7 +242,7 @@ def counts(family: str, pairs: int, dry: bool = False) -> dict[str, Any]:
         "by the floor, products in tiles": spent[1] / floor,
         "saved GB": saved / 1e9,
         "step's GB": peak / 1e9,
-        "attack GB": plan["planned attack GB without a step"] + peak / 1e9,
+        "attack GB": plan["planned attack GB without a step"] + (peak + copies) / 1e9,
         "update GB": plan["planned peak GB"],
         "update GB, checkpointed": plan["planned peak GB, checkpointed"],
         "kernels": {name: by_name[name] for name in sorted(by_name, key=lambda name: -by_name[name]["GB"])},

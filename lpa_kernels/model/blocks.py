@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .facts import hooks_on, is_ours
-from .joined import Maps, joined_maps
+from .joined import Maps
 from .lean import _lora_parts, _untouched, norm_offset
 from .linear import Linear
 from .sites import decoder_layers, unwrapped
@@ -128,20 +128,24 @@ class Decoder:
     head: Head
 
     @property
+    def maps(self) -> list[Maps]:
+        """Those of all blocks."""
+        return [m for b in self.blocks for m in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
+
+    @property
     def products(self) -> str:
         """How many products the maps of one input are, in words."""
-        maps = [m for b in self.blocks for m in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
-        joined = sum(m.joined is not None for m in maps)
-        if joined in (0, len(maps)):
+        joined, all_ = sum(maps.joined is not None for maps in self.maps), len(self.maps)
+        if joined in (0, all_):
             return "joined" if joined else "one a weight"
-        return f"{joined} of {len(maps)} joined (others refer to the memory of the rest)"
+        return f"{joined} of {all_} joined (others refer to the memory of the rest)"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_decoder(model: Any) -> Decoder:
-    """`model` as frozen weights.
+    """`model` as frozen weights, whose memory is joined where it can be (`joined.py`).
 
     Raises:
         UnsupportedStack: a part is of another kind, is trained, quantised or replaced, or has hooks of its own.
@@ -157,8 +161,11 @@ def read_decoder(model: Any) -> Decoder:
                 getattr(config, "final_logit_softcapping", None))  # fmt: skip
     blocks = [_block(layer, f"block {index}") for index, layer in enumerate(layers)]
     embedding = _plain(unwrapped(model.get_input_embeddings()), "the embedding")
-    return Decoder(embedding.forward, float(getattr(config, "embedding_multiplier", 1.0)), blocks,
-                   _norm(norm, "the last norm"), head)  # fmt: skip
+    decoder = Decoder(embedding.forward, float(getattr(config, "embedding_multiplier", 1.0)), blocks,
+                      _norm(norm, "the last norm"), head)  # fmt: skip
+    for maps in decoder.maps:  # not before all is read: where something is refused, no weight is moved
+        maps.join()
+    return decoder
 
 
 def _block(layer: Any, name: str) -> Block:
@@ -246,7 +253,7 @@ def _maps(
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has {others[0]}, which a stack does not run")
     read = [{key: _linear(children[key], f"{name}.{key}") for key in group} for group in groups]
     return [
-        joined_maps([children[key] for key in group], list(group.values()), None if number else sizes)
+        Maps([children[key] for key in group], list(group.values()), None if number else sizes)
         for number, group in enumerate(read)
     ]
 

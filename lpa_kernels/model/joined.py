@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from weakref import ref
 
@@ -35,21 +36,72 @@ class Joined:
     adapted: slice
 
 
-@dataclass(frozen=True)
 class Maps:
     """Frozen linear maps of one input. Their outputs stand side by side, in the first N columns of [T, N + R].
+
+    Args:
+        modules: that the maps are read from.
+        linears: the maps, whose weights are the modules' parameters.
+        sizes: of the maps that a single one holds one after the other.
 
     Attributes:
         each: the maps. sizes: of their outputs.
         joined: None where each is a product of its own; then R is 0.
     """
 
-    each: tuple[Linear, ...]
-    joined: Joined | None
+    def __init__(
+        self, modules: Sequence[nn.Module], linears: Sequence[Linear], sizes: Sequence[int] | None = None
+    ) -> None:
+        self.modules, self.linears = modules, linears
+        self._split = sizes
+        self.each = self._each()
+        self.sizes = [len(one.weight) for one in self.each]
+        self.joined: Joined | None = None
 
-    @property
-    def sizes(self) -> list[int]:
-        return [len(one.weight) for one in self.each]
+    def _each(self) -> list[Linear]:
+        return list(self.linears) if self._split is None else self.linears[0].split(self._split)
+
+    def join(self) -> None:
+        """Make them one product, on a device that has it and where their memory allows it."""
+        weights = [one.weight for one in self.linears]
+        if weights[0].device.type in APART:
+            return
+        adapters = {id(one.a): one.a * one.scaling for one in self.linears if one.a is not None}
+        rows = -(-sum(map(len, adapters.values())) // _EVEN) * _EVEN
+        self.each = []  # views of a weight would count as others that refer to its memory
+        memory = together(self.modules, weights, rows)
+        self.each = self._each()
+        if memory is None:
+            return
+        width = sum(self.sizes)
+        bias = None
+        if any(one.bias is not None for one in self.each):
+            bias = memory.new_zeros(len(memory))
+            for one, part in zip(self.each, bias[:width].split(self.sizes), strict=True):
+                if one.bias is not None:
+                    part.copy_(one.bias)
+        self.joined = Joined(memory, bias, *self._adapters(memory[width:], adapters))
+
+    def _adapters(self, below: Tensor, scaled: dict[int, Tensor]) -> tuple[Tensor | None, slice]:
+        """`Joined.up` and `Joined.adapted`; each A, scaled, is written to its rows of `below` [R, in]."""
+        if not scaled:
+            return None, slice(0)
+        places, start = {}, 0
+        for key, a in scaled.items():
+            places[key] = slice(start, start + len(a))
+            below[places[key]] = a
+            start += len(a)
+        below[start:] = 0
+        ends = list(accumulate(self.sizes, initial=0))
+        columns = [
+            (first, last, one) for first, last, one in zip(ends, ends[1:], self.each, strict=False) if one.b is not None
+        ]
+        adapted = slice(columns[0][0], columns[-1][1])
+        up = below.new_zeros(adapted.stop - adapted.start, len(below))
+        for first, last, one in columns:
+            assert one.b is not None
+            up[first - adapted.start : last - adapted.start, places[id(one.a)]] = one.b
+        return up, adapted
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, N + R] of x [T, in]."""
@@ -100,46 +152,6 @@ class Maps:
             grad[:, width:].addmm_(own, self.joined.up, beta=0)
             return grad @ self.joined.weight
         return (grad @ self.joined.weight[:width]).addmm_(own @ self.joined.up, self.joined.weight[width:])
-
-
-def joined_maps(modules: Sequence[nn.Module], linears: Sequence[Linear], sizes: Sequence[int] | None = None) -> Maps:
-    """Maps of one input, as one product on a device that has it, where their memory allows it.
-
-    Args:
-        modules: that the maps are read from. linears: the maps, whose weights are the modules' parameters.
-        sizes: of the maps that a single one holds one after the other.
-    """
-    weights = [one.weight for one in linears]
-    adapters = {id(one.a): one for one in linears if one.a is not None}
-    ranks = [len(one.a) for one in adapters.values() if one.a is not None]
-    rows = -(-sum(ranks) // _EVEN) * _EVEN
-    memory = None if weights[0].device.type in APART else together(modules, weights, rows)
-    each = tuple(linears if sizes is None else linears[0].split(sizes))
-    if memory is None:
-        return Maps(each, None)
-    width = len(memory) - rows
-    bias = None
-    if any(one.bias is not None for one in each):
-        none = memory.new_zeros(max(width, rows))
-        bias = torch.cat([none[: len(one.weight)] if one.bias is None else one.bias for one in each] + [none[:rows]])
-    if not adapters:
-        return Maps(each, Joined(memory, bias, None, slice(0)))
-    # the rows of each A, and what each B is multiplied with
-    places, start = {}, 0
-    for key, one in adapters.items():
-        assert one.a is not None
-        places[key] = slice(start, start + len(one.a))
-        torch.mul(one.a, one.scaling, out=memory[width:][places[key]])
-        start += len(one.a)
-    memory[width + start :] = 0
-    ends = torch.tensor([0, *(len(one.weight) for one in each)]).cumsum(0).tolist()
-    columns = [(slice(*ends[i : i + 2]), one) for i, one in enumerate(each) if one.b is not None]
-    adapted = slice(columns[0][0].start, columns[-1][0].stop)
-    up = memory.new_zeros(adapted.stop - adapted.start, rows)
-    for place, one in columns:
-        assert one.b is not None
-        up[place.start - adapted.start : place.stop - adapted.start, places[id(one.a)]] = one.b
-    return Maps(each, Joined(memory, bias, up, adapted))
 
 
 # ---- where weights are -----------------------------------------------------------------------------------------------

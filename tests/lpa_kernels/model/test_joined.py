@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lpa_kernels.model.facts import forget
-from lpa_kernels.model.joined import joined_maps
+from lpa_kernels.model.joined import Maps
 from lpa_kernels.model.linear import Linear
 from tests.support.batches import assert_same, attack_with, llama, pairs, with_lora
 from tests.support.joining import joining
@@ -67,7 +67,8 @@ def test_one_product_is_the_products_of_its_maps(case: list[tuple[int, int, bool
     wanted = [one(x) for one in linears]
     grads = [drawn(5, out, seed=50 + i) for i, out in enumerate(widths)]
     below = sum(one.back(grad) for one, grad in zip(linears, grads, strict=True))
-    maps = joined_maps(modules, linears)
+    maps = Maps(modules, linears)
+    maps.join()
     assert isinstance(below, Tensor)
     assert maps.joined is not None
     assert maps.sizes == widths
@@ -85,11 +86,11 @@ def test_one_product_is_the_products_of_its_maps(case: list[tuple[int, int, bool
 
 def test_maps_that_a_module_holds_as_one_weight() -> None:
     (module, linear), x = a_linear(9, 2, True, seed=3), drawn(5, 6)
-    with joining(False):
-        apart = joined_maps([module], [linear], [4, 5])
+    apart = Maps([module], [linear], [4, 5])
     wanted, grad = apart(x), drawn(5, 9, seed=1)
     below = apart.back(grad)
-    maps = joined_maps([module], [linear], [4, 5])
+    maps = Maps([module], [linear], [4, 5])
+    maps.join()
     assert close(maps(x)[:, :9], wanted)
     assert close(maps.back(grad), below)
     assert close(torch.cat([one(x) for one in maps.each], 1), wanted)

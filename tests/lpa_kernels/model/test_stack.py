@@ -12,6 +12,7 @@ from lpa_kernels.model.linear import Linear
 from lpa_kernels.model.stack import Given, rules_of
 from lpa_kernels.ops import seen_by, swiglu
 from tests.support.batches import with_lora
+from tests.support.joining import joining
 from tests.support.models import DEVICE, tiny
 
 READ = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "smollm3", "gemma2", "gemma3_text", "granite")
@@ -165,6 +166,20 @@ def scaled(model):
     norm.__class__ = Other
 
 
+class Linear4bit(nn.Linear):
+    """A layer like bitsandbytes': its weight is packed, two entries a byte, and its forward unpacks it."""
+
+    def __init__(self, plain):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
+        self.weight = nn.Parameter(plain.weight.new_zeros(plain.weight.numel() // 2, 1).byte(), requires_grad=False)
+
+
+def quantised(model):
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = Linear4bit(mlp.up_proj)
+
+
 def another(model):
     model.model.layers[1].mlp.extra = nn.Linear(2, 2)
 
@@ -177,6 +192,7 @@ def another(model):
         (trained, "block 1.self_attn.k_proj"),
         (scaled, "block 1.input_layernorm .* does not give what an RMS norm gives"),
         (another, "block 1.mlp .* has extra"),
+        (quantised, r"block 1.mlp.up_proj is .*\.Linear4bit, not a frozen nn.Linear"),
     ],
 )
 def test_a_changed_part_is_refused_by_name(change, says):
@@ -184,3 +200,15 @@ def test_a_changed_part_is_refused_by_name(change, says):
     change(model)
     with pytest.raises(UnsupportedStack, match=says):
         read_decoder(model)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_quantised_layer_under_an_adapter_is_refused_by_name(together):
+    """And no weight is moved for a model that is not run."""
+    model = tiny("llama")
+    quantised(model)
+    adapted = frozen(with_lora(model))
+    places = [p.data_ptr() for p in adapted.parameters()]
+    with joining(together), pytest.raises(UnsupportedStack, match=r"block 1.mlp.up_proj is .*\.Linear4bit, not a froz"):
+        read_decoder(adapted)
+    assert [p.data_ptr() for p in adapted.parameters()] == places
