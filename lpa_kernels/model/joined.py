@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .facts import remembered, undone_by_forgetting
 from .linear import Linear, Low
@@ -170,30 +171,32 @@ def together(modules: Sequence[nn.Module], weights: Sequence[Tensor], rows: int)
     first, total = weights[0], sum(map(len, weights)) + rows
     if len(weights) == 1 and not rows:
         return first.data
-    homes: set[int] = remembered(modules[0], "memory of joined weights", None, set)
-    width, size = first.shape[1], total * first.shape[1]
-    starts = [sum(map(len, weights[:i])) * width for i in range(len(weights))]
-    memory = first.untyped_storage()
-    if (
-        memory._cdata in homes
-        and memory.nbytes() == size * first.element_size()
-        and all(
-            w.untyped_storage()._cdata == memory._cdata and w.storage_offset() == at and w.is_contiguous()
-            for w, at in zip(weights, starts, strict=True)
-        )
+    homes: set[StorageWeakRef] = remembered(modules[0], "memory of joined weights", None, set)
+    width, memories = first.shape[1], [_memory(weight) for weight in weights]
+    starts = accumulate((weight.numel() for weight in weights), initial=0)
+    there = memories[0] in homes and first.untyped_storage().nbytes() == total * width * first.element_size()
+    if there and all(
+        memory == memories[0] and weight.storage_offset() == start and weight.is_contiguous()
+        for memory, weight, start in zip(memories, weights, starts, strict=False)
     ):
         return first.data.as_strided((total, width), (width, 1), 0)
     alike = all((w.dtype, w.device, w.shape[1]) == (first.dtype, first.device, width) for w in weights)
-    if not alike or not all(_own(w) or w.untyped_storage()._cdata in homes for w in weights):
+    if not alike or not all(memory in homes or _own(w) for memory, w in zip(memories, weights, strict=True)):
         return None
     new = first.data.new_empty(total, width)
     for weight, part in zip(weights, new.split([*map(len, weights), rows]), strict=False):
         part.copy_(weight.data)
         weight.data = part
-    homes.add(home := new.untyped_storage()._cdata)
+    homes -= {home for home in homes if home.expired()}
+    homes.add(home := _memory(new))
     for module, weight in zip(modules, weights, strict=True):
         undone_by_forgetting(module, partial(apart, ref(weight), home))
     return new
+
+
+def _memory(tensor: Tensor) -> StorageWeakRef:
+    """A tensor's memory: equal for all that are in it, and to no later one, while this stands for it."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _own(weight: Tensor) -> bool:
@@ -211,7 +214,7 @@ def _uses(weight: Tensor) -> int:
 _ALONE = _uses(nn.Parameter(torch.empty(1)))
 
 
-def apart(weight: ref[Tensor], home: int) -> None:
+def apart(weight: ref[Tensor], home: StorageWeakRef) -> None:
     """Give a weight its own memory again, if it is still a part of that joined one."""
-    if (found := weight()) is not None and found.untyped_storage()._cdata == home:
+    if (found := weight()) is not None and _memory(found) == home:
         found.data = found.data.clone()

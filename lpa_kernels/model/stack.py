@@ -272,6 +272,8 @@ class FrozenStack:
         if part.q_norm is not None and part.k_norm is not None:
             (q, *q_kept), (k, *k_kept) = self._head_norm(q, part.q_norm), self._head_norm(k, part.k_norm)
             normed = q_kept, k_kept
+            if len(part.q_norm.weight) == part.head_dim:  # norms of heads are of copies: the product need not stay
+                v = v.clone()
         q, k, v = (t.unflatten(1, (-1, part.head_dim)) for t in (q, k, v))
         self._rotate(index, q, k)
         if self.first > self.last:  # nothing here is perturbed: it is for the stack on the tokens that follow
