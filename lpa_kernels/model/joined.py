@@ -37,8 +37,14 @@ class Joined:
     adapted: slice
 
 
+Outputs = Tensor | tuple[Tensor, ...]
+
+
 class Maps:
-    """Frozen linear maps of one input. Their outputs stand side by side, in the first N columns of [T, N + R].
+    """Frozen linear maps of one input.
+
+    Their outputs are the first N columns of one tensor [T, N + R] where they are joined, else a tensor each: a CPU
+    reads and writes rows that stand apart in memory more slowly.
 
     Args:
         modules: that the maps are read from.
@@ -47,7 +53,7 @@ class Maps:
 
     Attributes:
         each: the maps. sizes: of their outputs.
-        joined: None where each is a product of its own; then R is 0.
+        joined: None where each is a product of its own.
     """
 
     def __init__(
@@ -104,13 +110,10 @@ class Maps:
             up[first - adapted.start : last - adapted.start, places[id(one.a)]] = one.b
         return up, adapted
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, N + R] of x [T, in]."""
+    def __call__(self, x: Tensor) -> Outputs:
+        """The outputs of x [T, in]."""
         if self.joined is None:
-            y = self.room(x)
-            for one, part in zip(self.each, self.parts(y), strict=True):
-                one(x, part)
-            return y
+            return tuple(one(x) for one in self.each)
         y, width = nn.functional.linear(x, self.joined.weight, self.joined.bias), sum(self.sizes)
         if self.joined.up is not None:
             y[:, self.joined.adapted].addmm_(y[:, width:], self.joined.up.t())
@@ -122,27 +125,38 @@ class Maps:
         Of a single map. Where it is not joined, the outputs are whole.
         """
         if self.joined is None or self.joined.up is None:
-            return self(x), None
+            return self.parts(self(x))[0], None
         y, width = nn.functional.linear(x, self.joined.weight, self.joined.bias), sum(self.sizes)
         return y[:, :width], (y[:, width:], self.joined.up)
 
-    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of each map, views of y [T, N + R]."""
-        return y[:, : sum(self.sizes)].split(self.sizes, 1)
+    def parts(self, y: Outputs) -> tuple[Tensor, ...]:
+        """The outputs of each map, [T, n], as views."""
+        return y[:, : sum(self.sizes)].split(self.sizes, 1) if isinstance(y, Tensor) else y
 
-    def room(self, like: Tensor) -> Tensor:
-        """[T, N + R], not written yet, for the gradients of the outputs for as many tokens as in `like`."""
-        return like.new_empty(len(like), sum(self.sizes) if self.joined is None else len(self.joined.weight))
+    def room(self, like: Tensor) -> Outputs:
+        """Outputs that are not written yet, for the gradients of theirs for as many tokens as in `like`."""
+        if self.joined is None:
+            return tuple(like.new_empty(len(like), size) for size in self.sizes)
+        return like.new_empty(len(like), len(self.joined.weight))
 
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient of x [T, in], from that of the outputs in the first N columns of [T, N + R] or in [T, N].
+    def filled(self, room: Outputs, found: tuple[Tensor, ...]) -> Outputs:
+        """Gradients of the outputs [T, n], those that are not in `room` copied there if they must be side by side."""
+        if self.joined is None:
+            return found
+        for part, one in zip(self.parts(room), found, strict=True):
+            if _memory(part) != _memory(one):
+                part.copy_(one)
+        return room
+
+    def back(self, grad: Outputs) -> Tensor:
+        """The gradient of x [T, in], from those of the outputs; a tensor may end after its first N columns.
 
         What stands in the columns after N is overwritten.
         """
         width = sum(self.sizes)
-        if self.joined is None:
+        if self.joined is None or not isinstance(grad, Tensor):
             out: Tensor | None = None
-            for one, part in zip(self.each, self.parts(grad), strict=True):
+            for one, part in zip(self.each, (grad,) if isinstance(grad, Tensor) else grad, strict=True):
                 out = one.back(part, out)
             assert out is not None
             return out

@@ -272,8 +272,8 @@ class FrozenStack:
         if part.q_norm is not None and part.k_norm is not None:
             (q, *q_kept), (k, *k_kept) = self._head_norm(q, part.q_norm), self._head_norm(k, part.k_norm)
             normed = q_kept, k_kept
-            if len(part.q_norm.weight) == part.head_dim:  # norms of heads are of copies: the product need not stay
-                v = v.clone()
+            if part.qkv.joined and len(part.q_norm.weight) == part.head_dim:
+                v = v.clone()  # norms of heads are of copies: the product need not stay
         q, k, v = (t.unflatten(1, (-1, part.head_dim)) for t in (q, k, v))
         self._rotate(index, q, k)
         if self.first > self.last:  # nothing here is perturbed: it is for the stack on the tokens that follow
@@ -363,10 +363,7 @@ class FrozenStack:
         if few:
             q_map, k_map, v_map = part.qkv.each
             return v_map.back(dv, k_map.back(dk)).index_add_(0, self.tokens.scored, q_map.back(dq))
-        for place, found, last in zip(places, (dq, dk, dv), ready, strict=True):
-            if not last:
-                place.copy_(found)
-        return part.qkv.back(room)
+        return part.qkv.back(part.qkv.filled(room, (dq, dk, dv)))
 
     def _head_norm_backward(self, grad: Tensor, norm: Norm, parts: Tensor, rstd: Tensor) -> Tensor:
         return ops.add_norm_backward(
