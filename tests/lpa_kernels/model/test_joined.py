@@ -91,8 +91,10 @@ def test_maps_that_a_module_holds_as_one_weight() -> None:
     apart = Maps([module], [linear], [4, 5])
     wanted, grad = torch.cat(apart.parts(apart(x)), 1), drawn(5, 9, seed=1)
     below = apart.back(grad.split([4, 5], 1))
+    del apart  # its views refer to the weight's memory
     maps = Maps([module], [linear], [4, 5])
     maps.join()
+    assert maps.joined is not None
     assert close(torch.cat(maps.parts(maps(x)), 1), wanted)
     assert close(maps.back(grad), below)
     assert close(torch.cat([one(x) for one in maps.each], 1), wanted)
