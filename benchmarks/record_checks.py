@@ -17,15 +17,15 @@ import torch
 
 from lpa.cli import main as lpa
 from lpa.files import write_json
-from lpa_kernels.attack import pgd, plan
+from lpa_kernels.attack import engine, pgd
 from lpa_kernels.model import modes
 
 RESULTS = Path(__file__).parent / "results"
 CHECKS = [
     (pgd.LatentPGD, "widths"),
     (pgd.LatentPGD, "_check_gradients"),
-    (plan, "way_of"),
-    (plan, "why_not_stacked"),
+    (engine, "way_of"),
+    (engine, "why_not_stacked"),
     (modes, "_few_logits"),
 ]
 

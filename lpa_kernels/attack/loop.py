@@ -40,11 +40,17 @@ class Forward(Protocol):
 
 
 class Differentiable(NamedTuple):
-    """What a pass gives: `values`, logits [N, V] or hidden states [N, H], which the caller may overwrite if logits, and
-    `gradients`, from (an output made of them, its gradient) to one gradient [T, H] a site."""
+    """What a pass gives.
 
-    values: Tensor
+    Attributes:
+        gradients: from (an output made of the pass's, its gradient) to one gradient [T, H] a site.
+        logits: [N, V], which the caller may overwrite; None of a pass up to the head's inputs.
+        hidden: [N, H], the head's inputs; None of a pass up to the logits.
+    """
+
     gradients: Callable[[Tensor, Tensor], list[Tensor]]
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class HookedForward:
@@ -71,12 +77,14 @@ class HookedForward:
         kept: dict[str, Tensor] = {}
         few = nullcontext() if self.last is None or self.needed is None else trimmed(self.last, self.needed)
         with few, perturbed(self.sites, deltas, fixed_rows(self.layout.token_rows), kept, self.backend):
-            values = (layout_hidden if hidden else layout_logits)(self.model, self.layout)
 
             def taken(output: Tensor, grad: Tensor) -> list[Tensor]:
                 return gradients(output, [kept[site.name] for site in self.sites], grad)
 
-            yield Differentiable(values, taken)
+            if hidden:
+                yield Differentiable(taken, hidden=layout_hidden(self.model, self.layout))
+            else:
+                yield Differentiable(taken, logits=layout_logits(self.model, self.layout))
 
 
 class StepLosses(NamedTuple):
@@ -148,7 +156,11 @@ class InnerStep:
         """Run the step; the losses go into the state's history."""
         state = self.state
         with self.forward(state.deltas, self.chunked) as passed:
-            found = self._chunked_losses(passed.values) if self.chunked else self._losses(passed.values)
+            if passed.hidden is not None:
+                found = self._chunked_losses(passed.hidden)
+            else:
+                assert passed.logits is not None
+                found = self._losses(passed.logits)
             grads = passed.gradients(found.output, found.grad)
         terms = self.objective.terms_of(found.losses, *self._about_losses)
         if found.kl is not None:

@@ -22,10 +22,10 @@ from ..ops import noted
 from . import graphs, loop, two_pass
 from .batch import PairBatch
 from .directions import Directions, acting, check_widths, checked, fill
+from .engine import Plan, plan
 from .layout import pack, unshared
 from .loop import HookedForward
 from .passes import PairRows, layout_rows, two_pass_rows
-from .plan import Plan, plan
 from .result import AttackResult
 from .settings import AttackSettings
 from .slopes import wrong_gradients

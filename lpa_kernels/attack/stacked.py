@@ -152,7 +152,7 @@ class StackForward:
         rows = scored[self.order]
         if hidden:
             rows.requires_grad_()
-            yield Differentiable(rows, lambda output, grad: back(torch.autograd.grad(output, rows, grad)[0]))
+            yield Differentiable(lambda output, grad: back(torch.autograd.grad(output, rows, grad)[0]), hidden=rows)
             return
         with torch.no_grad():
             logits = self.head(rows)
@@ -163,7 +163,7 @@ class StackForward:
             output.untyped_storage().resize_(0)  # else the caller holds the logits while most else is held too
             return back(below)
 
-        yield Differentiable(logits, taken)
+        yield Differentiable(taken, logits=logits)
 
 
 def why_not_stacked(
@@ -230,20 +230,23 @@ def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout, backend
     again = ((b, partial(checkpoint, b.forward, use_reentrant=False, preserve_rng_state=False))
              for b in decoder_layers(model))  # fmt: skip
     with forwards(again), plain(deltas, False) as theirs:
-        logits = theirs.values.detach()
+        assert theirs.logits is not None
+        logits = theirs.logits.detach()
         grad = torch.randn(logits.shape, generator=draw).to(logits)
-        wanted = [each[places] for each in theirs.gradients(theirs.values, grad)]
+        wanted = [each[places] for each in theirs.gradients(theirs.logits, grad)]
     del theirs  # and the activations that it holds
     with stacked(deltas, False) as ours:
-        if reason := _apart("logits", ours.values, logits, HALF_TOLERANCE):
+        assert ours.logits is not None
+        if reason := _apart("logits", ours.logits, logits, HALF_TOLERANCE):
             if logits.dtype not in _HALVES:
                 return reason
             with rounded_embeddings(model), plain(deltas, False) as rounded:
-                noise = _size(rounded.values.detach() - logits) / _size(logits)
-            if _apart("logits", ours.values, logits, ROUNDINGS * noise):
+                assert rounded.logits is not None
+                noise = _size(rounded.logits.detach() - logits) / _size(logits)
+            if _apart("logits", ours.logits, logits, ROUNDINGS * noise):
                 return reason
         del logits
-        found = ours.gradients(ours.values, grad)
+        found = ours.gradients(ours.logits, grad)
     for site, one, other in zip(sites, found, wanted, strict=True):
         if reason := _apart(f"gradients at {site.name}", one.view(1, -1), other.view(1, -1), _HALF_GRADIENTS):
             return reason

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.tiny_models import build
 from lpa_kernels import LatentPGD, PairBatch, ops
-from lpa_kernels.attack import loop, plan, stacked, verdicts
+from lpa_kernels.attack import engine as engines
+from lpa_kernels.attack import loop, stacked, verdicts
 from lpa_kernels.attack.layout import PADDING, pack
 from lpa_kernels.attack.stacked import HookedForward, StackForward, Streams
 from lpa_kernels.model.blocks import UnsupportedStack
@@ -77,10 +78,10 @@ def test_gradients_at_every_site_in_float64(family: str, sites: list[str], toget
         shape = (len(layout.row_tokens), model.config.hidden_size)
         deltas = [torch.randn(shape, dtype=torch.float64, generator=draw).to(DEVICE) * 0.1 for _ in found]
         with theirs(deltas, True) as wanted, ours(deltas, True) as got:
-            assert float((got.values - wanted.values).detach().abs().max()) < 1e-9 * float(wanted.values.abs().max())
-            grad = torch.randn(wanted.values.shape, dtype=torch.float64, generator=draw).to(DEVICE)
+            assert float((got.hidden - wanted.hidden).detach().abs().max()) < 1e-9 * float(wanted.hidden.abs().max())
+            grad = torch.randn(wanted.hidden.shape, dtype=torch.float64, generator=draw).to(DEVICE)
             places = ours.stack.tokens.places
-            for one, other in zip(got.gradients(got.values, grad), wanted.gradients(wanted.values, grad), strict=True):
+            for one, other in zip(got.gradients(got.hidden, grad), wanted.gradients(wanted.hidden, grad), strict=True):
                 assert float((one - other[places]).abs().max()) < 1e-9 * float(other.abs().max())
 
 
@@ -359,7 +360,7 @@ def test_the_host_reads_ten_times_an_attack_at_most(monkeypatch: pytest.MonkeyPa
     model, batch, reads = llama(lora=True), pairs(), Reads()
     pgd = {steps: LatentPGD(model, ["embedding", "mlp:1"], engine="stack", steps=steps) for steps in (2, 5)}
     found = {steps: one.attack(batch).history["total"] for steps, one in pgd.items()}
-    for module in (plan, verdicts):
+    for module in (engines, verdicts):
         monkeypatch.setattr(module, "pack", reads.on_host(module.pack))
     monkeypatch.setattr(stacked, "Streams", reads.on_host(stacked.Streams))
     monkeypatch.setattr(block_reference, "_seen", reads.on_host(block_reference._seen, reads=0))
