@@ -267,7 +267,7 @@ def small_ops() -> Found:
             *(("token_loss_", plain.loss_case(*sizes, dtype, device=where))
               for sizes in ((5, 97), (3, 40000), (200, 515))),
             *(("add_norm", block.norm_case(17, width, dtype, rank=rank, device=where))
-              for width, rank in ((33, 0), (300, 16), (9000, 0))),
+              for width, rank in ((33, 0), (300, 16 if where == "cuda" else 0), (9000, 0))),
             *(("add_norm_backward", block.norm_backward_case(17, width, dtype, device=where)) for width in (33, 9000)),
             ("swiglu", block.gate_case(17, 33, dtype, layout="rows", device=where)),
             ("swiglu_backward_", block.gate_case(17, 33, dtype, backward=True, device=where)),
