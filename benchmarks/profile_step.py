@@ -1,8 +1,10 @@
 """Profile one LPA step, before (the conventional engine) and after (packed), and write the shares of its time.
 
     python -m benchmarks.profile_step [--shape smollm2]
+    python -m benchmarks.profile_step --shape small --ways 'frozen stack'   # inner loops alone
 
-Writes benchmarks/results/profile-<device>-<shape>.json and .md: self CPU (or device) time by operation.
+Writes benchmarks/results/profile-<device>-<shape>.json and .md (inner loops: profile-loop-...): self CPU (or device)
+time by operation.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.loop_cases import LPA_STEPS, SHAPES
+from benchmarks.loop_cases import LPA_STEPS, SHAPES, WAYS
 from benchmarks.measure import RESULTS, Run, device, made_with, table, write_record
 
 REST = "everything else, Python's share included"
@@ -85,18 +87,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2", choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="of inner loops, instead of LPA steps")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
-    for way, make in LPA_STEPS.items():
+    for way, make in {way: WAYS[way] for way in args.ways}.items() if args.ways else LPA_STEPS.items():
         wall, spent, _ = profiled(make(args.shape, args.steps))
         found[way] = {"milliseconds": wall, "shares": shares(spent)}
     rows = [["milliseconds (under the profiler)", *(f"{own['milliseconds']:.0f}" for own in found.values())]]
     names = next(iter(found.values()))["shares"]
     rows += [[group, *(f"{own['shares'][group]:.0%}" for own in found.values())] for group in names]
-    title = f"{SHAPES[args.shape].name}; {args.steps} inner steps and 4 updates\n\n"
+    title = f"{SHAPES[args.shape].name}; {args.steps} inner steps{'' if args.ways else ' and 4 updates'}\n\n"
     page = title + table(["", *found], rows)
-    write_record(RESULTS / f"profile-{device()}-{args.shape}.json", made_with() | {"results": found}, page)
+    kind = "profile-loop" if args.ways else "profile"
+    write_record(RESULTS / f"{kind}-{device()}-{args.shape}.json", made_with() | {"results": found}, page)
     print(page)
 
 
