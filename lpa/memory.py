@@ -481,13 +481,14 @@ class Run:
         return work + 2 * self._head_flops(what)
 
     def defence_flops(self) -> float:
-        """Work of an update, with the gradients of what is trained."""
+        """Work of an update, with the gradients of what is trained; of benign terms the mean over updates."""
         total = 0.0
         for what in self._defence_passes():
             forward = self._forward(what, self.blocks)
-            total += forward * (2 if self.args.gradient_checkpointing else 1) + self._backward(what, self.blocks)
-            total += (2 if self.args.lora else 3) * self._head_flops(what)
-            total += 2.0 * what.tokens * sum(w.adapter if self.args.lora else w.weights() for w in self.linears)
+            work = forward * (2 if self.args.gradient_checkpointing else 1) + self._backward(what, self.blocks)
+            work += (2 if self.args.lora else 3) * self._head_flops(what)
+            work += 2.0 * what.tokens * sum(w.adapter if self.args.lora else w.weights() for w in self.linears)
+            total += work / (self.args.benign_every if what is self.benign else 1)
         return total
 
 

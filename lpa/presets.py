@@ -17,7 +17,7 @@ DEMO: dict[str, Any] = {
     "lora_alpha": 16.0,
     "reset_optimizer": False,
     "kl_coef": 0.2,
-    "benign_every": 2,  # at every update the run takes longer, for the same table
+    "benign_every": 2,
     "benign": "own",
     "system_prompt": "You are a helpful assistant.",
     "attack_start": 0.75,

@@ -30,7 +30,7 @@ from benchmarks.loop_cases import EPSILON, LORA, STEP_SIZE, Shape, batch_of
 from benchmarks.measure import made_with, table, write_record
 from lpa_kernels.attack import loop, settings, stacked, state
 from lpa_kernels.attack.layout import pack
-from lpa_kernels.model import blocks, resolve_sites, stack
+from lpa_kernels.model import blocks, joined, resolve_sites, stack
 from lpa_kernels.ops.triton import launch
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
@@ -170,6 +170,8 @@ def without_values(own: Shape, launches: Launches) -> Iterator[None]:
         launches.triton(kernel, *args, grid=grid, **options)
 
     with ExitStack() as patches:
+        patches.callback(joined.JOINED_ON.discard, "meta")
+        joined.JOINED_ON.add("meta")
         for module, name, value in (
             (blocks, "norm_offset", lambda module, eps: 0.0),
             (stacked, "Streams", Streams),

@@ -44,7 +44,6 @@ class AttackSettings:
         coefs: weights of the terms of `Objective`, used as given.
         engine: "reference" (two plain passes a step), "packed" (one pass, the prompt shared), "stack" (the same, with
             the decoder's forward and backward written by hand); the latter two raise an error where the model cannot.
-            On a GPU "stack" moves weights to joined memory (docs/inner_loop.md), which `forget(model)` undoes.
             "auto" takes the fastest that gives the plain passes' results, else one unshared pass, with a warning.
         backend: of the ops: "auto", "reference", "triton", "native".
         l2_penalty: weight of a penalty on the perturbations' norms.

@@ -138,7 +138,7 @@ class Decoder:
         joined, all_ = sum(maps.joined is not None for maps in self.maps), len(self.maps)
         if joined in (0, all_):
             return "joined" if joined else "one a weight"
-        return f"{joined} of {all_} joined (others refer to the memory of the rest)"
+        return f"{joined} of {all_} joined (the memory of the rest is not theirs alone)"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def read_decoder(model: Any) -> Decoder:
     embedding = _plain(unwrapped(model.get_input_embeddings()), "the embedding")
     decoder = Decoder(embedding.forward, float(getattr(config, "embedding_multiplier", 1.0)), blocks,
                       _norm(norm, "the last norm"), head)  # fmt: skip
-    for maps in decoder.maps:  # not before all is read: where something is refused, no weight is moved
+    for maps in decoder.maps:  # not before all is read: a model that cannot be read keeps its weights where they are
         maps.join()
     return decoder
 

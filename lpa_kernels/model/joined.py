@@ -16,7 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .facts import remembered, undone_by_forgetting
 from .linear import Linear, Low
 
-APART = {"cpu"}  # devices on which each map is a product of its own: one thread runs these as fast
+# Devices on which maps are joined. None by default: no GPU has been measured yet, a CPU runs products of their own as
+# fast, and accelerate's save_model and save_state (1.15.0) drop all but one of the weights that share a memory.
+JOINED_ON: set[str] = set()
 _EVEN = 16  # entries: rows of this many of them begin at addresses that wide loads take
 
 
@@ -71,7 +73,7 @@ class Maps:
     def join(self) -> None:
         """Make them one product, on a device that has it and where their memory allows it."""
         weights = [one.weight for one in self.linears]
-        if weights[0].device.type in APART:
+        if weights[0].device.type not in JOINED_ON:
             return
         adapters = {id(one.a): one.a * one.scaling for one in self.linears if one.a is not None}
         rows = -(-sum(map(len, adapters.values())) // _EVEN) * _EVEN
@@ -188,7 +190,7 @@ def together(modules: Sequence[nn.Module], weights: Sequence[Tensor], rows: int)
     homes: set[StorageWeakRef] = remembered(modules[0], "memory of joined weights", None, set)
     width, memories = first.shape[1], [_memory(weight) for weight in weights]
     starts = accumulate((weight.numel() for weight in weights), initial=0)
-    there = memories[0] in homes and first.untyped_storage().nbytes() == total * width * first.element_size()
+    there = memories[0] in homes and first.untyped_storage().nbytes() >= total * width * first.element_size()
     if there and all(
         memory == memories[0] and weight.storage_offset() == start and weight.is_contiguous()
         for memory, weight, start in zip(memories, weights, starts, strict=False)
@@ -204,7 +206,7 @@ def together(modules: Sequence[nn.Module], weights: Sequence[Tensor], rows: int)
     homes -= {home for home in homes if home.expired()}
     homes.add(home := _memory(new))
     for module, weight in zip(modules, weights, strict=True):
-        undone_by_forgetting(module, partial(apart, ref(weight), home))
+        undone_by_forgetting(module, id(weight), partial(apart, ref(weight), home))
     return new
 
 
@@ -221,11 +223,12 @@ def _own(weight: Tensor) -> bool:
 
 
 def _uses(weight: Tensor) -> int:
-    count: Any = torch._C._storage_Use_Count
-    return int(count(weight.untyped_storage()._cdata))
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)  # torch's own, without a public name
+    return _UNKNOWN if count is None else int(count(weight.untyped_storage()._cdata))
 
 
-_ALONE = _uses(nn.Parameter(torch.empty(1)))
+_UNKNOWN = 1 << 30  # where torch does not count: no weight is then known to be alone
+_ALONE = min(_uses(nn.Parameter(torch.empty(1))), _UNKNOWN - 1)
 
 
 def apart(weight: ref[Tensor], home: StorageWeakRef) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from .. import ops
 from .blocks import Decoder, Mlp, Norm, UnsupportedStack
 from .hooks import forwards
-from .joined import APART
 from .linear import Low
 from .sites import decoder_layers
 
+ROTATED_INSIDE = {"cpu"}  # devices whose attention rotates queries and keys as it reads them
 EMBEDDING = -1  # the half block that a perturbation of the embedding follows
 
 
@@ -153,7 +153,7 @@ class FrozenStack:
         self.streams = {_half(name): name for name in sites if name.startswith("block:")}
         self.first = min([*self.outputs, *self.streams], default=self.last + 1)
         self.scored_rows = tokens.rows[tokens.scored]
-        self.rotates_apart = tokens.ids.device.type not in APART  # a CPU's kernels rotate what they read anyway
+        self.rotates_apart = tokens.ids.device.type not in ROTATED_INSIDE
         self.saved: dict[Any, Any] = {}
         self.keys: list[tuple[Tensor, Tensor]] = []  # of each block, where nothing here is perturbed
         self.kept = [] if before is None else [self._with_room(k, v) for k, v in before.keys]
@@ -272,7 +272,7 @@ class FrozenStack:
         if part.q_norm is not None and part.k_norm is not None:
             (q, *q_kept), (k, *k_kept) = self._head_norm(q, part.q_norm), self._head_norm(k, part.k_norm)
             normed = q_kept, k_kept
-            if part.qkv.joined and len(part.q_norm.weight) == part.head_dim:
+            if part.qkv.joined and not few and len(part.q_norm.weight) == part.head_dim:
                 v = v.clone()  # norms of heads are of copies: the product need not stay
         q, k, v = (t.unflatten(1, (-1, part.head_dim)) for t in (q, k, v))
         self._rotate(index, q, k)

@@ -20,9 +20,11 @@ TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Every word of the shipped statements is a token."""
+    """Every word of the statements up to u132 and d116 is a token. Those of later ones would make every random model of
+    the tests another one."""
     texts = [ASSESSMENT_PROMPT, AGREE, DISAGREE, "system user assistant You are a helpful . , ' ' ? !"]
-    texts += [row["statement"] for kind in ("undesirable", "desirable") for row in statements(kind)]
+    texts += [row["statement"] for kind, last in (("undesirable", "u132"), ("desirable", "d116"))
+              for row in statements(kind) if row["id"] <= last]  # fmt: skip
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<|im_start|>", "<|im_end|>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -49,9 +49,9 @@ def test_captured_steps_train_the_same(
     if device == "cpu":
         monkeypatch.setitem(capturing.RECORDERS, "cpu", stand_in)
         monkeypatch.setattr(modes, "KEPT_ON", {"cpu"})
-    # SGD: Adam would make as much of gradients that are rounding as of any
-    options = {"attack_merge_adapters": merged, "learning_rate": 0.3, "optim": "sgd"}
+    # not Adam, in defence or attack: it would make as much of gradients that are rounding as of any
+    options = {"attack_merge_adapters": merged, "learning_rate": 0.1, "optim": "sgd", "attack_rule": "normalised"}
     found = {graphs: change(tmp_path / graphs, device, graphs, **options) for graphs in ("on", "off")}
-    assert distance(found["on"], found["off"]) < 1e-3  # rounding, which six updates at this rate carry on
+    assert distance(found["on"], found["off"]) < 1e-4
     if device != "cpu":
         assert distance(found["on"], change(tmp_path / "cpu", "cpu", "off", **options)) < 0.01

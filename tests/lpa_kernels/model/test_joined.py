@@ -348,6 +348,6 @@ def test_explain_tells_what_is_one_product() -> None:
     model = tiny("llama")
     assert attacked(model).kernels["products"] == "joined"
     flat(model)
-    assert attacked(model).kernels["products"] == "15 of 16 joined (others refer to the memory of the rest)"
+    assert attacked(model).kernels["products"] == "15 of 16 joined (the memory of the rest is not theirs alone)"
     with joining(False):
         assert attacked(model).kernels["products"] == "one a weight"
