@@ -253,12 +253,12 @@ def test_evaluate_takes_held_out_statements_by_name_and_columns(
 def test_evaluation_during_training_keeps_the_best_step(tmp_path: Path) -> None:
     trainer = trainer_of(
         tmp_path, lpa_steps=3, learning_rate=3e-2, eval_strategy="steps", eval_steps=1, eval_on_start=True,
-        save_strategy="best", load_best_model_at_end=True, metric_for_best_model="margin", greater_is_better=False,
+        save_strategy="best", load_best_model_at_end=True, metric_for_best_model="margin", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
     told = [entry for entry in trainer.state.log_history if "eval_margin" in entry]
     assert [entry["step"] for entry in told] == [0, 2, 4, 6]
-    best = min(told[1:], key=lambda entry: entry["eval_margin"])  # the margin grows
+    best = max(told[1:], key=lambda entry: entry["eval_margin"])
     assert trainer.state.best_global_step == best["step"] != 6
     assert f"checkpoint-{best['step']}" in [path.name for path in tmp_path.iterdir()]
     assert trainer.evaluate()["eval_margin"] == pytest.approx(best["eval_margin"], abs=1e-5)
