@@ -124,7 +124,8 @@ def main() -> None:
         options.model, adapters, suites=("attacks", "overrefusal", "utility"), settings=SETTINGS,
         output=options.output / "evaluation", command=shown,
     )  # fmt: skip
-    record = {"command": shown, "passes": options.passes, "rows": [asdict(row) for row in found.rows]}
+    made = {name: found.info[name] for name in ("versions", "started", "settings", "data")}
+    record = {"command": shown, "passes": options.passes, **made, "rows": [asdict(row) for row in found.rows]}
     write_json(options.output / "results.json", record, nulls=True)
     table = over_seeds(found)
     write_text(options.output / "arms.md", table)
