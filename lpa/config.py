@@ -378,6 +378,11 @@ class LPAConfig(TrainingArguments):
         """The first LPA step with the adversary, counted from 0."""
         return int(self.attack_start * (self.lpa_steps if self.attack_start < 1 else 1))
 
+    def benign_updates(self, lpa_step: int) -> int:
+        """How many model updates of an LPA step (counted from 0) have the benign terms."""
+        first = lpa_step * self.defence_steps
+        return sum(update % self.benign_every == 0 for update in range(first, first + self.defence_steps))
+
     def attack_radius(self, lpa_step: int) -> float:
         """The attack's radius in an LPA step (counted from 0): 0 before it enters, then growing to its epsilon."""
         made = lpa_step - self.attack_begin + 1

@@ -44,9 +44,7 @@ class StepRecord:
         self.micro = len(pairs)
         both = sum(text_tokens(p.rejected_mask) + text_tokens(p.chosen_mask) for p in pairs)
         self.tokens = both * (args.inner_steps + args.defence_steps)
-        updates = range(number * args.defence_steps, (number + 1) * args.defence_steps)
-        with_benign = sum(update % args.benign_every == 0 for update in updates)
-        self.tokens += with_benign * sum(text_tokens(b.mask) for b in benign if b is not None)
+        self.tokens += args.benign_updates(number) * sum(text_tokens(b.mask) for b in benign if b is not None)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

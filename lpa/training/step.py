@@ -145,10 +145,7 @@ class LPAStep:
     def _ask_base_model(self, micro: MicroBatch) -> None:
         """Run the base model once for all updates: for the kl term's logits and for a preference's reference."""
         trainer = self.trainer
-        args = self.args
-        updates = range(self.number * args.defence_steps, (self.number + 1) * args.defence_steps)
-        asked = any(update % args.benign_every == 0 for update in updates)
-        if micro.benign is not None and "kl" in args.coefs and asked:
+        if micro.benign is not None and "kl" in self.args.coefs and self.args.benign_updates(self.number):
             micro.base = trainer.base_logits.of(micro.benign)
         if trainer.objective is not None:
             micro.reference = trainer.reference(micro.pairs, trainer.objective)

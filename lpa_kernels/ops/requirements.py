@@ -43,6 +43,24 @@ def _together(first: Tensor, *others: tuple[str, Tensor | None], contiguous: boo
     return None
 
 
+def _rotated(
+    heads: tuple[tuple[str, Tensor], ...],
+    tables: tuple[tuple[str, Tensor | None], ...],
+    streams: tuple[tuple[str, Tensor], ...],
+) -> str | None:
+    """For heads of one dtype in lines, tables of angles in float32, and what says where tokens are in int32."""
+    first = heads[0][1]
+    return (
+        _narrow(*heads[0])
+        or _typed(first.dtype, *heads)
+        or _in_lines(*heads)
+        or _together(first, *heads, contiguous=False)
+        or _typed(torch.float32, *tables)
+        or _typed(torch.int32, *streams)
+        or _together(first, *tables, *streams)
+    )
+
+
 def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> str | None:
     """For float32, bfloat16 and float16 in lines."""
     return (
@@ -132,20 +150,8 @@ def rotate_(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_places: Tensor, k_places: Tensor, *_: object
 ) -> str | None:
     """For heads of one dtype in lines, tables in float32 and places in int32."""
-    heads, tables, places = (
-        (("q", q), ("k", k)),
-        (("cos", cos), ("sin", sin)),
-        (("q_places", q_places), ("k_places", k_places)),
-    )
-    return (
-        _narrow("q", q)
-        or _typed(q.dtype, *heads)
-        or _in_lines(*heads)
-        or _together(q, *heads, contiguous=False)
-        or _typed(torch.float32, *tables)
-        or _typed(torch.int32, *places)
-        or _together(q, *tables, *places)
-    )
+    places = (("q_places", q_places), ("k_places", k_places))
+    return _rotated((("q", q), ("k", k)), (("cos", cos), ("sin", sin)), places)
 
 
 def attention(
@@ -155,15 +161,7 @@ def attention(
     """For heads of one dtype in lines, tables in float32 and streams in int32."""
     heads, tables = (("q", q), ("k", k), ("v", v)), (("cos", cos), ("sin", sin))
     streams = (("q_places", q_places), ("k_places", k_places), ("q_starts", q_starts), ("k_starts", k_starts))
-    return (
-        _narrow("q", q)
-        or _typed(q.dtype, *heads)
-        or _in_lines(*heads)
-        or _together(q, *heads, contiguous=False)
-        or _typed(torch.float32, *tables)
-        or _typed(torch.int32, *streams)
-        or _together(q, *tables, *streams)
-    )
+    return _rotated(heads, tables, streams)
 
 
 def attention_backward_(

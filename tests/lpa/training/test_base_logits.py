@@ -16,9 +16,7 @@ from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, w
 
 BENIGN = [{"prompt": row["prompt"], "response": " ".join(["I agree with this"] * (1 + i % 3))}
           for i, row in enumerate(rows(6, "desirable"))]  # fmt: skip
-# not Adam, in defence or attack: it would make as much of gradients that are rounding as of any
-RUN: dict[str, Any] = {"benign_dataset": BENIGN, "kl_coef": 0.3, "lpa_steps": 4, "optim": "sgd", "learning_rate": 0.03,
-                       "attack_rule": "normalised"}  # fmt: skip
+RUN: dict[str, Any] = {"benign_dataset": BENIGN, "kl_coef": 0.3, "lpa_steps": 4}
 
 
 def noting(passes: list[int]) -> Any:
