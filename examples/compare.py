@@ -39,11 +39,11 @@ from lpa.evaluation import BASE, SUITES, Evaluation, Settings, evaluate, load_se
 from lpa.evaluation.records import Records
 from lpa.evaluation.session import table_rows
 from lpa.evaluation.sets import BENIGN
-from lpa.evaluation.stats import mean
 from lpa.evaluation.suites.answers import answers
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
 from lpa.evaluation.suites.base import RUNGS
 from lpa.evaluation.suites.utility import ARITHMETIC, GENERATED, KNOWLEDGE
+from lpa.evaluation.table import arms, spread
 from lpa.evaluation.verdict import DECLINES, HOLDS, KEEPS, claims
 from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
@@ -325,7 +325,7 @@ def over_seeds(found: Evaluation) -> str:
     named = {DECLINES: "harm refused in own words", HOLDS: "harm done, worst case", KEEPS: "benign done"}
     head = ["arm", "seeds", *named.values(), *columns, "collapsed"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for arm, own in arms(found).items():
+    for arm, own in arms(found.subjects).items():
         tested = {} if arm == BASE else {claim.name: claim for claim in claims(found.records, own, settings)}
         cells = [arm, str(len(own)), *(told(tested.get(name)) for name in named)]
         for suite, metric, where, scale in columns.values():
@@ -346,14 +346,6 @@ def settings_of(found: Evaluation) -> Settings:
     return Settings(**held)
 
 
-def arms(found: Evaluation) -> dict[str, list[str]]:
-    """The subjects of each arm, the base model first."""
-    own: dict[str, list[str]] = {}
-    for name in found.subjects:
-        own.setdefault(name if name == BASE else name.rpartition("-")[0], []).append(name)
-    return own
-
-
 def told(claim: Any) -> str:
     """A claim in points, marked where it is shown."""
     if claim is None:
@@ -362,17 +354,9 @@ def told(claim: Any) -> str:
     return points + ("*" if claim.shown else "")
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and range where there are several."""
-    if not values:
-        return ""
-    text = f"{mean(values):.{digits}f}"
-    return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
-
-
 def attack_alone(found: Evaluation) -> str:
     """What `lpa` adds to `finetune`, which is the same without the attack: a line a claim."""
-    own = arms(found)
+    own = arms(found.subjects)
     if not {"lpa", "finetune"} <= own.keys():
         return ""
     tested = claims(found.records, own["lpa"], settings_of(found), own["finetune"])

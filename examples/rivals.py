@@ -26,10 +26,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lpa.evaluation import BASE, Evaluation, Settings, evaluate, load_set
+from lpa.evaluation import Evaluation, Settings, evaluate, load_set
 from lpa.evaluation.sets import benign_prompts
-from lpa.evaluation.stats import mean
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
+from lpa.evaluation.table import arms, spread
 from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
 
@@ -82,18 +82,13 @@ def write_data(folder: Path) -> Path:
 
 def over_seeds(found: Evaluation) -> str:
     """One row an arm, in Markdown: means and ranges over its seeds."""
-    own: dict[str, list[str]] = {}
-    for name in found.subjects:
-        own.setdefault(name if name == BASE else name.rpartition("-")[0], []).append(name)
     lines = ["| arm | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    for arm, names in own.items():
+    for arm, names in arms(found.subjects).items():
         cells = []
         for suite, metric, scale in COLUMNS.values():
             rows = [row for row in found.rows if row.subject in names and (row.suite, row.metric) == (suite, metric)]
             values = [scale * row.value for row in rows if row.value is not None and "(" not in row.set]
-            low, high = (f"{end:.{0 if scale == 100 else 1}f}" for end in (min(values), max(values)))
-            middle = f"{mean(values):.{0 if scale == 100 else 1}f}"
-            cells.append(f"{middle} ({low} to {high})" if len(values) > 1 else middle)
+            cells.append(spread(values, 0 if scale == 100 else 1))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
+from .stats import mean
+from .subjects import BASE
 from .suites import Row
 
 VERDICT = "verdict"
+
+
+def arms(subjects: Iterable[str]) -> dict[str, list[str]]:
+    """The subjects, named ARM-SEED, of each arm; the base model is an arm by itself."""
+    own: dict[str, list[str]] = {}
+    for name in subjects:
+        own.setdefault(name if name == BASE else name.rpartition("-")[0], []).append(name)
+    return own
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and range where there are several values: "12 (8 to 18)"; nothing of none."""
+    if not values:
+        return ""
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
 
 
 def number(row: Row | None) -> str:

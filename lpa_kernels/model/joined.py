@@ -122,12 +122,9 @@ class Maps:
         return y
 
     def ahead(self, x: Tensor) -> tuple[Tensor, Low | None]:
-        """The outputs [T, N] without LoRA's second product, and what that takes: for an op that makes it as it reads.
-
-        Of a single map. Where it is not joined, the outputs are whole.
-        """
+        """`Linear.ahead` of a single map, whose A may be joined to its weight."""
         if self.joined is None or self.joined.up is None:
-            return self.parts(self(x))[0], None
+            return self.each[0].ahead(x)
         y, width = nn.functional.linear(x, self.joined.weight, self.joined.bias), sum(self.sizes)
         return y[:, :width], (y[:, width:], self.joined.up)
 

@@ -66,7 +66,7 @@ def test_arms_are_compared_by_claims_over_their_seeds(compare: ModuleType) -> No
                              "label": held})  # fmt: skip
     rows = [Row("lpa-0", "utility", "prose", "perplexity", 40.0), Row("lpa-1", "utility", "prose", "perplexity", 42.0)]
     found = Evaluation(rows, list(refused), records, {"settings": settings.as_dict()})
-    assert compare.arms(found) == {"base": ["base"], "lpa": ["lpa-0", "lpa-1"], "finetune": ["finetune-0"]}
+    assert compare.arms(found.subjects) == {"base": ["base"], "lpa": ["lpa-0", "lpa-1"], "finetune": ["finetune-0"]}
     claim = claims(records, ["lpa-0", "lpa-1"], settings)[0]
     assert claim.change == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
     table = compare.over_seeds(found).splitlines()

@@ -351,3 +351,10 @@ def test_explain_tells_what_is_one_product() -> None:
     assert attacked(model).kernels["products"] == "15 of 16 joined (the memory of the rest is not theirs alone)"
     with joining(False):
         assert attacked(model).kernels["products"] == "one a weight"
+
+
+def test_a_map_that_is_not_joined_leaves_the_second_factor_to_the_op_that_reads_it() -> None:
+    weight, a, b = (torch.empty(*shape, device="meta") for shape in ((6, 4), (2, 4), (6, 2)))
+    y, low = Maps([nn.Identity()], [Linear(weight, None, a, b, 0.5)]).ahead(torch.empty(3, 4, device="meta"))
+    assert low is not None
+    assert (y.shape, low[0].shape, low[1]) == ((3, 6), (3, 2), b)
