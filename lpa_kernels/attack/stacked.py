@@ -130,15 +130,16 @@ class StackForward:
     def __init__(self, model: nn.Module, sites: Sequence[Site], layout: Layout, backend: str) -> None:
         decoder = read_decoder(model)
         self.head = decoder.head
-        ops.note("products", decoder.products)
         streams = Streams(layout)
         self.row_tokens, self.order = streams.row_tokens, streams.order
         with observed(model) as (given, inputs):
             layout_hidden(model, layout)
         embedded = (decoder.embed(layout.input_ids) * decoder.embedding_scale == inputs[0]).all()
         rules = rules_of(given, layout.branch, layout.position_ids, embedded)
-        before = None if streams.before is None else FrozenStack(decoder, [], streams.before, rules, backend=backend)
         self.names = [_place(model, site) for site in sites]
+        decoder.join()  # which moves weights: not before all that can be refused has been
+        ops.note("products", decoder.products)
+        before = None if streams.before is None else FrozenStack(decoder, [], streams.before, rules, backend=backend)
         self.stack = FrozenStack(decoder, self.names, streams.main, rules, before, backend)
 
     @contextmanager

@@ -132,6 +132,11 @@ class Decoder:
         """Those of all blocks."""
         return [m for b in self.blocks for m in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
 
+    def join(self) -> None:
+        """Make maps of one input one product, where their device and memory allow it (`joined.py`)."""
+        for maps in self.maps:
+            maps.join()
+
     @property
     def products(self) -> str:
         """How many products the maps of one input are, in words."""
@@ -145,7 +150,7 @@ class Decoder:
 
 
 def read_decoder(model: Any) -> Decoder:
-    """`model` as frozen weights, whose memory is joined where it can be (`joined.py`).
+    """`model` as frozen weights.
 
     Raises:
         UnsupportedStack: a part is of another kind, is trained, quantised or replaced, or has hooks of its own.
@@ -161,11 +166,8 @@ def read_decoder(model: Any) -> Decoder:
                 getattr(config, "final_logit_softcapping", None))  # fmt: skip
     blocks = [_block(layer, f"block {index}") for index, layer in enumerate(layers)]
     embedding = _plain(unwrapped(model.get_input_embeddings()), "the embedding")
-    decoder = Decoder(embedding.forward, float(getattr(config, "embedding_multiplier", 1.0)), blocks,
-                      _norm(norm, "the last norm"), head)  # fmt: skip
-    for maps in decoder.maps:  # not before all is read: a model that cannot be read keeps its weights where they are
-        maps.join()
-    return decoder
+    return Decoder(embedding.forward, float(getattr(config, "embedding_multiplier", 1.0)), blocks,
+                   _norm(norm, "the last norm"), head)  # fmt: skip
 
 
 def _block(layer: Any, name: str) -> Block:

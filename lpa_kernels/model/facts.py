@@ -43,7 +43,7 @@ class _Facts:
         self.found: dict[Hashable, Any] = {}
         self.said: set[str] = set()
         self.key: Hashable | None = None
-        self.undo: dict[Hashable, Callable[[], None]] = {}
+        self.undo: list[Callable[[], None]] = []
 
 
 _facts: WeakKeyDictionary[nn.Module, _Facts] = WeakKeyDictionary()
@@ -76,14 +76,14 @@ def forget(model: nn.Module) -> None:
     """
     for module in modules_of(model):
         if (facts := _facts.get(module)) is not None:
-            for undo in facts.undo.values():
+            for undo in facts.undo:
                 undo()
             del _facts[module]
 
 
-def undone_by_forgetting(module: nn.Module, key: Hashable, undo: Callable[[], None]) -> None:
-    """Have `forget` run `undo`, in the place of the key's former one. It must not refer to the module but weakly."""
-    _of(module).undo[key] = undo
+def undone_by_forgetting(module: nn.Module, undo: Callable[[], None]) -> None:
+    """Have `forget` run `undo`, which must refer to the module weakly if at all."""
+    _of(module).undo.append(undo)
 
 
 def say_once(model: nn.Module, message: str, level: int = logging.WARNING) -> None:

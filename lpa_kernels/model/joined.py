@@ -16,9 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .facts import remembered, undone_by_forgetting
 from .linear import Linear, Low
 
-# Devices on which maps are joined. None by default: no GPU has been measured yet, a CPU runs products of their own as
-# fast, and accelerate's save_model and save_state (1.15.0) drop all but one of the weights that share a memory.
-JOINED_ON: set[str] = set()
+JOINED_ON = {"cuda"}  # devices on which maps are joined; a CPU runs products of their own as fast
 _EVEN = 16  # entries: rows of this many of them begin at addresses that wide loads take
 
 
@@ -175,7 +173,11 @@ def together(modules: Sequence[nn.Module], weights: Sequence[Tensor], rows: int)
     """[N + rows, in]: the weights [n, in] one below the other, of which they are views from then on, and room below.
 
     They are moved where they are not there already: each to its part of new memory, one after the other. Afterwards
-    the parameters are the same objects with the same values; their memory is one. `facts.forget` gives them their own.
+    the parameters are the same objects with the same values; their memory is one. They get memory of their own again
+    when somebody asks for the state of the modules that hold them, and by `facts.forget`.
+
+    Args:
+        modules: that have the weights, themselves or in a module below, as under an adapter.
 
     Returns:
         None where a weight's memory is not its own alone (of a shard, a flat buffer, a tie, or held by somebody): what
@@ -184,27 +186,71 @@ def together(modules: Sequence[nn.Module], weights: Sequence[Tensor], rows: int)
     first, total = weights[0], sum(map(len, weights)) + rows
     if len(weights) == 1 and not rows:
         return first.data
-    homes: set[StorageWeakRef] = remembered(modules[0], "memory of joined weights", None, set)
-    width, memories = first.shape[1], [_memory(weight) for weight in weights]
+    shares = [_share(_holder(module, weight)) for module, weight in zip(modules, weights, strict=True)]
+    width, memory = first.shape[1], _memory(first)
     starts = accumulate((weight.numel() for weight in weights), initial=0)
-    there = memories[0] in homes and first.untyped_storage().nbytes() >= total * width * first.element_size()
-    if there and all(
-        memory == memories[0] and weight.storage_offset() == start and weight.is_contiguous()
-        for memory, weight, start in zip(memories, weights, starts, strict=False)
+    enough = first.untyped_storage().nbytes() >= total * width * first.element_size()
+    if enough and all(
+        share.holds(weight) and _memory(weight) == memory and weight.storage_offset() == start
+        for share, weight, start in zip(shares, weights, starts, strict=False)
     ):
         return first.data.as_strided((total, width), (width, 1), 0)
     alike = all((w.dtype, w.device, w.shape[1]) == (first.dtype, first.device, width) for w in weights)
-    if not alike or not all(memory in homes or _own(w) for memory, w in zip(memories, weights, strict=True)):
+    if not alike or not all(share.holds(w) or _own(w) for share, w in zip(shares, weights, strict=True)):
         return None
     new = first.data.new_empty(total, width)
-    for weight, part in zip(weights, new.split([*map(len, weights), rows]), strict=False):
+    for weight, share, part in zip(weights, shares, new.split([*map(len, weights), rows]), strict=False):
         part.copy_(weight.data)
-        weight.data = part
-    homes -= {home for home in homes if home.expired()}
-    homes.add(home := _memory(new))
-    for module, weight in zip(modules, weights, strict=True):
-        undone_by_forgetting(module, id(weight), partial(apart, ref(weight), home))
+        weight.data, share.memory = part, _memory(new)
     return new
+
+
+class _Share:
+    """A module's share of joined memory, and the hook that ends it before the module's state is read.
+
+    Some that save a state take weights of one memory for copies of each other: accelerate 1.15.0 drops all but one of
+    them, safetensors refuses them.
+
+    Attributes:
+        memory: of which the module's weight is a part; None where it has its own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.memory: StorageWeakRef | None = None
+        self.hook = module.register_state_dict_pre_hook(self)
+        undone_by_forgetting(module, partial(self._end, ref(module)))
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight is a part of it, as it was joined."""
+        plain = type(weight.data) is Tensor and weight.is_contiguous()
+        return self.memory is not None and plain and _memory(weight) == self.memory
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Give the module's weight memory of its own, as a state dict's hook."""
+        for weight in module._parameters.values():
+            if weight is not None and self.holds(weight):
+                weight.data = weight.data.clone()
+        self.memory = None
+
+    def _end(self, module: ref[nn.Module]) -> None:
+        self.hook.remove()
+        if (found := module()) is not None:
+            self(found, "", False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (
+            slice,
+        )  # does nothing: a copy of the module has memory of its own, a file needs no lpa_kernels
+
+
+def _share(module: nn.Module) -> _Share:
+    return remembered(module, "share of joined memory", None, partial(_Share, module))
+
+
+def _holder(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The module that has the weight as its parameter: `module`, or one below. It outlives an adapter around it."""
+    holders = (m for m in module.modules() if any(p is weight for p in m._parameters.values()))
+    return next(holders, module)
 
 
 def _memory(tensor: Tensor) -> StorageWeakRef:
@@ -226,9 +272,3 @@ def _uses(weight: Tensor) -> int:
 
 _UNKNOWN = 1 << 30  # where torch does not count: no weight is then known to be alone
 _ALONE = min(_uses(nn.Parameter(torch.empty(1))), _UNKNOWN - 1)
-
-
-def apart(weight: ref[Tensor], home: StorageWeakRef) -> None:
-    """Give a weight its own memory again, if it is still a part of that joined one."""
-    if (found := weight()) is not None and _memory(found) == home:
-        found.data = found.data.clone()

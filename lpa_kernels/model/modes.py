@@ -232,6 +232,30 @@ def _place(p: Tensor) -> int:
     return local.data_ptr() or id(p)
 
 
+class _Aside:
+    """A weight while an adapter is merged into it: its memory, unless the weight stays there, and its values."""
+
+    def __init__(self, p: nn.Parameter) -> None:
+        self.p, copy = p, p.data.clone()
+        # where graphs are captured they must find it, and a shard's memory cannot be exchanged
+        self.in_place = p.device.type in KEPT_ON or type(p.data) is not Tensor
+        self.data: Tensor | None = p.data
+        self.values = copy if self.in_place else p.data
+        if not self.in_place:
+            p.data = copy
+
+    def let_go(self) -> None:
+        """Hold the memory no more where peft has written to it: what the stack joins is held by nobody else."""
+        if self.in_place and type(self.p.data) is Tensor and self.data is not None:
+            self.data = self.data if self.p.data_ptr() != self.data.data_ptr() else None
+
+    def put_back(self) -> None:
+        if self.data is not None:
+            self.p.data = self.data
+        if self.in_place:
+            self.p.data.copy_(self.values)
+
+
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """LoRA merged into the weights, which are put back from copies: subtraction would change 3% of bf16 weights.
@@ -265,16 +289,13 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
                     f"merge_adapters=True, but the {name} under an adapter is quantised ({p.dtype}); use "
                     "merge_adapters=False"
                 )
-    held: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+    held: list[_Aside] = []
     below = [module for layer in layers for module in modules_of(layer)]
     parts = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in below]
     try:
         for layer in layers:
-            for p in layer.get_base_layer().parameters(recurse=False):
-                data, copy = p.data, p.data.clone()
-                in_place = p.device.type in KEPT_ON or type(data) is not Tensor  # a shard's memory cannot be exchanged
-                held.append((p, data, copy if in_place else data))
-                p.data = data if in_place else copy
+            own = [_Aside(p) for p in layer.get_base_layer().parameters(recurse=False)]
+            held += own
             try:
                 layer.merge()
             except torch.OutOfMemoryError:
@@ -284,16 +305,16 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
                     f"merge_adapters=True, but peft cannot merge {type(layer).__name__}: {error}; use "
                     "merge_adapters=False"
                 ) from error
+            for aside in own:
+                aside.let_go()
         yield
     finally:
         for module, modules, parameters, buffers in parts:  # peft exchanges some of them
             module._modules.update(modules)
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        for p, data, saved in reversed(held):  # where adapters of one module nest, the first copy is it
-            p.data = data
-            if saved is not data:
-                p.data.copy_(saved)
+        for aside in reversed(held):  # where adapters of one module nest, the first copy is it
+            aside.put_back()
         for layer in layers:
             layer.merged_adapters.clear()
 

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lpa_kernels.model import modes
 from lpa_kernels.model.facts import forget
 from lpa_kernels.model.joined import Maps
 from lpa_kernels.model.linear import Linear
@@ -104,9 +106,10 @@ def test_maps_that_a_module_holds_as_one_weight() -> None:
 
 
 def fingerprints(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Of the parameters, without a look at the state, which would give them memory of their own."""
     return {
         name: (tuple(t.shape), hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest())
-        for name, t in model.state_dict().items()
+        for name, t in model.named_parameters()
     }
 
 
@@ -171,16 +174,69 @@ def test_what_is_saved_has_the_same_bytes(family: str, lora: bool, tmp_path: Pat
     assert fingerprints(type(model).from_pretrained(tmp_path / "after")) == fingerprints(tiny(family))
 
 
-def test_joined_weights_are_pickled_copied_and_moved() -> None:
+def test_the_state_of_a_model_is_weights_that_share_no_memory() -> None:
     model = llama(lora=True)
+    before = fingerprints(model)
+    for keep_vars in (False, True):
+        attacked(model)
+        assert are_joined(model)
+        state = model.state_dict(keep_vars=keep_vars)
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in state.values())
+        assert all(state[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
+        assert fingerprints(model) == before
+        attacked(model)
+        assert are_joined(model) == keep_vars  # of tensors that somebody holds none is moved; parameters follow
+        del state
+    one = model.base_model.model.model.layers[1].self_attn
+    assert_attacks_right(model)
+    one.state_dict()
+    assert not are_joined(model)
+    assert are_joined(model, 0)  # whose state nobody asked for
+
+
+def through_accelerate(model: Any, folder: Path) -> Path:
+    Accelerator(cpu=True).save_model(model, folder)
+    return folder / "model.safetensors"
+
+
+def through_safetensors(model: Any, folder: Path) -> Path:
+    folder.mkdir()
+    safetensors.torch.save_model(model, str(folder / "model.safetensors"))
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("save", [through_accelerate, through_safetensors])
+def test_what_takes_weights_of_one_memory_for_copies_saves_all(
+    save: Callable[[Any, Path], Path], tmp_path: Path
+) -> None:
+    model = llama(lora=True)
+    before = save(model, tmp_path / "before").read_bytes()
+    attacked(model)
+    assert are_joined(model)
+    assert save(model, tmp_path / "after").read_bytes() == before
+    assert_attacks_right(model)
+    assert are_joined(model)
+
+
+def test_a_pickled_model_needs_nothing_of_this_package() -> None:
+    model = tiny("llama")
     before = fingerprints(model)
     attacked(model)
     buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
+    torch.save(model, buffer)
+    assert b"lpa_kernels" not in buffer.getvalue()
     buffer.seek(0)
-    fresh = llama(lora=True)
-    fresh.load_state_dict(torch.load(buffer))
+    fresh = torch.load(buffer, weights_only=False)
     assert fingerprints(fresh) == before
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+    assert_attacks_right(fresh)
+    assert are_joined(fresh)
+
+
+def test_joined_weights_are_copied_and_moved() -> None:
+    model = llama(lora=True)
+    before = fingerprints(model)
+    attacked(model)
     twin = copy.deepcopy(model)
     assert fingerprints(twin) == before
     assert not are_joined(twin)
@@ -262,6 +318,49 @@ def test_adapters_are_merged_unmerged_and_switched_off() -> None:
     assert_attacks_right(merged)
 
 
+def test_weights_that_are_merged_where_they_are_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device with captured graphs, where the weights stay and their values are put back."""
+    monkeypatch.setattr(modes, "KEPT_ON", {"cpu"})
+    model = llama(lora=True)
+    before = fingerprints(model)
+    places = []
+    for _ in range(2):
+        found = attack_with(model, pairs(), ["embedding"], "stack", merge_adapters=True, **DESCENT)
+        assert found.kernels["products"] == "joined"
+        assert_same(found, attack_with(model, pairs(), ["embedding"], "reference", **DESCENT), losses=1e-5)
+        assert fingerprints(model) == before
+        places.append([p.data_ptr() for p in model.parameters()])
+    assert places[0] == places[1]
+    assert_attacks_right(model)
+
+
+def test_an_adapter_comes_and_goes_around_joined_weights() -> None:
+    """What is known of the memory is known of the modules that hold the weights, not of the adapters around them."""
+    base = tiny("llama")
+    attacked(base)
+    places = [p.data_ptr() for p in parts(base)]
+    assert are_joined(base)
+    model = with_lora(base)
+    assert [p.data_ptr() for p in parts(model)] == places
+    assert_attacks_right(model)
+    assert are_joined(model)  # in larger memory, with room for the adapter
+    base = model.unload()
+    assert are_joined(base)
+    assert_attacks_right(base)
+    forget(base)
+    assert not are_joined(base)
+    assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in base.parameters())
+    assert not any(module._state_dict_pre_hooks for module in base.modules())
+
+
+def test_a_refusal_leaves_weights_where_they_are() -> None:
+    model = llama(lora=True)
+    places = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="neither the embedding nor a block"):
+        attack_with(model, pairs(), ["base_model.model.model.layers.1.self_attn.q_proj"], "stack")
+    assert [p.data_ptr() for p in model.parameters()] == places
+
+
 def test_weights_that_are_trained_stay_the_optimisers() -> None:
     """All parameters want gradients outside of attacks; an optimiser writes where they are."""
     model = tiny("llama").requires_grad_(True)
@@ -285,6 +384,7 @@ def test_forget_gives_weights_their_own_memory() -> None:
     forget(model)
     assert not are_joined(model)
     assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in model.parameters())
+    assert not any(module._state_dict_pre_hooks for module in model.modules())
     assert fingerprints(model) == before
 
 
