@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import platform
 import re
@@ -87,20 +88,24 @@ def resident(field: str) -> float:
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
-def peak_above_start(run: Run) -> float:
-    """MiB that a call's peak resident set lies above what the process held before it."""
+def peak_above_start(run: Run, calls: int = 0) -> float:
+    """MiB that a call's peak resident set lies above what the process held before it, after some calls before."""
+    for _ in range(calls):
+        run()
     gc.collect()
+    if calls:  # else the call could take what they left with the process
+        ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     run()
     return resident("VmHWM") - before
 
 
-def peak_in_a_process(module: str, expression: str) -> float:
+def peak_in_a_process(module: str, expression: str, calls: int = 0) -> float:
     """`peak_above_start` in a process of its own, of the function that an expression in `module` gives."""
     code = (
         f"import torch; torch.set_num_threads({torch.get_num_threads()}); from {module} import *;"
-        f"from benchmarks.measure import peak_above_start; print(peak_above_start({expression}))"
+        f"from benchmarks.measure import peak_above_start; print(peak_above_start({expression}, {calls}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     return float(done.stdout.split()[-1])

@@ -4,8 +4,9 @@
         [--ways "frozen stack" ...] [--beside CHECKOUT]
 
 CPU time of each way, interleaved in one process so that a noisy machine hits all alike, as medians and as ratios to
-the conventional loop round by round; peak memory above what stood before, each way in a process of its own. A checkout
-of another commit takes its turns in a process of its own, with what its engine "auto" takes.
+the conventional loop round by round; peak memory above what stood before, of a first call with its checks and of a
+second one, each way in a process of its own. A checkout of another commit takes its turns in a process of its own,
+with what its engine "auto" takes.
 """
 
 from __future__ import annotations
@@ -114,17 +115,23 @@ def measure(
     }
     for way in runs:
         expression = f"KINDS[{kind!r}][{way!r}]({shape!r}, 1)"
-        found[way]["peak_mib"] = round(peak_in_a_process("benchmarks.record_loop", expression))
+        for calls, name in enumerate(("peak_mib", "later_peak_mib")):
+            found[way][name] = round(peak_in_a_process("benchmarks.record_loop", expression, calls))
     return found
 
 
 def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    head = ("", "CPU seconds", "ratio", "peak memory, MiB")
+    head = ("", "CPU seconds", "ratio", "peak memory, MiB", "of a later attack")
+    peaks = ("peak_mib", "later_peak_mib")
     return "\n".join(
         f"**{title}**\n\n"
         + table(
-            head, ((way, f"{r['median']:.3f}", f"{r['ratio']:.2f}", r.get("peak_mib", "")) for way, r in ways.items())
+            head,
+            (
+                (way, f"{r['median']:.3f}", f"{r['ratio']:.2f}", *(r.get(name, "") for name in peaks))
+                for way, r in ways.items()
+            ),
         )
         for title, ways in results.items()
     )
