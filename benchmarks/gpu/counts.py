@@ -193,12 +193,28 @@ def bytes_in(value: Any) -> int:
     return sum(held.values())
 
 
-def step_of(own: Shape) -> tuple[Counter[Kernel], int, int, int]:
-    """Of one inner step of a shape: its launches, the bytes that its forward saves, the most that it takes, and those
-    of the adapters' copies, which stay beside the joined weights for as long as an attack."""
+class Step(NamedTuple):
+    """One inner step of a shape.
+
+    Attributes:
+        kernels: its launches.
+        saved: bytes that its forward saves. peak: the most that it takes.
+        copies: bytes of the adapters' copies, which stay beside the joined weights for as long as an attack.
+        moved: bytes that are read and written to join the weights and to part them, once an LPA step.
+    """
+
+    kernels: Counter[Kernel]
+    saved: int
+    peak: int
+    copies: int
+    moved: int
+
+
+def step_of(own: Shape) -> Step:
+    """The inner step of a shape, run on tensors without memory."""
     launches, batch, model = Launches(), batch_of(own).to("cpu"), model_on_meta(own)
     options = settings.AttackSettings(epsilon=EPSILON, step_size=STEP_SIZE, steps=1, backend="triton")
-    with without_values(own, launches):
+    with without_values(own, launches), joined.weights_joined(model) as groups:
         layout = pack(batch).changed(lambda t: t.to("meta"))
         widths = [(own.config["hidden_size"], torch.device("meta"))] * len(own.sites)
         held = state.AttackState(options, widths, batch, batch.counts)
@@ -217,12 +233,13 @@ def step_of(own: Shape) -> tuple[Counter[Kernel], int, int, int]:
             if maps.joined is not None and maps.joined.up is not None
             for part in (maps.joined.weight[sum(maps.sizes) :], maps.joined.up)
         )
-        return kernels, bytes_in(list(forward.stack.saved.values())), launches.peak, copies
+        weights = sum(weight.numel() * weight.element_size() for group in groups for weight in group.weights)
+        return Step(kernels, bytes_in(list(forward.stack.saved.values())), launches.peak, copies, 4 * weights)
 
 
 def counts(family: str, pairs: int, dry: bool = False) -> dict[str, Any]:
     """An inner step's operations, launches, bytes, and milliseconds by the assumed rates."""
-    (kernels, saved, peak, copies), plan = step_of(shape(family, pairs, dry)), counted(family, pairs, dry)
+    (kernels, saved, peak, copies, moved), plan = step_of(shape(family, pairs, dry)), counted(family, pairs, dry)
     by_name: dict[str, dict[str, float]] = {}
     for kernel, many in kernels.items():
         row = by_name.setdefault(
@@ -242,6 +259,7 @@ def counts(family: str, pairs: int, dry: bool = False) -> dict[str, Any]:
         "by the floor": spent[0] / floor,
         "step ms, products in tiles": spent[1],
         "by the floor, products in tiles": spent[1] / floor,
+        "GB to join, once": moved / 1e9,
         "saved GB": saved / 1e9,
         "step's GB": peak / 1e9,
         "attack GB": plan["planned attack GB without a step"] + (peak + copies) / 1e9,
@@ -253,8 +271,8 @@ def counts(family: str, pairs: int, dry: bool = False) -> dict[str, Any]:
 
 COLUMNS = {
     "launches": ".0f", "GB outside products": ".1f", "floor ms": ".1f", "step ms": ".1f", "by the floor": ".2f",
-    "step ms, products in tiles": ".1f", "by the floor, products in tiles": ".2f", "saved GB": ".2f",
-    "step's GB": ".2f", "attack GB": ".1f", "update GB": ".1f", "update GB, checkpointed": ".1f",
+    "step ms, products in tiles": ".1f", "by the floor, products in tiles": ".2f", "GB to join, once": ".0f",
+    "saved GB": ".2f", "step's GB": ".2f", "attack GB": ".1f", "update GB": ".1f", "update GB, checkpointed": ".1f",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from .. import ops
 from ..model.blocks import UnsupportedStack, read_decoder
 from ..model.facts import hooks_everywhere, hooks_on, model_key, remembered, text_config
 from ..model.hooks import forwards
+from ..model.joined import groups_of
 from ..model.modes import as_if_trained
 from ..model.sharding import is_sharded
 from ..model.sites import KINDS, Site, decoder_layers, in_block, unwrapped
@@ -137,7 +138,8 @@ class StackForward:
         embedded = (decoder.embed(layout.input_ids) * decoder.embedding_scale == inputs[0]).all()
         rules = rules_of(given, layout.branch, layout.position_ids, embedded)
         self.names = [_place(model, site) for site in sites]
-        decoder.join()  # which moves weights: not before all that can be refused has been
+        if (groups := groups_of(model)) is not None:
+            decoder.join(groups)  # moves weights: not before all that can be refused has been
         ops.note("products", decoder.products)
         before = None if streams.before is None else FrozenStack(decoder, [], streams.before, rules, backend=backend)
         self.stack = FrozenStack(decoder, self.names, streams.main, rules, before, backend)

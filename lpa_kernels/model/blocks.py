@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .facts import hooks_on, is_ours
-from .joined import Maps
+from .joined import Group, Maps
 from .lean import _lora_parts, _untouched, norm_offset
 from .linear import Linear
 from .sites import decoder_layers, unwrapped
@@ -132,18 +132,24 @@ class Decoder:
         """Those of all blocks."""
         return [m for b in self.blocks for m in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
 
-    def join(self) -> None:
+    def join(self, groups: list[Group]) -> None:
         """Make maps of one input one product, where their device and memory allow it (`joined.py`)."""
+        taken: set[int] = set()
         for maps in self.maps:
-            maps.join()
+            own = {id(one.weight) for one in maps.linears}
+            if taken & own:  # another block's weights, with adapters of its own
+                maps.apart = "a weight is in two blocks"
+            else:
+                maps.join(groups)
+            taken |= own
 
     @property
     def products(self) -> str:
         """How many products the maps of one input are, in words."""
-        joined, all_ = sum(maps.joined is not None for maps in self.maps), len(self.maps)
-        if joined in (0, all_):
+        joined, apart = [m for m in self.maps if m.joined], [m.apart for m in self.maps if m.apart]
+        if not apart:
             return "joined" if joined else "one a weight"
-        return f"{joined} of {all_} joined (the memory of the rest is not theirs alone)"
+        return f"{len(joined)} of {len(joined) + len(apart)} joined ({'; '.join(dict.fromkeys(apart))})"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -254,10 +260,7 @@ def _maps(
     if others:
         raise UnsupportedStack(f"{name} ({type(module).__name__}) has {others[0]}, which a stack does not run")
     read = [{key: _linear(children[key], f"{name}.{key}") for key in group} for group in groups]
-    return [
-        Maps([children[key] for key in group], list(group.values()), None if number else sizes)
-        for number, group in enumerate(read)
-    ]
+    return [Maps(list(group.values()), None if number else sizes) for number, group in enumerate(read)]
 
 
 def _linear(module: Any, name: str) -> Linear:

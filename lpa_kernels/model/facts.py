@@ -36,14 +36,12 @@ class _Facts:
         found: by name and key, what was found out.
         said: messages that were logged.
         key: the model's key while `known` holds it still.
-        undo: what `forget` runs.
     """
 
     def __init__(self) -> None:
         self.found: dict[Hashable, Any] = {}
         self.said: set[str] = set()
         self.key: Hashable | None = None
-        self.undo: list[Callable[[], None]] = []
 
 
 _facts: WeakKeyDictionary[nn.Module, _Facts] = WeakKeyDictionary()
@@ -70,20 +68,9 @@ def remembered(module: nn.Module, name: str, key: Hashable, find: Callable[[], T
 
 
 def forget(model: nn.Module) -> None:
-    """Forget all facts of a model: verdicts, captured graphs with their memory, copies, and what was said of it.
-
-    Weights that the frozen stack has joined get memory of their own again.
-    """
+    """Forget all facts of a model: verdicts, captured graphs with their memory, copies, and what was said of it."""
     for module in modules_of(model):
-        if (facts := _facts.get(module)) is not None:
-            for undo in facts.undo:
-                undo()
-            del _facts[module]
-
-
-def undone_by_forgetting(module: nn.Module, undo: Callable[[], None]) -> None:
-    """Have `forget` run `undo`, which must refer to the module weakly if at all."""
-    _of(module).undo.append(undo)
+        _facts.pop(module, None)
 
 
 def say_once(model: nn.Module, message: str, level: int = logging.WARNING) -> None:

@@ -1,19 +1,17 @@
-"""Frozen linear maps of one input as one product: their weights, and LoRA's first factors, are views of one memory."""
+"""Run frozen linear maps of one input as one product. In an attack's mode their weights are views of one memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from .facts import remembered, undone_by_forgetting
 from .linear import Linear, Low
 
 JOINED_ON = {"cuda"}  # devices on which maps are joined; a CPU runs products of their own as fast
@@ -47,38 +45,44 @@ class Maps:
     reads and writes rows that stand apart in memory more slowly.
 
     Args:
-        modules: that the maps are read from.
-        linears: the maps, whose weights are the modules' parameters.
+        linears: the maps, whose weights are the model's parameters.
         sizes: of the maps that a single one holds one after the other.
 
     Attributes:
         each: the maps. sizes: of their outputs.
         joined: None where each is a product of its own.
+        apart: why they are, "" where they are joined or need not be.
     """
 
-    def __init__(
-        self, modules: Sequence[nn.Module], linears: Sequence[Linear], sizes: Sequence[int] | None = None
-    ) -> None:
-        self.modules, self.linears = modules, linears
+    def __init__(self, linears: Sequence[Linear], sizes: Sequence[int] | None = None) -> None:
+        self.linears = linears
         self._split = sizes
         self.each = self._each()
         self.sizes = [len(one.weight) for one in self.each]
         self.joined: Joined | None = None
+        self.apart = ""
 
     def _each(self) -> list[Linear]:
         return list(self.linears) if self._split is None else self.linears[0].split(self._split)
 
-    def join(self) -> None:
-        """Make them one product, on a device that has it and where their memory allows it."""
+    def join(self, groups: list[Group]) -> None:
+        """Make them one product, on a device that has it and where their memory allows it.
+
+        Args:
+            groups: the weights that are joined in the model's mode; theirs are added.
+        """
         weights = [one.weight for one in self.linears]
         if weights[0].device.type not in JOINED_ON:
             return
         adapters = {id(one.a): one.a * one.scaling for one in self.linears if one.a is not None}
+        if len(weights) == 1 and not adapters:
+            return
         rows = -(-sum(map(len, adapters.values())) // _EVEN) * _EVEN
         self.each = []  # views of a weight would count as others that refer to its memory
-        memory = together(self.modules, weights, rows)
+        memory = together(weights, rows, groups)
         self.each = self._each()
-        if memory is None:
+        if isinstance(memory, str):
+            self.apart = memory
             return
         width = sum(self.sizes)
         bias = None
@@ -141,7 +145,7 @@ class Maps:
         if self.joined is None:
             return found
         for part, one in zip(self.parts(room), found, strict=True):
-            if _memory(part) != _memory(one):
+            if _storage(part) != _storage(one):
                 part.copy_(one)
         return room
 
@@ -169,97 +173,113 @@ class Maps:
 # ---- where weights are -----------------------------------------------------------------------------------------------
 
 
-def together(modules: Sequence[nn.Module], weights: Sequence[Tensor], rows: int) -> Tensor | None:
+class Group:
+    """Weights [n, in], one below the other in one memory, with rows below them.
+
+    Attributes:
+        memory: [N + rows, in].
+    """
+
+    def __init__(self, weights: Sequence[Tensor], rows: int) -> None:
+        first = weights[0]
+        self.weights = weights
+        self.memory = first.data.new_empty(sum(map(len, weights)) + rows, first.shape[1])
+        self._parts = self.memory.split([*map(len, weights), rows])[: len(weights)]
+        for weight, part in zip(weights, self._parts, strict=True):
+            part.copy_(weight.data)
+            weight.data = part
+
+    def stands(self, weights: Sequence[Tensor], rows: int) -> bool:
+        """Whether these weights are in it where they were put, with so many rows below."""
+        return (
+            len(self.memory) == sum(map(len, self._parts)) + rows
+            and len(weights) == len(self._parts)
+            and all(a is b for a, b in zip(weights, self.weights, strict=True))
+            and all(_alike(weight, part) for weight, part in zip(weights, self._parts, strict=True))
+        )
+
+    def part(self) -> None:
+        """Give each weight that is still in it memory of its own again."""
+        for weight in self.weights:
+            if type(weight.data) is Tensor and _storage(weight) == _storage(self.memory):
+                weight.data = weight.data.clone()
+
+
+_groups: WeakKeyDictionary[nn.Module, list[Group]] = WeakKeyDictionary()
+
+
+@contextmanager
+def weights_joined(model: nn.Module) -> Iterator[list[Group]]:
+    """Within it weights of the model may be joined. Afterwards each has memory of its own again.
+
+    A state that is saved in between would hold weights that share a memory, of which accelerate (1.15.0) drops all but
+    one. Yields the groups. Within itself it begins anew.
+    """
+    outer = _groups.get(model)
+    _part(outer or [])
+    groups = _groups[model] = []
+    try:
+        yield groups
+    finally:
+        del _groups[model]
+        if outer is not None:
+            _groups[model] = outer
+        _part(groups)
+
+
+def _part(groups: list[Group]) -> None:
+    while groups:
+        groups.pop().part()
+
+
+def groups_of(model: nn.Module) -> list[Group] | None:
+    """Those of the model's mode; None outside of it, where nothing is joined."""
+    return _groups.get(model)
+
+
+def together(weights: Sequence[Tensor], rows: int, groups: list[Group]) -> Tensor | str:
     """[N + rows, in]: the weights [n, in] one below the other, of which they are views from then on, and room below.
 
     They are moved where they are not there already: each to its part of new memory, one after the other. Afterwards
-    the parameters are the same objects with the same values; their memory is one. They get memory of their own again
-    when somebody asks for the state of the modules that hold them, and by `facts.forget`.
-
-    Args:
-        modules: that have the weights, themselves or in a module below, as under an adapter.
+    the parameters are the same objects with the same values; their memory is one.
 
     Returns:
-        None where a weight's memory is not its own alone (of a shard, a flat buffer, a tie, or held by somebody): what
-        else refers to it would not follow.
+        Why not, where a weight's memory is not its own alone (of a shard, a flat buffer, a tie, or held by somebody):
+        what else refers to it would not follow.
     """
-    first, total = weights[0], sum(map(len, weights)) + rows
-    if len(weights) == 1 and not rows:
-        return first.data
-    shares = [_share(_holder(module, weight)) for module, weight in zip(modules, weights, strict=True)]
-    width, memory = first.shape[1], _memory(first)
-    starts = accumulate((weight.numel() for weight in weights), initial=0)
-    enough = first.untyped_storage().nbytes() >= total * width * first.element_size()
-    if enough and all(
-        share.holds(weight) and _memory(weight) == memory and weight.storage_offset() == start
-        for share, weight, start in zip(shares, weights, starts, strict=False)
-    ):
-        return first.data.as_strided((total, width), (width, 1), 0)
-    alike = all((w.dtype, w.device, w.shape[1]) == (first.dtype, first.device, width) for w in weights)
-    if not alike or not all(share.holds(w) or _own(w) for share, w in zip(shares, weights, strict=True)):
-        return None
-    new = first.data.new_empty(total, width)
-    for weight, share, part in zip(weights, shares, new.split([*map(len, weights), rows]), strict=False):
-        part.copy_(weight.data)
-        weight.data, share.memory = part, _memory(new)
-    return new
+    for group in groups:
+        if group.stands(weights, rows):
+            return group.memory
+    first = weights[0]
+    for group in [g for g in groups if any(a is b for a in g.weights for b in weights)]:  # of other rows, or replaced
+        group.part()
+        groups.remove(group)
+    if any((w.dtype, w.device, w.shape[1]) != (first.dtype, first.device, first.shape[1]) for w in weights):
+        return "weights of one input differ in dtype or device"
+    if not all(map(_own, weights)):
+        return "a weight's memory is not its own alone"
+    try:
+        groups.append(Group(weights, rows))
+    except torch.OutOfMemoryError:
+        return "there is no memory to join them in"
+    return groups[-1].memory
 
 
-class _Share:
-    """A module's share of joined memory, and the hook that ends it before the module's state is read.
-
-    Some that save a state take weights of one memory for copies of each other: accelerate 1.15.0 drops all but one of
-    them, safetensors refuses them.
-
-    Attributes:
-        memory: of which the module's weight is a part; None where it has its own.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.memory: StorageWeakRef | None = None
-        self.hook = module.register_state_dict_pre_hook(self)
-        undone_by_forgetting(module, partial(self._end, ref(module)))
-
-    def holds(self, weight: Tensor) -> bool:
-        """Whether a weight is a part of it, as it was joined."""
-        plain = type(weight.data) is Tensor and weight.is_contiguous()
-        return self.memory is not None and plain and _memory(weight) == self.memory
-
-    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        """Give the module's weight memory of its own, as a state dict's hook."""
-        for weight in module._parameters.values():
-            if weight is not None and self.holds(weight):
-                weight.data = weight.data.clone()
-        self.memory = None
-
-    def _end(self, module: ref[nn.Module]) -> None:
-        self.hook.remove()
-        if (found := module()) is not None:
-            self(found, "", False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial, (
-            slice,
-        )  # does nothing: a copy of the module has memory of its own, a file needs no lpa_kernels
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same part of the same memory."""
+    if type(a.data) is not Tensor:
+        return False
+    return _storage(a) == _storage(b) and (a.storage_offset(), a.shape, a.stride()) == (
+        b.storage_offset(), b.shape, b.stride()
+    )  # fmt: skip
 
 
-def _share(module: nn.Module) -> _Share:
-    return remembered(module, "share of joined memory", None, partial(_Share, module))
-
-
-def _holder(module: nn.Module, weight: Tensor) -> nn.Module:
-    """The module that has the weight as its parameter: `module`, or one below. It outlives an adapter around it."""
-    holders = (m for m in module.modules() if any(p is weight for p in m._parameters.values()))
-    return next(holders, module)
-
-
-def _memory(tensor: Tensor) -> StorageWeakRef:
-    """A tensor's memory: equal for all that are in it, and to no later one, while this stands for it."""
-    return StorageWeakRef(tensor.untyped_storage())
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _own(weight: Tensor) -> bool:
-    """Whether a weight is a plain parameter of the whole of a memory that nothing else refers to."""
+    """Whether a weight is a plain, contiguous parameter that fills its memory, and no other tensor refers to that."""
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_contiguous():
         return False
     return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size() and _uses(weight) <= _ALONE
@@ -271,4 +291,4 @@ def _uses(weight: Tensor) -> int:
 
 
 _UNKNOWN = 1 << 30  # where torch does not count: no weight is then known to be alone
-_ALONE = min(_uses(nn.Parameter(torch.empty(1))), _UNKNOWN - 1)
+_ALONE = min(_uses(nn.Parameter(torch.empty(1, device="cpu"))), _UNKNOWN - 1)

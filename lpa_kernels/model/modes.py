@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..ops.functional import no_autocast
 from .facts import model_key, remembered, say_once
 from .hooks import checkpoints
+from .joined import weights_joined
 from .lean import lean_layers
 from .sharding import at_rest, is_sharded, left_out
 from .walk import modules_of, parameters_of
@@ -245,7 +246,7 @@ class _Aside:
             p.data = copy
 
     def let_go(self) -> None:
-        """Hold the memory no more where peft has written to it: what the stack joins is held by nobody else."""
+        """Drop our reference to the memory where peft has written to it. It would keep the stack from joining it."""
         if self.in_place and type(self.p.data) is Tensor and self.data is not None:
             self.data = self.data if self.p.data_ptr() != self.data.data_ptr() else None
 
@@ -381,6 +382,7 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
             stack.enter_context(cast_adapters(model))
         stack.enter_context(frozen_eval(model))
         stack.enter_context(not_repacked(model))
+        stack.enter_context(weights_joined(model))
         if autocast is None:
             stack.enter_context(lean_layers(model))
         stack.enter_context(torch.enable_grad())

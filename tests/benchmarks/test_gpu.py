@@ -159,7 +159,7 @@ def test_a_step_saves_what_it_says_and_takes_little_more() -> None:
 
     Beside queries and up stands what adapters of rank 64 make first. The adapters are copied once, A and B.
     """
-    _, saved, peak, copies = counts.step_of(shape("llama", 2, dry=True))
+    _, saved, peak, copies, moved = counts.step_of(shape("llama", 2, dry=True))
     tokens, scored, labels = 2 * (10 + 2 + 4), 2 * (1 + 2 + 4), 2 * (3 + 5)
     width, inner, heads, keys, vocabulary, blocks = 64, 96, 4, 2 * 16, 192, 4
     before, whole = (2 * blocks - 1) * tokens + 2 * scored, (blocks - 1) * tokens + scored
@@ -169,6 +169,8 @@ def test_a_step_saves_what_it_says_and_takes_little_more() -> None:
     assert saved < peak <= saved + 2 * (labels * vocabulary + tokens * (inner + 3 * width + 3 * 64))
     a_rows, b_columns = (3 + 1 + 1) * 64 * width + 64 * inner, 3 * 64 * (width + 2 * keys) + 64 * (2 * width + inner)
     assert copies == 2 * blocks * (a_rows + b_columns)
+    weights = 2 * width * width + 2 * keys * width + 3 * inner * width
+    assert moved == 4 * 2 * blocks * weights  # in and out, each read and written
 
 
 def test_products_in_whole_tiles() -> None:
