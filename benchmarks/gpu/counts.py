@@ -233,7 +233,7 @@ def step_of(own: Shape) -> Step:
             if maps.joined is not None and maps.joined.up is not None
             for part in (maps.joined.weight[sum(maps.sizes) :], maps.joined.up)
         )
-        weights = sum(weight.numel() * weight.element_size() for group in groups for weight in group.weights)
+        weights = sum(weight.numel() * weight.element_size() for group in groups.values() for weight in group.weights)
         return Step(kernels, bytes_in(list(forward.stack.saved.values())), launches.peak, copies, 4 * weights)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .facts import hooks_on, is_ours
-from .joined import Group, Maps
+from .joined import Groups, Maps
 from .lean import _lora_parts, _untouched, norm_offset
 from .linear import Linear
 from .sites import decoder_layers, unwrapped
@@ -132,7 +132,7 @@ class Decoder:
         """Those of all blocks."""
         return [m for b in self.blocks for m in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
 
-    def join(self, groups: list[Group]) -> None:
+    def join(self, groups: Groups) -> None:
         """Make maps of one input one product, where their device and memory allow it (`joined.py`)."""
         taken: set[int] = set()
         for maps in self.maps:

@@ -65,7 +65,7 @@ class Maps:
     def _each(self) -> list[Linear]:
         return list(self.linears) if self._split is None else self.linears[0].split(self._split)
 
-    def join(self, groups: list[Group]) -> None:
+    def join(self, groups: Groups) -> None:
         """Make them one product, on a device that has it and where their memory allows it.
 
         Args:
@@ -189,13 +189,10 @@ class Group:
             part.copy_(weight.data)
             weight.data = part
 
-    def stands(self, weights: Sequence[Tensor], rows: int) -> bool:
-        """Whether these weights are in it where they were put, with so many rows below."""
-        return (
-            len(self.memory) == sum(map(len, self._parts)) + rows
-            and len(weights) == len(self._parts)
-            and all(a is b for a, b in zip(weights, self.weights, strict=True))
-            and all(_alike(weight, part) for weight, part in zip(weights, self._parts, strict=True))
+    def stands(self, rows: int) -> bool:
+        """Whether the weights are in it where they were put, with so many rows below."""
+        return len(self.memory) == sum(map(len, self._parts)) + rows and all(
+            _alike(weight, part) for weight, part in zip(self.weights, self._parts, strict=True)
         )
 
     def part(self) -> None:
@@ -205,19 +202,20 @@ class Group:
                 weight.data = weight.data.clone()
 
 
-_groups: WeakKeyDictionary[nn.Module, list[Group]] = WeakKeyDictionary()
+Groups = dict[tuple[int, ...], Group]  # by the ids of their weights
+_groups: WeakKeyDictionary[nn.Module, Groups] = WeakKeyDictionary()
 
 
 @contextmanager
-def weights_joined(model: nn.Module) -> Iterator[list[Group]]:
+def weights_joined(model: nn.Module) -> Iterator[Groups]:
     """Within it weights of the model may be joined. Afterwards each has memory of its own again.
 
     A state that is saved in between would hold weights that share a memory, of which accelerate (1.15.0) drops all but
     one. Yields the groups. Within itself it begins anew.
     """
     outer = _groups.get(model)
-    _part(outer or [])
-    groups = _groups[model] = []
+    _part(outer or {})
+    groups = _groups[model] = {}
     try:
         yield groups
     finally:
@@ -227,17 +225,17 @@ def weights_joined(model: nn.Module) -> Iterator[list[Group]]:
         _part(groups)
 
 
-def _part(groups: list[Group]) -> None:
+def _part(groups: Groups) -> None:
     while groups:
-        groups.pop().part()
+        groups.popitem()[1].part()
 
 
-def groups_of(model: nn.Module) -> list[Group] | None:
+def groups_of(model: nn.Module) -> Groups | None:
     """Those of the model's mode; None outside of it, where nothing is joined."""
     return _groups.get(model)
 
 
-def together(weights: Sequence[Tensor], rows: int, groups: list[Group]) -> Tensor | str:
+def together(weights: Sequence[Tensor], rows: int, groups: Groups) -> Tensor | str:
     """[N + rows, in]: the weights [n, in] one below the other, of which they are views from then on, and room below.
 
     They are moved where they are not there already: each to its part of new memory, one after the other. Afterwards
@@ -247,22 +245,20 @@ def together(weights: Sequence[Tensor], rows: int, groups: list[Group]) -> Tenso
         Why not, where a weight's memory is not its own alone (of a shard, a flat buffer, a tie, or held by somebody):
         what else refers to it would not follow.
     """
-    for group in groups:
-        if group.stands(weights, rows):
-            return group.memory
-    first = weights[0]
-    for group in [g for g in groups if any(a is b for a in g.weights for b in weights)]:  # of other rows, or replaced
-        group.part()
-        groups.remove(group)
+    first, key = weights[0], tuple(map(id, weights))
+    if key in groups and groups[key].stands(rows):
+        return groups[key].memory
+    for other in [other for other in groups if not set(other).isdisjoint(key)]:  # of other rows, or a weight replaced
+        groups.pop(other).part()
     if any((w.dtype, w.device, w.shape[1]) != (first.dtype, first.device, first.shape[1]) for w in weights):
         return "weights of one input differ in dtype or device"
     if not all(map(_own, weights)):
         return "a weight's memory is not its own alone"
     try:
-        groups.append(Group(weights, rows))
+        groups[key] = Group(weights, rows)
     except torch.OutOfMemoryError:
         return "there is no memory to join them in"
-    return groups[-1].memory
+    return groups[key].memory
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -72,7 +72,7 @@ def test_one_product_is_the_products_of_its_maps(case: list[tuple[int, int, bool
     grads = [drawn(5, out, seed=50 + i) for i, out in enumerate(widths)]
     below = sum(one.back(grad) for one, grad in zip(linears, grads, strict=True))
     maps = Maps(linears)
-    maps.join([])
+    maps.join({})
     assert isinstance(below, Tensor)
     assert (maps.joined is None) == (len(case) == 1 and not case[0][1])  # one product as it is
     assert not maps.apart
@@ -96,7 +96,7 @@ def test_maps_that_a_module_holds_as_one_weight() -> None:
     below = apart.back(grad.split([4, 5], 1))
     del apart  # its views refer to the weight's memory
     maps = Maps([linear], [4, 5])
-    maps.join([])
+    maps.join({})
     assert maps.joined is not None
     assert close(torch.cat(maps.parts(maps(x)), 1), wanted)
     assert close(maps.back(grad), below)
