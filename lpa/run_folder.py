@@ -6,8 +6,11 @@ import json
 import re
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .files import PART, writable, write_json, write_text, writing
 
@@ -23,6 +26,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a checkpoint's folder, by its nu
 # an evaluation's
 RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
 RECORDS, TEXTS = "records.jsonl", "texts.local.jsonl"  # one line a prompt; what stays out of commits
+LOCK = ".lock"  # held by the process that writes to the folder
 # What a run may have written: adapter, or model and tokenizer; record; checkpoints. The settings go last, because a
 # folder with them counts as a run.
 _WRITTEN = (ADAPTER, "adapter_model*.safetensors*", "config.json", "generation_config.json",
@@ -50,7 +54,8 @@ def check_output(output: Path, model: str, *, resume: bool, overwrite: bool) -> 
     if not writable(output):
         raise ValueError(f"the output folder {output} cannot be written to; use another --output")
     # a run that was killed while it wrote its settings leaves that file alone
-    held = [path for path in output.iterdir() if path.name != SETTINGS + PART] if output.is_dir() else []
+    ours = {SETTINGS + PART, LOCK}
+    held = [path for path in output.iterdir() if path.name not in ours] if output.is_dir() else []
     if resume or not held:
         return
     if not overwrite:
@@ -65,6 +70,23 @@ def check_output(output: Path, model: str, *, resume: bool, overwrite: bool) -> 
     source = Path(model).resolve()
     if output.resolve() in (source, *source.parents):
         raise ValueError(f"--overwrite: the model {model} is in the output folder {output}; use another folder")
+
+
+def lock(output: Path, until: ExitStack) -> None:
+    """Hold a folder alone, until the stack is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        until.enter_context(FileLock(output / LOCK, timeout=0))
+    except Timeout as error:
+        raise ValueError(
+            f"the output folder {output} is in use: another process writes to it; wait for it, or use another --output"
+        ) from error
+    except (NotImplementedError, OSError):  # a file system without locks, as some networks have
+        pass
 
 
 def check_unused(output: Path) -> None:

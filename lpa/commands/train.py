@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from .options import TrainOptions, asked, parsed, parser
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    return _train(*parsed(parser("lpa train", "Train a model by LPA."), arguments))
+    with ExitStack() as until:
+        return _train(*parsed(parser("lpa train", "Train a model by LPA."), arguments), until)
 
 
-def _train(values: dict[str, Any], commands: list[str]) -> int:
+def _train(values: dict[str, Any], commands: list[str], until: ExitStack) -> int:
     from accelerate.utils import broadcast_object_list
 
     from ..config import LPAConfig
@@ -91,6 +92,7 @@ def _train(values: dict[str, Any], commands: list[str]) -> int:
     with Progress(Console()) if main else nullcontext(_silent) as tick:
         benign = benign_source(benign, model, tokenizer, config, tick)
     trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign)
+    from_main(trainer.accelerator, lambda: folder.lock(output, until))
     checkpoint = trainer.last_checkpoint() if options.resume else None
     if checkpoint is not None:
         from_main(trainer.accelerator, lambda: check_resumed(checkpoint, trainer.kept_settings()))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lpa import run_folder
 from lpa.cli import main
 from lpa.commands.options import read_yaml
 from lpa.config import RENAMED
@@ -105,6 +106,18 @@ def test_an_earlier_run_is_kept_unless_overwrite_is_given(model: str, tmp_path: 
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"]
     assert not (tmp_path / "checkpoint-5").exists()
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_folder_that_a_run_writes_to_is_not_written_to_by_another(model: str, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--model", model, "--output", str(tmp_path / "out"), "--no_measure", *SMALL]
+    with contextlib.ExitStack() as until:
+        run_folder.lock(tmp_path / "out", until)
+        for more in ([], ["--overwrite"]):
+            assert train(*arguments, *more) == 2
+            assert "out is in use: another process writes to it" in capsys.readouterr().err
+            assert [path.name for path in (tmp_path / "out").iterdir()] == [run_folder.LOCK]
+    assert train(*arguments) == 0
+    assert train(*arguments, "--overwrite") == 0  # the lock went with the run
 
 
 def test_yaml_settings_and_flags_over_them(model: str, tmp_path: Path) -> None:
