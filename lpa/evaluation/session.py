@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,12 +11,12 @@ from typing import Any
 import torch
 
 from ..data import ChatEncoder, rendering
-from ..environment import versions
 from ..files import write_json, write_text
 from ..models import DEFAULT_MODEL, check_sites, load, outline
 from ..run_folder import RESULTS, RUN, TABLE
 from .bench import Bench, quiet_generation
-from .judges import judge_answers, judge_of
+from .continuing import continued, date_in, description
+from .judges import Judging, judge_answers, judge_of
 from .records import Records
 from .sets import BENIGN, HARM_SETS, PromptSet, load_set, set_name
 from .subjects import BASE, EvaluationError, Subjects, check_adapters, named_adapters
@@ -30,10 +26,6 @@ from .verdict import verdict_rows
 from .vllm import VLLM, check_installed
 
 logger = logging.getLogger(__name__)
-
-# Settings that only add records: a stopped run may continue with other values of these.
-_FREE = ("sets", "benign_sets", "set_column", "set_filter", "set_split", "set_config", "attacks", "epsilons", "steps",
-         "utility_sets", "tasks", "ladder", "judge", "judge_prompt")  # fmt: skip
 
 
 @dataclass
@@ -113,93 +105,40 @@ def evaluate(
             a judge or generator that is not installed or cannot be loaded, or a folder that holds another evaluation.
         lpa.models.ModelError, lpa.assets.AssetError: no model.
     """
-    # a limit on the harmful sets alone holds for the benign one too
-    wanted = settings or Settings(**({"benign_limit": options["limit"]} if "limit" in options else {}) | options)
-    if settings is not None and options:
-        raise EvaluationError(f"give settings or {', '.join(options)}, not both")
+    wanted = _settings(settings, options)
     if batch_size < 1:
         raise EvaluationError(f"batch_size={batch_size} must be at least 1")
-    chosen = _suites(suites)
-    paths = named_adapters(adapters)
+    chosen, paths = _suites(suites), named_adapters(adapters)
     check_adapters(paths)
-    if isinstance(model, (str, Path)) and wanted.sites:
-        check_sites(outline(model), wanted.sites)
-    judge = judge_of(wanted.judge, wanted.judge_prompt) if wanted.judge and "attacks" in chosen else None
-    if wanted.generator == "vllm":
-        if not isinstance(model, (str, Path)):
-            raise EvaluationError("generator='vllm' loads the model itself; give its folder or hub name")
-        check_installed()
-    benign = load_set(BENIGN, wanted.benign_limit, harmful=False)
-    # the default sets have no choice: beside benign sets it is about those
-    choice = None if wanted.benign_sets and wanted.sets == HARM_SETS else wanted.choice
-    more_benign = [
-        _right(load_set(name, wanted.benign_limit, harmful=False, choice=wanted.choice))
-        for name in wanted.benign_sets if {"harm", "overrefusal"} & set(chosen)
-    ]  # fmt: skip
-    found = {
-        name: _right(load_set(name, wanted.limit, choice=choice))
-        for name in sorted(wanted.sets, key=HARM_SETS.__contains__)  # what needs no download is checked first
-        if {"harm", "attacks", "ladder"} & set(chosen)
-    }
-    harmful = [found[name] for name in wanted.sets if name in found]
+    judge = _check(model, chosen, wanted)
+    sets = _load_sets(chosen, wanted)
+    _say_how_read(sets.named, tell)
     wanted = replace(
         wanted, sets=tuple(map(set_name, wanted.sets)),
         benign_sets=tuple(set_name(name, harmful=False) for name in wanted.benign_sets)
     )  # fmt: skip
-    for prompts in (*harmful, *more_benign):
-        if prompts.reason:
-            logger.warning("%s is unavailable: %s", prompts.name, prompts.reason)
-        elif prompts.format and tell is not None:
-            tell(prompts.shown)
-    if isinstance(model, (str, Path)):
-        name, (model, own) = str(model), load(model, dtype=dtype)
-        tokenizer = tokenizer or own
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(where)
-    else:
-        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    if tokenizer is None:
-        raise EvaluationError("a model was given without its tokenizer; hand it over as tokenizer=")
+    name, model, tokenizer = _loaded(model, tokenizer, dtype, device)
     folder = None if output is None else Path(output).expanduser()
     if wanted.chat_template_date is None and rendering.prints_date(tokenizer):
-        wanted = replace(wanted, chat_template_date=_first_date(folder) or rendering.today())
-    ChatEncoder(  # raises now for a wrong template or variable, not at every prompt
-        tokenizer,
-        wanted.system_prompt,
-        chat_template_kwargs=wanted.chat_template_kwargs,
-        date=wanted.chat_template_date,
-    )
+        wanted = replace(wanted, chat_template_date=date_in(folder) or rendering.today())
+    # raises now for a wrong template or variable, not at every prompt
+    ChatEncoder(tokenizer, wanted.system_prompt, **wanted.chat_options)
     subjects = Subjects(model, paths)
     try:
-        info = _info(name, subjects, chosen, wanted, [benign, *more_benign, *harmful], command)
+        info = description(name, subjects, chosen, wanted, sets.everything, command)
         if folder is not None:
-            info = _continued(folder, info)
+            info = continued(folder, info)
         records = Records(folder, keep_texts)
         if folder is not None:
             write_json(folder / RUN, info)
-        engine: VLLM | None = None
-        for subject in subjects.names:
-            with subjects.using(subject) as measured, quiet_generation():
-                bench = Bench(measured, tokenizer, system_prompt=wanted.system_prompt, batch_size=batch_size,
-                              max_new_tokens=wanted.max_new_tokens, date=wanted.chat_template_date,
-                              chat_template_kwargs=wanted.chat_template_kwargs)  # fmt: skip
-                if wanted.generator == "vllm":
-                    dtype = info["dtype"]
-                    engine = engine or VLLM(subjects.paths[BASE], paths, dtype, bench.context)
-                    bench.generate = engine.of(subject)
-                run = Run(subject, bench, wanted, records, benign, _there(harmful), _there(more_benign))
-                for suite in chosen:
-                    if tick is not None:
-                        run.tick = _named(tick, subject)
-                    SUITES[suite].measure(run)
+        _measure(subjects, tokenizer, batch_size, chosen, wanted, sets, records, tick)
         if judge is not None:
-            texts = {(p.name, prompt.id): prompt.text for p in harmful for prompt in p.prompts}
-            place = next(subjects.model.parameters()).device
-            judge_answers(judge, records, texts, subjects.names, wanted.sets, place)
+            texts = {(p.name, prompt.id): prompt.text for p in sets.harmful for prompt in p.prompts}
+            judge_answers(judge, records, texts, subjects.names, wanted.sets, subjects.device)
     finally:
         subjects.close()
     names = list(info["subjects"])
-    rows = table_rows(records, names, chosen, wanted, [*harmful, *more_benign])
+    rows = table_rows(records, names, chosen, wanted, sets.named)
     result = Evaluation(rows, names, records, info, folder)
     if folder is not None:
         # a mean of nothing is no number, which is null here
@@ -208,8 +147,136 @@ def evaluate(
     return result
 
 
-def _there(sets: Sequence[PromptSet]) -> list[PromptSet]:
-    return [prompts for prompts in sets if not prompts.reason]
+# ---- before a model is loaded --------------------------------------------------------------------------------------
+
+
+def _settings(given: Settings | None, options: dict[str, Any]) -> Settings:
+    """Those that were given, or those that the options make."""
+    if given is None:
+        # a limit on the harmful sets alone holds for the benign one too
+        return Settings(**{"benign_limit": options["limit"], **options} if "limit" in options else options)
+    if options:
+        raise EvaluationError(f"give settings or {', '.join(options)}, not both")
+    return given
+
+
+def _suites(names: Sequence[str] | None) -> list[str]:
+    usual = [name for name, suite in SUITES.items() if not suite.optional]
+    chosen = list(dict.fromkeys(usual if names is None else names))
+    if not chosen:
+        raise EvaluationError(f"no suite to run; choose among {', '.join(SUITES)}")
+    if unknown := [name for name in chosen if name not in SUITES]:
+        raise EvaluationError(f"no suite is called {unknown[0]!r}; choose among {', '.join(SUITES)}")
+    return chosen
+
+
+def _check(model: Any, suites: Sequence[str], settings: Settings) -> Judging | None:
+    """The judge, where there is one; refuses sites that a named model does not have, and vLLM without a name."""
+    named = isinstance(model, (str, Path))
+    if named and settings.sites:
+        check_sites(outline(model), settings.sites)
+    judge = judge_of(settings.judge, settings.judge_prompt) if settings.judge and "attacks" in suites else None
+    if settings.generator == "vllm":
+        if not named:
+            raise EvaluationError("generator='vllm' loads the model itself; give its folder or hub name")
+        check_installed()
+    return judge
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """The prompts: the shipped benign ones, and of the sets that were named the harmful and the benign ones. Those that
+    are unavailable are among them.
+    """
+
+    benign: PromptSet
+    harmful: list[PromptSet]
+    more_benign: list[PromptSet]
+
+    @property
+    def named(self) -> list[PromptSet]:
+        return [*self.harmful, *self.more_benign]
+
+    @property
+    def everything(self) -> list[PromptSet]:
+        return [self.benign, *self.more_benign, *self.harmful]
+
+
+def _load_sets(suites: Sequence[str], settings: Settings) -> _Sets:
+    """Those that the suites ask for; what needs no download is checked first.
+
+    Raises:
+        EvaluationError: the name or the file of one, or what is chosen of it, is wrong.
+    """
+    benign = load_set(BENIGN, settings.benign_limit, harmful=False)
+    more_benign, found = [], {}
+    if {"harm", "overrefusal"} & set(suites):
+        more_benign = [
+            _right(load_set(name, settings.benign_limit, harmful=False, choice=settings.choice))
+            for name in settings.benign_sets
+        ]
+    if {"harm", "attacks", "ladder"} & set(suites):
+        # the default sets have no choice: beside benign sets it is about those
+        choice = None if settings.benign_sets and settings.sets == HARM_SETS else settings.choice
+        for name in sorted(settings.sets, key=HARM_SETS.__contains__):
+            found[name] = _right(load_set(name, settings.limit, choice=choice))
+    return _Sets(benign, [found[name] for name in settings.sets if name in found], more_benign)
+
+
+def _right(prompts: PromptSet) -> PromptSet:
+    """The set, or an error where its name, its file or what is chosen of it is wrong."""
+    if prompts.mistake:
+        raise EvaluationError(f"the set {prompts.name}: {prompts.reason}")
+    return prompts
+
+
+def _say_how_read(sets: Sequence[PromptSet], tell: Callable[[str], None] | None) -> None:
+    for prompts in sets:
+        if prompts.reason:
+            logger.warning("%s is unavailable: %s", prompts.name, prompts.reason)
+        elif prompts.format and tell is not None:
+            tell(prompts.shown)
+
+
+# ---- with it -------------------------------------------------------------------------------------------------------
+
+
+def _loaded(model: Any, tokenizer: Any, dtype: str, device: str | torch.device | None) -> tuple[str, Any, Any]:
+    """(the model's name, the model, its tokenizer), loaded where a name was given."""
+    if isinstance(model, (str, Path)):
+        name, (model, own) = str(model), load(model, dtype=dtype)
+        tokenizer = tokenizer or own
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    else:
+        name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    if tokenizer is None:
+        raise EvaluationError("a model was given without its tokenizer; hand it over as tokenizer=")
+    return name, model, tokenizer
+
+
+def _measure(
+    subjects: Subjects, tokenizer: Any, batch_size: int, suites: Sequence[str], settings: Settings, sets: _Sets,
+    records: Records, tick: Callable[[str, int, int], None] | None,
+) -> None:  # fmt: skip
+    """Write the records that are not there yet, subject by subject and suite by suite."""
+    harmful, more_benign = ([each for each in own if not each.reason] for own in (sets.harmful, sets.more_benign))
+    engine: VLLM | None = None
+    for subject in subjects.names:
+        with subjects.using(subject) as model, quiet_generation():
+            bench = Bench(model, tokenizer, system_prompt=settings.system_prompt, batch_size=batch_size,
+                          max_new_tokens=settings.max_new_tokens, **settings.chat_options)  # fmt: skip
+            if settings.generator == "vllm":
+                engine = engine or VLLM(subjects.paths[BASE], subjects.adapters, subjects.dtype, bench.context)
+                bench.generate = engine.of(subject)
+            run = Run(subject, bench, settings, records, sets.benign, harmful, more_benign)
+            if tick is not None:
+                run.tick = _named(tick, subject)
+            for suite in suites:
+                SUITES[suite].measure(run)
+
+
+def _named(tick: Callable[[str, int, int], None], subject: str) -> Callable[[str, int, int], None]:
+    return lambda what, done, total: tick(f"{subject}: {what}", min(done, total), total)
 
 
 def table_rows(
@@ -223,89 +290,3 @@ def table_rows(
                 Row(name, "not measured", prompts.name, "unavailable", None, note=prompts.reason) for name in subjects
             ]
     return rows + verdict_rows(rows, records, subjects, settings)
-
-
-def _right(prompts: PromptSet) -> PromptSet:
-    """The set, or an error where its name, its file or what is chosen of it is wrong."""
-    if prompts.mistake:
-        raise EvaluationError(f"the set {prompts.name}: {prompts.reason}")
-    return prompts
-
-
-def _suites(names: Sequence[str] | None) -> list[str]:
-    usual = [name for name, suite in SUITES.items() if not suite.optional]
-    chosen = list(dict.fromkeys(usual if names is None else names))
-    if not chosen:
-        raise EvaluationError(f"no suite to run; choose among {', '.join(SUITES)}")
-    if unknown := [name for name in chosen if name not in SUITES]:
-        raise EvaluationError(f"no suite is called {unknown[0]!r}; choose among {', '.join(SUITES)}")
-    return chosen
-
-
-def _named(tick: Callable[[str, int, int], None], subject: str) -> Callable[[str, int, int], None]:
-    return lambda what, done, total: tick(f"{subject}: {what}", min(done, total), total)
-
-
-def _info(
-    name: str, subjects: Subjects, suites: list[str], settings: Settings, sets: Sequence[PromptSet], command: str | None
-) -> dict[str, Any]:
-    model = subjects.model
-    data = {prompts.name: prompts.described() for prompts in sets}
-    for suite in suites:
-        data |= SUITES[suite].data(settings)
-    return {
-        "model": name,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": str(next(model.parameters()).device),
-        "subjects": {
-            subject: {"path": subjects.paths.get(subject, ""), "fingerprint": subjects.fingerprint(subject)}
-            for subject in subjects.names
-        },
-        "suites": suites,
-        "settings": settings.as_dict(),
-        "data": data,
-        "versions": versions() | {"platform": f"{platform.system()} {platform.machine()}"},
-        "commands": [command or " ".join(map(str, sys.argv))],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _first_date(folder: Path | None) -> str | None:
-    """The date in the prompts of an earlier run in this folder."""
-    if folder is None or not (folder / RUN).is_file():
-        return None
-    date: str | None = json.loads((folder / RUN).read_text(encoding="utf-8"))["settings"].get("chat_template_date")
-    return date
-
-
-def _continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """The run's description, joined with that of an earlier run in this folder.
-
-    Raises:
-        EvaluationError: the folder holds an evaluation of something else, or under other settings.
-    """
-    path = folder / RUN
-    if not path.is_file():
-        return new
-    old = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{name} was {old['settings'].get(name)!r} and is now {value!r}"
-        for name, value in new["settings"].items()
-        if name not in _FREE and name in old["settings"] and old["settings"][name] != value
-    ]
-    for name, subject in new["subjects"].items():
-        if name in old["subjects"] and old["subjects"][name]["fingerprint"] != subject["fingerprint"]:
-            changed.append(f"the weights of {name} have changed")
-    for name, data in new["data"].items():
-        if (was := old["data"].get(name, {}).get("sha256")) and data["sha256"] and was != data["sha256"]:
-            changed.append(f"the texts of the set {name} have changed")
-    if old["settings"].get("judge") not in (None, new["settings"]["judge"]) and new["settings"]["judge"]:
-        changed.append(f"judge was {old['settings']['judge']!r}")
-    if changed:
-        raise EvaluationError(f"{folder} holds another evaluation: {'; '.join(changed)}; use another output folder")
-    logger.info("continuing the evaluation in %s", folder)
-    merged = {**new, "started": old["started"], "commands": [*old["commands"], *new["commands"]]}
-    merged["subjects"] = old["subjects"] | new["subjects"]
-    merged["data"] = old["data"] | new["data"]
-    merged["suites"] = list(dict.fromkeys([*old["suites"], *new["suites"]]))
-    return merged

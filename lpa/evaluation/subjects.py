@@ -132,6 +132,22 @@ class Subjects:
         """The base model first, then the adapters in the order given."""
         return [BASE, *self._adapters]
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Name -> folder of the adapters that were loaded here."""
+        return {name: path for name, path in self.paths.items() if name != BASE}
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as "bfloat16"."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first weight."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
     @contextmanager
     def using(self, name: str) -> Iterator[Any]:
         """The model as one subject, in eval mode.

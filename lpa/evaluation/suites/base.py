@@ -121,6 +121,11 @@ class Settings:
         where = {text.partition("=")[0]: text.partition("=")[2] for text in self.set_filter}
         return Choice(self.set_column, where, self.set_split, self.set_config)
 
+    @property
+    def chat_options(self) -> dict[str, Any]:
+        """What every `ChatEncoder` of the run gets beside tokenizer and system prompt."""
+        return {"chat_template_kwargs": self.chat_template_kwargs, "date": self.chat_template_date}
+
     def as_dict(self) -> dict[str, Any]:
         """For a record of the run: plain JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
