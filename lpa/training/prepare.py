@@ -141,13 +141,16 @@ def _limit(model: Any, config: LPAConfig) -> int | None:
     return config.max_length or context
 
 
+Prepared = tuple[Any, Callable[..., Any], list[int]]  # a data set, its collator, and the length of each row in tokens
+
+
 def pairs_as_tokens(
     dataset: Any, model: Any, tokenizer: Any, config: LPAConfig, collator: Callable[..., Any] | None
-) -> tuple[Any, Callable[..., Any], list[int]]:
-    """(data set, collator, length of each row in tokens). A user's own collator gets the data set as it is.
+) -> Prepared:
+    """Pairs, encoded unless a user's own collator is given, which gets the data set as it is.
 
     Raises:
-        ValueError: no rows, missing columns, or a row longer than the context.
+        ValueError: no rows, no tokenizer, missing columns, or a row longer than the context.
     """
     if collator is None:
         if tokenizer is None:
@@ -157,15 +160,13 @@ def pairs_as_tokens(
             max_length=_limit(model, config), **config.chat_options,
         )  # fmt: skip
         collator = PairCollator(tokenizer, attack_on=config.attack_on)
-    if dataset is None or len(dataset) == 0:
-        raise ValueError("the data set of pairs is empty; give at least one row")
-    _check_tokens(dataset, PAIR_TOKENS, model)
-    return dataset, collator, _lengths(dataset, ("rejected_tokens", "chosen_tokens"))
+    empty = "the data set of pairs is empty; give at least one row"
+    return dataset, collator, _checked_lengths(dataset, PAIR_TOKENS, model, empty)
 
 
 def benign_as_tokens(
     dataset: Any, model: Any, tokenizer: Any, config: LPAConfig, collator: Callable[..., Any] | None
-) -> tuple[Any, Callable[..., Any], list[int]]:
+) -> Prepared:
     """The same for benign examples (columns prompt and response)."""
     if collator is None:
         if tokenizer is None:
@@ -178,27 +179,30 @@ def benign_as_tokens(
             eos=config.benign_eos, **config.chat_options,
         )  # fmt: skip
         collator = BenignCollator(tokenizer)
-    if dataset is None or len(dataset) == 0:
-        raise ValueError("the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0")
-    _check_tokens(dataset, BENIGN_TOKENS, model)
-    return dataset, collator, _lengths(dataset, ("response_tokens",))
+    empty = "the benign data set is empty; give at least one row, or set sft_coef and kl_coef to 0"
+    return dataset, collator, _checked_lengths(dataset, BENIGN_TOKENS, model, empty)
 
 
-def _check_tokens(dataset: Any, columns: Sequence[str], model: Any) -> None:
-    """Every token must have an embedding. The model may have more of them than the tokenizer has tokens.
+def _checked_lengths(dataset: Any, columns: Sequence[str], model: Any, empty: str) -> list[int]:
+    """Tokens of each row: its prompt (the first column) and its longest completion; 0 where the rows hold no tokens.
 
     Raises:
-        ValueError: a token has none.
+        ValueError: no rows, with the message `empty`, or a token without an embedding. (The model may have more
+            embeddings than the tokenizer has tokens.)
     """
+    if dataset is None or len(dataset) == 0:
+        raise ValueError(empty)
     if not set(columns) <= set(getattr(dataset, "column_names", ())):
-        return
-    largest = max(max(tokens, default=0) for name in columns for tokens in dataset[name])
+        return [0] * len(dataset)
+    prompts, *completions = (dataset[name] for name in columns)
+    largest = max(max(tokens, default=0) for texts in (prompts, *completions) for tokens in texts)
     have = model.get_input_embeddings().weight.shape[0]
     if largest >= have:
         raise ValueError(
             f"the tokenizer gives token {largest} and the model has embeddings for {have}; use the model's own "
             "tokenizer, or model.resize_token_embeddings(len(tokenizer))"
         )
+    return [len(prompt) + max(map(len, texts)) for prompt, *texts in zip(prompts, *completions, strict=True)]
 
 
 def check_before_loading(config: LPAConfig, model: str, benign: Any, trust_remote_code: bool = False) -> None:
@@ -289,13 +293,6 @@ def own_answers(
             texts = bench.answers([bench.prompt_tokens(prompt) for prompt in prompts])
             rows += [{"prompt": p, "response": text} for p, text in zip(prompts, texts, strict=True) if text]
     return rows
-
-
-def _lengths(dataset: Any, completions: Sequence[str]) -> list[int]:
-    if not {"prompt_tokens", *completions} <= set(getattr(dataset, "column_names", ())):
-        return [0] * len(dataset)
-    columns = [[len(tokens) for tokens in dataset[name]] for name in ("prompt_tokens", *completions)]
-    return [prompt + max(rest) for prompt, *rest in zip(*columns, strict=True)]
 
 
 def warn_if_small(rows: int, batch: int) -> None:
