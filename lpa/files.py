@@ -68,7 +68,7 @@ def write_json(path: Path, value: Any, *, nulls: bool = False) -> None:
     """
     if nulls:
         value = _without_odd(value)
-    elif odd := next(_odd(value, ""), None):
+    elif odd := odd_number(value):
         raise ValueError(f"{path.name} cannot hold {odd[0]} = {odd[1]}: JSON has finite numbers alone")
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -79,8 +79,16 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     return enumerate(value) if isinstance(value, (list, tuple)) else ()
 
 
+def odd_number(value: Any) -> tuple[str, float] | None:
+    """(where it stands, the number) of the first number in a value that is not finite, which JSON cannot hold.
+
+    >>> odd_number({"scores": [0.5, float("inf")]})
+    ('scores.1', inf)
+    """
+    return next(_odd(value, ""), None)
+
+
 def _odd(value: Any, place: str) -> Iterator[tuple[str, float]]:
-    """The numbers in a value that are not finite, each after its place."""
     if isinstance(value, float) and not math.isfinite(value):
         yield place.lstrip(".") or "the value", value
     for key, part in _parts(value):

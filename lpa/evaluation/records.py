@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import odd_number
 from ..run_folder import RECORDS, TEXTS
 
 _KEY = ("subject", "suite", "set", "id", "mode")
@@ -65,15 +65,14 @@ class Records:
         """Keep a record and write it out at once. With `harmful`, prompt and answer go to the local file alone.
 
         Raises:
-            FloatingPointError: a score is NaN, which would count as an answer.
+            FloatingPointError: a score is NaN, which would count as an answer, or infinite.
         """
         key = key_of(record)
-        for name, value in record.items():
-            if isinstance(value, float) and math.isnan(value):
-                raise FloatingPointError(
-                    f"{', '.join(filter(None, key))}: {name} is NaN; look for NaN in the model's weights, or load it "
-                    "in bfloat16 or float32"
-                )
+        if odd := odd_number(record):
+            raise FloatingPointError(
+                f"{', '.join(filter(None, key))}: {odd[0]} is {odd[1]}; look for NaN in the model's weights, or load "
+                "it in bfloat16 or float32"
+            )
         self._records[key] = record
         if self.folder is None:
             return
@@ -90,7 +89,7 @@ class Records:
 
 def _append(path: Path, record: Record) -> None:
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _read_lines(path: Path) -> Iterator[Record]:

@@ -115,7 +115,7 @@ class Paired:
     unit: str = ""
 
 
-_Value = Callable[[Record], float | bool]
+_Value = Callable[[Record], float | bool | None]  # None where a record holds none
 
 
 def paired_tests(run: EvaluationRun) -> list[Paired]:
@@ -140,7 +140,7 @@ def paired_tests(run: EvaluationRun) -> list[Paired]:
         samples = [r for r in run.records.select(suite="utility", set=task) if r["mode"].startswith("sample:")]
         for mode, metric in dict.fromkeys((r["mode"], metric) for r in samples for metric in r["scores"]):
             where = {"suite": "utility", "set": task, "mode": mode}
-            binary = all(r["scores"].get(metric, 0) in (0, 1) for r in samples if r["mode"] == mode)
+            binary = all(r["scores"].get(metric) in (0, 1, None) for r in samples if r["mode"] == mode)
             measures.append((f"{task}, {metric}", where, _score_of(metric, binary)))
     found = []
     for one, other in itertools.combinations(run.subjects, 2):
@@ -152,14 +152,17 @@ def paired_tests(run: EvaluationRun) -> list[Paired]:
 
 
 def _score_of(metric: str, binary: bool) -> _Value:
-    return lambda r: bool(r["scores"][metric]) if binary else r["scores"][metric]
+    def score(record: Record) -> float | bool | None:
+        value: float | None = record["scores"].get(metric)
+        return bool(value) if binary and value is not None else value
+
+    return score
 
 
 def _pair(records: Records, what: str, where: dict[str, str], value: _Value, one: str, other: str) -> Paired | None:
-    held = [
-        {r["id"]: value(r) for r in records.select(subject=name, **where) if "error" not in r and "reason" not in r}
-        for name in (one, other)
-    ]
+    measured = [[r for r in records.select(subject=name, **where) if not {"error", "reason"} & set(r)]
+                for name in (one, other)]  # fmt: skip
+    held = [{r["id"]: found for r in own if (found := value(r)) is not None} for own in measured]
     both = [key for key in held[0] if key in held[1]]
     if not both:
         return None

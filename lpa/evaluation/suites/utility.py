@@ -239,18 +239,23 @@ def _lm_eval(run: Run, task: str) -> None:
     samples = found.get("samples", {})
     for part, rows in samples.items():
         for row in rows:
-            scores = {metric: float(row[metric]) for metric in row["metrics"] if isinstance(row[metric], (int, float))}
+            scores = {name: _finite(row[name]) for name in row["metrics"] if isinstance(row[name], (int, float))}
             answer = row["filtered_resps"][0] if row["filtered_resps"] else None
             more: dict[str, Any] = {"answer": answer} if isinstance(answer, str) else {}
             run.add("utility", task_name(task), f"{part}-{row['doc_id']:05d}", f"sample:{row['filter']}",
                     sha256=row["doc_hash"], scores=scores, **more)  # fmt: skip
-    values = {metric: float(value) for metric, value in found["results"][name].items()
+    values = {metric: _finite(value) for metric, value in found["results"][name].items()
               if isinstance(value, (int, float)) and not isinstance(value, bool)}  # fmt: skip
     better = {metric: bool(up) for metric, up in found.get("higher_is_better", {}).get(name, {}).items()}
     count = sum(len({row["doc_id"] for row in rows}) for rows in samples.values())
     # the last, so that a run that is stopped before does the task again
     run.add("utility", task_name(task), "-", values=values, higher_is_better=better, samples=count,
             version=found.get("versions", {}).get(name))  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    """None for what lm-eval could not compute, such as a correlation of equal answers."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _simple_evaluate(run: Run, task: str) -> dict[str, Any]:
@@ -285,9 +290,15 @@ def _task_rows(subject: str, task: str, records: Sequence[Record]) -> list[Row]:
         name, _, which = metric.partition(",")
         if name.endswith("_stderr") or name in ("alias", "sample_len"):
             continue
-        own = [r["scores"][name] for r in records if r["mode"] == f"sample:{which}" and name in r["scores"]]
         good = "up" if record["higher_is_better"].get(name, True) else "down"
         n, low, high, unit = record["samples"], None, None, ""
+        if value is None:
+            rows.append(
+                Row(subject, "utility", task, metric, None, n=n, good=good, note="lm-eval: not a finite number")
+            )
+            continue
+        samples = [r for r in records if r["mode"] == f"sample:{which}"]
+        own = [score for r in samples if (score := r["scores"].get(name)) is not None]
         if own and abs(mean(own) - value) < 1e-6:
             binary = set(own) <= {0.0, 1.0}
             n, unit = len(own), "%" if binary else ""

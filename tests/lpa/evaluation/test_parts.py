@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,10 +139,15 @@ def test_records_come_back_and_harmful_texts_stay_local(tmp_path: Path) -> None:
     assert "PROMPT" in (tmp_path / "kept" / TEXTS).read_text(encoding="utf-8")
 
 
-def test_a_score_that_is_nan_ends_the_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [({"yes": math.nan, "no": 0.0}, "yes is nan"), ({"yes": 0.0, "no": -math.inf}, "no is -inf"),
+     ({"scores": [0.0, math.nan]}, r"scores\.1 is nan"), ({"values": {"ppl": math.inf}}, r"values\.ppl is inf")],
+)  # fmt: skip
+def test_a_score_that_is_not_finite_ends_the_evaluation(tmp_path: Path, scores: dict[str, Any], told: str) -> None:
     records = Records(tmp_path)
-    with pytest.raises(FloatingPointError, match="base, harm, benign, b-1: yes is NaN; look for NaN in the model's w"):
-        records.add({"subject": "base", "suite": "harm", "set": "benign", "id": "b-1", "yes": math.nan, "no": 0.0})
+    with pytest.raises(FloatingPointError, match=f"base, harm, benign, b-1: {told}; look for NaN in the model's w"):
+        records.add({"subject": "base", "suite": "harm", "set": "benign", "id": "b-1", **scores})
     assert not len(records)
     assert not (tmp_path / RECORDS).exists()
 

@@ -520,9 +520,11 @@ def test_a_task_without_lm_eval_is_a_row_and_is_tried_again(
     options: dict[str, Any] = {"suites": ["utility"], "tasks": ("gsm8k",), "output": tmp_path / "out"}
     found = run(random_model(), harmful, **options)
     assert "pip install lm-eval" in next(row.note for row in found.rows if row.set == "gsm8k")
-    answers = [{"doc_id": i, "doc_hash": "f" * 64, "filter": "strict", "metrics": ["exact_match"],
-                "exact_match": i == 0, "filtered_resps": [f"answer {i}"]} for i in range(4)]  # fmt: skip
-    result = {"results": {"gsm8k": {"exact_match,strict": 0.25, "alias": "x"}}, "samples": {"gsm8k": answers},
+    answers = [{"doc_id": i, "doc_hash": "f" * 64, "filter": "strict", "metrics": ["exact_match", "ppl"],
+                "exact_match": i == 0, "ppl": math.inf, "filtered_resps": [f"answer {i}"]}
+               for i in range(4)]  # fmt: skip
+    values = {"exact_match,strict": 0.25, "ppl,strict": math.nan, "alias": "x"}
+    result = {"results": {"gsm8k": values}, "samples": {"gsm8k": answers},
               "higher_is_better": {"gsm8k": {"exact_match": True}}, "versions": {"gsm8k": 3}}  # fmt: skip
     monkeypatch.setattr(utility.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(utility, "_simple_evaluate", lambda run, task: result)
@@ -533,6 +535,10 @@ def test_a_task_without_lm_eval_is_a_row_and_is_tried_again(
     samples = found.records.select(suite="utility", set="gsm8k", mode="sample:strict")
     assert [r["scores"]["exact_match"] for r in samples] == [1, 0, 0, 0]
     assert samples[3]["answer"] == "answer 3"
+    odd = next(row for row in found.rows if row.metric == "ppl,strict")
+    assert (odd.value, odd.n, odd.note) == (None, 4, "lm-eval: not a finite number")
+    for line in (tmp_path / "out" / RECORDS).read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 def test_lm_eval_itself_runs_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

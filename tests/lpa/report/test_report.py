@@ -152,6 +152,17 @@ def test_paired_tests_are_made_of_the_records(folder: Path) -> None:
     assert tests["log-odds of agreeing, desirable", "base", "lpa"].test == "permutation"
 
 
+def test_a_sample_that_has_no_number_is_left_out_of_a_paired_test() -> None:
+    records = Records()
+    for subject, scores in (("base", (1.0, 0.0, None, 1.0)), ("lpa", (1.0, 1.0, 1.0, 0.0))):
+        for number, score in enumerate(scores):
+            records.add({"subject": subject, "suite": "utility", "set": "pets", "id": f"pets-{number}",
+                         "mode": "sample:none", "scores": {"acc": score}})  # fmt: skip
+    run = EvaluationRun("run", [], ["base", "lpa"], records, {"settings": {"sets": [], "tasks": ["pets"]}})
+    (test,) = paired_tests(run)
+    assert (test.what, test.n, test.before, test.after, test.test) == ("pets, acc", 3, 2 / 3, 2 / 3, "McNemar")
+
+
 def test_a_collapsed_model_stands_out(tmp_path: Path) -> None:
     evaluate(
         speaker("No"), tokenizer=tokenizer(), suites=["collapse"], output=tmp_path / "e", limit=20, max_new_tokens=8
