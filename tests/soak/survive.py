@@ -42,17 +42,7 @@ from tests.support.jobs import difference
 from tests.support.ranks import Ranks, run
 
 STEPS = 10
-RUN: dict[str, Any] = {
-    "lpa_steps": STEPS,
-    "micro_batches": 2,
-    "attack_steps": 4,
-    "save_strategy": "steps",
-    "kl_coef": 0.2,
-    "lora_dropout": 0.1,
-    "attack_random_start": True,
-    "reset_optimizer": False,
-    "lr_scheduler_type": "linear",
-}
+RUN: dict[str, Any] = jobs.STATEFUL | {"lpa_steps": STEPS, "attack_steps": 4}
 UPDATES = 2  # an LPA step, of `tiny_config`
 # Where memory runs out: without what is random, which is that of the size at which it is drawn, and without Adam, of
 # which rounding alone would decide where a gradient is all but zero.

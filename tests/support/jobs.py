@@ -22,6 +22,17 @@ from lpa_kernels import LatentPGD
 from tests.support import faults as faulty
 from tests.support.tiny import rows, tiny_config, tiny_model, tiny_tokenizer
 
+# everything that has a state: dropout, random starts, the benign stream, an optimiser and a schedule that go on
+STATEFUL: dict[str, Any] = {
+    "micro_batches": 2,
+    "save_strategy": "steps",
+    "kl_coef": 0.2,
+    "lora_dropout": 0.1,
+    "attack_random_start": True,
+    "reset_optimizer": False,
+    "lr_scheduler_type": "linear",
+}
+
 
 def trainer_of(
     folder: Path, *, data: Any = None, fsdp: bool = False, micro_batches: int = 4, **settings: Any

@@ -260,3 +260,24 @@ def run_against_oracle(op: str, backend: str, args: Args, tolerance: float = 2e-
             assert torch.equal(got[0], args[0]), "logits changed without a weight"
         else:
             assert_near(got[0], want[0], tolerance, "logits", args[0].dtype)
+
+
+def assert_losses_exact(
+    backend: str, dtype: torch.dtype, away: bool, *, rows: int, vocabulary: int, threshold: float, device: str
+) -> None:
+    """Each row's own relative error, in float64's eyes, however sure the model is of the label or of the rest.
+
+    Args:
+        rows: of each of the `PROBABILITIES`.
+    """
+    options: dict[str, Any] = {"away": away, "ignored": 0.0, "device": device}
+    cases = [loss_case(rows, vocabulary, dtype, probability=p, seed=i, **options) for i, p in enumerate(PROBABILITIES)]
+    case = (*(torch.cat(parts) for parts in list(zip(*cases, strict=True))[:4]), threshold)
+    got, want = copied(case), copied(case, torch.float64)
+    losses, _ = implementation("token_loss_", backend, got)(*got)
+    right, _ = reference.token_loss_(*want)
+    assert (right > 0).all()
+    # one float32 rounding of s = z_y - M moves a loss of exp(-|s|) by eps |s| of itself
+    assert_near(losses / right, torch.ones_like(right), 3e-6, "losses / right")
+    for row in range(len(right)):
+        assert_near(got[0][row], want[0][row], 3e-6, f"gradient at p={PROBABILITIES[row // rows]}", dtype)

@@ -1,7 +1,7 @@
 """Every op on every backend and device of this process, against the oracle in float64, over one grid.
 
-Triton decides at its import whether it interprets: without a GPU its part of the grid runs in the process that
-`test_triton.py` starts.
+Those of a block are compared in `test_block.py`; what holds of all ops is here. Triton decides at its import whether it
+interprets: without a GPU its part of the grid runs in the process that `test_triton.py` starts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from lpa_kernels import linear_token_loss, perturb, pgd_update_, token_loss, token_loss_
-from lpa_kernels.ops import reference, registry
+from lpa_kernels.ops import block_reference, reference, registry
 from tests.support.backends import everywhere, need
+from tests.support.block_cases import attention_case, gate_case, norm_backward_case, norm_case, rotate_case
 from tests.support.op_cases import (
     LAYOUTS,
-    PROBABILITIES,
+    assert_losses_exact,
     assert_near,
     copied,
     implementation,
@@ -29,7 +30,6 @@ from tests.support.op_cases import (
 
 WIDTHS = (1, 33, 576, 3584, 4096, 8192, 16384)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = ("perturb", "pgd_update_", "token_loss_")  # those of a block are in test_block.py
 KERNEL_RULES = ("adamw", "normalised", "sign")  # of Triton and native; the reference has more
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of log(0), in the interpreter
@@ -236,20 +236,9 @@ def test_loss_rows(rows, place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("away", [True, False])
 def test_loss_of_sure_and_unsure_labels(away, dtype, place):
-    """Each row's own relative error, in float64's eyes, however sure the model is of the label or of the rest."""
     backend, device = need("token_loss_", place)
     # -6: in bf16 a logit is rounded, and with it p = .007 = exp(-4.96)
-    options = {"away": away, "ignored": 0.0, "threshold": -6.0, "device": device}
-    cases = [loss_case(2, 1000, dtype, probability=p, seed=i, **options) for i, p in enumerate(PROBABILITIES)]
-    case = (*(torch.cat(parts) for parts in list(zip(*cases, strict=True))[:4]), -6.0)
-    got, want = copied(case), copied(case, torch.float64)
-    losses, _ = implementation("token_loss_", backend, got)(*got)
-    right, _ = reference.token_loss_(*want)
-    assert (right > 0).all()
-    # one float32 rounding of s = z_y - M moves a loss of exp(-|s|) by eps |s| of itself
-    assert_near(losses / right, torch.ones_like(right), 3e-6, "losses / right")
-    for row in range(len(right)):
-        assert_near(got[0][row], want[0][row], 3e-6, f"gradient at p={PROBABILITIES[row // 2]}", dtype)
+    assert_losses_exact(backend, dtype, away, rows=2, vocabulary=1000, threshold=-6.0, device=device)
 
 
 @everywhere
@@ -294,7 +283,18 @@ def test_nan_in_the_logits_is_not_hidden(column, place):
 
 # ---- all of them ----
 
-SMALL = {"perturb": perturb_case(6, 3, 5), "pgd_update_": update_case(2, 4, 5, 6), "token_loss_": loss_case(5, 7)}
+SMALL = {
+    "perturb": perturb_case(6, 3, 5),
+    "pgd_update_": update_case(2, 4, 5, 6),
+    "token_loss_": loss_case(5, 7),
+    "add_norm": norm_case(6, 5),
+    "add_norm_backward": norm_backward_case(6, 5),
+    "swiglu": gate_case(6, 5),
+    "swiglu_backward_": gate_case(6, 5, backward=True),
+    "rotate_": rotate_case(),
+    "attention": attention_case(),
+    "attention_backward_": attention_case(backward=True),
+}
 
 
 def on_device(op: str, device: str):
@@ -303,7 +303,7 @@ def on_device(op: str, device: str):
 
 
 @everywhere
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SMALL)
 def test_opcheck(op, place, monkeypatch):
     backend, device = need(op, place)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
@@ -314,7 +314,7 @@ def test_opcheck(op, place, monkeypatch):
 
 
 @everywhere
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SMALL)
 def test_compiles_whole_and_gives_the_same(op, place, monkeypatch):
     """aot_eager: the graph, its fakes and its functionalisation are what is at stake, not the code generator."""
     backend, device = need(op, place)
@@ -322,9 +322,16 @@ def test_compiles_whole_and_gives_the_same(op, place, monkeypatch):
     eager, compiled = on_device(op, device), on_device(op, device)
     call = getattr(torch.ops.lpa_kernels, op)
     first = call(*eager)
+    torch.compiler.reset()  # of one place in the code it compiles eight variants and no more
     second = torch.compile(lambda *args: call(*args), fullgraph=True, backend="aot_eager")(*compiled)
-    torch.testing.assert_close(first, second, equal_nan=True)
+    torch.testing.assert_close(first, second)
     torch.testing.assert_close(eager[0], compiled[0])
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_float64_goes_to_the_reference(op):
+    oracle = getattr(reference, op, None) or getattr(block_reference, op)
+    assert implementation(op, "auto", copied(SMALL[op], torch.float64)) is oracle
 
 
 def test_the_faces_compile_whole_with_their_gradients():
@@ -357,7 +364,7 @@ def test_the_faces_compile_whole_with_their_gradients():
 
 
 @everywhere
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["perturb", "pgd_update_", "token_loss_"])
 def test_never_waits_for_the_gpu_and_can_be_captured(op, place):
     backend, device = need(op, place)
     if device != "cuda" or backend == "reference":

@@ -1,6 +1,7 @@
 """A frozen block's ops: the oracle against autograd, and every backend and device of this process against the oracle.
 
-Without a GPU Triton's part of the grid runs in the process that `test_triton.py` starts.
+What holds of all ops is in `test_backends.py`. Without a GPU Triton's part of the grid runs in the process that
+`test_triton.py` starts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from lpa_kernels.ops import (
     attention,
     attention_backward_,
     block_reference,
-    registry,
     rotate_,
     swiglu,
     swiglu_backward_,
@@ -305,42 +305,7 @@ def test_the_faces_of_attention():
             attention(**arguments, scale=scale)
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
-
-SMALL = {
-    "add_norm": norm_case(6, 5),
-    "add_norm_backward": norm_backward_case(6, 5),
-    "swiglu": gate_case(6, 5),
-    "swiglu_backward_": gate_case(6, 5, backward=True),
-    "rotate_": rotate_case(),
-    "attention": attention_case(),
-    "attention_backward_": attention_case(backward=True),
-}
-
-
-def on_device(op: str, device: str):
-    return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in copied(SMALL[op]))
-
-
-@everywhere
-@pytest.mark.parametrize("op", SMALL)
-def test_opcheck(op, place, monkeypatch):
-    backend, device = need(op, place)
-    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
-    torch.library.opcheck(getattr(torch.ops.lpa_kernels, op).default, on_device(op, device))
-
-
-@everywhere
-@pytest.mark.parametrize("op", SMALL)
-def test_compiles_whole_and_gives_the_same(op, place, monkeypatch):
-    backend, device = need(op, place)
-    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, backend)
-    eager, compiled = on_device(op, device), on_device(op, device)
-    call = getattr(torch.ops.lpa_kernels, op)
-    first = call(*eager)
-    second = torch.compile(lambda *args: call(*args), fullgraph=True, backend="aot_eager")(*compiled)
-    torch.testing.assert_close(first, second)
-    torch.testing.assert_close(eager[0], compiled[0])
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 def test_the_faces_refuse():
@@ -356,8 +321,3 @@ def test_the_faces_refuse():
     ):
         with pytest.raises(ValueError, match=words):
             call()
-
-
-@pytest.mark.parametrize("op", SMALL)
-def test_float64_goes_to_the_reference(op):
-    assert implementation(op, "auto", copied(SMALL[op], torch.float64)) is getattr(block_reference, op)

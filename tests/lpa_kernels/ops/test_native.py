@@ -140,14 +140,15 @@ def test_loss_offsets_beyond_2_to_the_31():
 
 
 @built
-@pytest.mark.parametrize("op", ["perturb", "pgd_update_", "token_loss_"])
+@pytest.mark.parametrize("op", ["perturb", "pgd_update_", "token_loss_", "attention", "attention_backward_"])
 def test_same_bits_on_any_number_of_threads(op):
-    make, size = {
-        "perturb": (perturb_case, (300, 200, 576)),
-        "pgd_update_": (update_case, (3, 200, 576, 300)),
-        "token_loss_": (loss_case, (40, 5000)),
+    case = {
+        "perturb": perturb_case(300, 200, 576),
+        "pgd_update_": update_case(3, 200, 576, 300),
+        "token_loss_": loss_case(40, 5000),
+        "attention": attention_case(),
+        "attention_backward_": attention_case(backward=True),
     }[op]
-    case = make(*size)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -265,21 +266,6 @@ def test_attention_out_of_range_is_refused(change, message):
     args = [change.get(i, argument) for i, argument in enumerate(attention_case())]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lpa_kernels_native.attention(*args)
-
-
-@built
-def test_attention_gives_the_same_bits_on_any_number_of_threads():
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            case = attention_case(backward=True)
-            torch.ops.lpa_kernels_native.attention_backward_(*case)
-            results.append([*case[6:9], *torch.ops.lpa_kernels_native.attention(*attention_case())])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @built

@@ -19,7 +19,7 @@ import torch
 
 from lpa_kernels.ops import reference, registry
 from tests.support.op_cases import (
-    PROBABILITIES,
+    assert_losses_exact,
     assert_near,
     copied,
     implementation,
@@ -58,7 +58,7 @@ def python(*args: str, **environment: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA or launch.INTERPRETED, reason="the kernels run in this process")
-@pytest.mark.parametrize(("file", "least"), [("test_backends", 150), ("test_block", 150), ("test_triton", 30)])
+@pytest.mark.parametrize(("file", "least"), [("test_backends", 165), ("test_block", 150), ("test_triton", 30)])
 def test_under_the_interpreter(file, least):
     path = f"tests/lpa_kernels/ops/{file}.py"
     out = python("-m", "pytest", "-p", "no:cacheprovider", path, "-k", "triton", TRITON_INTERPRET="1")
@@ -116,21 +116,9 @@ def test_loss(rows, vocabulary, dtype, multiprocessors, monkeypatch):
 @pytest.mark.parametrize("multiprocessors", [WHOLE, PARTS])
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("away", [True, False])
-def test_loss_precision(away, dtype, multiprocessors, monkeypatch):
-    """Each row's own relative error, in float64's eyes, however sure the model is of the label or of the rest."""
+def test_loss_of_sure_and_unsure_labels(away, dtype, multiprocessors, monkeypatch):
     monkeypatch.setattr(launch, "multiprocessors", lambda device: multiprocessors)
-    rows = [
-        loss_case(1, 4100, dtype, probability=p, away=away, ignored=0.0, seed=i, device=DEVICE)
-        for i, p in enumerate(PROBABILITIES)
-    ]
-    case = (*(torch.cat(parts) for parts in list(zip(*rows, strict=True))[:4]), -5.0)
-    got, want = copied(case), copied(case, torch.float64)
-    losses, _ = implementation("token_loss_", "triton", got)(*got)
-    right, _ = reference.token_loss_(*want)
-    assert (right > 0).all()
-    assert_near(losses / right, torch.ones_like(right), 3e-6, "losses / right")
-    for row, p in enumerate(PROBABILITIES):
-        assert_near(got[0][row], want[0][row], 3e-6, f"gradient at p={p}", dtype)
+    assert_losses_exact("triton", dtype, away, rows=1, vocabulary=4100, threshold=-5.0, device=DEVICE)
 
 
 @kernels
