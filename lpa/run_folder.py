@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +73,27 @@ def check_output(output: Path, model: str, *, resume: bool, overwrite: bool) -> 
         raise ValueError(f"--overwrite: the model {model} is in the output folder {output}; use another folder")
 
 
-def lock(output: Path, until: ExitStack) -> None:
-    """Hold a folder alone, until the stack is closed or the process ends, however it ends.
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Within it the folder is this process's alone, or until the process ends, however it ends.
 
     Raises:
         ValueError: another process holds it.
     """
     output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK, timeout=0)
     try:
-        until.enter_context(FileLock(output / LOCK, timeout=0))
+        lock.acquire()
     except Timeout as error:
         raise ValueError(
             f"the output folder {output} is in use: another process writes to it; wait for it, or use another --output"
         ) from error
     except (NotImplementedError, OSError):  # a file system without locks, as some networks have
         pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_unused(output: Path) -> None:

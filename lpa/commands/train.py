@@ -92,7 +92,7 @@ def _train(values: dict[str, Any], commands: list[str], until: ExitStack) -> int
     with Progress(Console()) if main else nullcontext(_silent) as tick:
         benign = benign_source(benign, model, tokenizer, config, tick)
     trainer = LPATrainer(model, config, pairs, tokenizer, benign_dataset=benign)
-    from_main(trainer.accelerator, lambda: folder.lock(output, until))
+    from_main(trainer.accelerator, lambda: until.enter_context(folder.held(output)))
     checkpoint = trainer.last_checkpoint() if options.resume else None
     if checkpoint is not None:
         from_main(trainer.accelerator, lambda: check_resumed(checkpoint, trainer.kept_settings()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from ..data import ChatEncoder, rendering
 from ..files import write_json, write_text
 from ..models import DEFAULT_MODEL, check_sites, load, outline
-from ..run_folder import RESULTS, RUN, TABLE
+from ..run_folder import RESULTS, RUN, TABLE, held
 from .bench import Bench, quiet_generation
 from .continuing import continued, date_in, description
 from .judges import Judging, judge_answers, judge_of
@@ -103,6 +104,7 @@ def evaluate(
     Raises:
         EvaluationError: no suite or an unknown one, an adapter that does not fit, a set that is misnamed or malformed,
             a judge or generator that is not installed or cannot be loaded, or a folder that holds another evaluation.
+        ValueError: another process writes to the folder.
         lpa.models.ModelError, lpa.assets.AssetError: no model.
     """
     wanted = _settings(settings, options)
@@ -124,7 +126,10 @@ def evaluate(
     # raises now for a wrong template or variable, not at every prompt
     ChatEncoder(tokenizer, wanted.system_prompt, **wanted.chat_options)
     subjects = Subjects(model, paths)
-    try:
+    with ExitStack() as until:
+        until.callback(subjects.close)
+        if folder is not None:
+            until.enter_context(held(folder))
         info = description(name, subjects, chosen, wanted, sets.everything, command)
         if folder is not None:
             info = continued(folder, info)
@@ -135,16 +140,14 @@ def evaluate(
         if judge is not None:
             texts = {(p.name, prompt.id): prompt.text for p in sets.harmful for prompt in p.prompts}
             judge_answers(judge, records, texts, subjects.names, wanted.sets, subjects.device)
-    finally:
-        subjects.close()
-    names = list(info["subjects"])
-    rows = table_rows(records, names, chosen, wanted, sets.named)
-    result = Evaluation(rows, names, records, info, folder)
-    if folder is not None:
-        # a mean of nothing is no number, which is null here
-        write_json(folder / RESULTS, {"subjects": names, "rows": [asdict(row) for row in rows]}, nulls=True)
-        write_text(folder / TABLE, result.markdown())
-    return result
+        names = list(info["subjects"])
+        rows = table_rows(records, names, chosen, wanted, sets.named)
+        result = Evaluation(rows, names, records, info, folder)
+        if folder is not None:
+            # a mean of nothing is no number, which is null here
+            write_json(folder / RESULTS, {"subjects": names, "rows": [asdict(row) for row in rows]}, nulls=True)
+            write_text(folder / TABLE, result.markdown())
+        return result
 
 
 # ---- before a model is loaded --------------------------------------------------------------------------------------

@@ -110,8 +110,7 @@ def test_an_earlier_run_is_kept_unless_overwrite_is_given(model: str, tmp_path: 
 
 def test_a_folder_that_a_run_writes_to_is_not_written_to_by_another(model: str, tmp_path: Path, capsys: Any) -> None:
     arguments = ["--model", model, "--output", str(tmp_path / "out"), "--no_measure", *SMALL]
-    with contextlib.ExitStack() as until:
-        run_folder.lock(tmp_path / "out", until)
+    with run_folder.held(tmp_path / "out"):
         for more in ([], ["--overwrite"]):
             assert train(*arguments, *more) == 2
             assert "out is in use: another process writes to it" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import torch
 
 import lpa.evaluation.session as session
 import lpa.evaluation.subjects as subjects
+from lpa import run_folder
 from lpa.data import DISAGREE, rendering
 from lpa.evaluation import Evaluation, EvaluationError, evaluate
 from lpa.evaluation.bench import Bench
@@ -332,6 +333,14 @@ def test_an_evaluation_keeps_the_date_that_its_prompts_print(
 def test_a_variable_that_the_template_does_not_read_raises_before_anything_runs(harmful: str) -> None:
     with pytest.raises(ValueError, match="'thinking_mode' has no effect"):
         run(random_model(), harmful, chat_template_kwargs={"thinking_mode": "off"})
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(harmful: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with run_folder.held(folder), pytest.raises(ValueError, match="is in use: another process writes to it"):
+        run(speaker("No"), harmful, suites=["attacks"], output=folder)
+    assert not (folder / session.RUN).exists()
+    run(speaker("No"), harmful, suites=["attacks"], output=folder)
 
 
 def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: Path) -> None:
