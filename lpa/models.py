@@ -14,7 +14,7 @@ from lpa_kernels.model import resolve_sites
 from . import assets
 from .files import write_json
 from .messages import one_line
-from .run_folder import ADAPTER
+from .run_folder import ADAPTER, MODEL
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF_MODELS = {DEFAULT_MODEL: "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -206,11 +206,11 @@ def _folder_of(name: str) -> Path:
 def _dequantised(name: str) -> Path:
     """The folder with the asset's weights as float32 safetensors, and its tokenizer. Made once: it is slow."""
     target = _folder_of(name)
-    if (target / "config.json").is_file():
+    if (target / MODEL).is_file():
         return target
     source = assets.fetch(name)
     with assets.explained(f"cannot keep {name}", _FLOAT32_BYTES), assets.locked(f"model-{name}"):
-        if not (target / "config.json").is_file():  # another process may have made it while this one waited
+        if not (target / MODEL).is_file():  # another process may have made it while this one waited
             assets.build_folder(target, lambda folder: _dequantise(source, GGUF_MODELS[name], folder))
     return target
 

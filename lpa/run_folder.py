@@ -20,17 +20,17 @@ SETTINGS = "settings.yaml"  # what it was asked for
 BEFORE = "before.json"  # what was measured before training, so that a resumed run need not do it again
 METRICS = "metrics.json"  # its record
 CARD = "README.md"
-ADAPTER = "adapter_config.json"
+ADAPTER, MODEL = "adapter_config.json", "config.json"  # beside the weights: one of them
 STATE = "trainer_state.json"  # in a checkpoint
 BOUND = "settings.json"  # in a checkpoint: what a resumed run must share
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a checkpoint's folder, by its number of model updates
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a checkpoint's folder, by its number of model updates
 # an evaluation's
 RUN, RESULTS, TABLE = "run.json", "results.json", "table.md"
 RECORDS, TEXTS = "records.jsonl", "texts.local.jsonl"  # one line a prompt; what stays out of commits
 LOCK = ".lock"  # held by the process that writes to the folder
 # What a run may have written: adapter, or model and tokenizer; record; checkpoints. The settings go last, because a
 # folder with them counts as a run.
-_WRITTEN = (ADAPTER, "adapter_model*.safetensors*", "config.json", "generation_config.json",
+_WRITTEN = (ADAPTER, "adapter_model*.safetensors*", MODEL, "generation_config.json",
             "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
             "merges.txt", "chat_template.jinja", f"{CARD}*", f"{METRICS}*", "checkpoint-[0-9]*", f".*{PART}",
             f"{BEFORE}*", f"{SETTINGS}{PART}", SETTINGS)  # fmt: skip
@@ -124,7 +124,7 @@ def check_resumable(output: Path) -> None:
 
 def _left(output: Path) -> list[Path]:
     """What of a run is in a folder: its checkpoints, its model, its record."""
-    found = [path for name in (ADAPTER, METRICS, "config.json") if (path := output / name).is_file()]
+    found = [path for name in (ADAPTER, METRICS, MODEL) if (path := output / name).is_file()]
     return [*checkpoint_folders(output), *found]
 
 
@@ -172,5 +172,15 @@ def checkpoint_folder(run: Path, updates: int) -> Path:
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """A run's checkpoints, the latest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = {path: updates for path in run.glob("checkpoint-*") if (updates := updates_of(path)) is not None}
+    return sorted(filter(Path.is_dir, found), key=found.__getitem__, reverse=True)
+
+
+def updates_of(checkpoint: Path) -> int | None:
+    """The model updates of a checkpoint, by its folder's name; None where that is no checkpoint's.
+
+    >>> updates_of(Path("runs/lpa/checkpoint-120"))
+    120
+    """
+    named = _CHECKPOINT.fullmatch(checkpoint.name)
+    return int(named[1]) if named else None

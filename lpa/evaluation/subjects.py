@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lpa.messages import one_line
-from lpa.run_folder import ADAPTER, checkpoint_folders
+from lpa.run_folder import ADAPTER, MODEL, checkpoint_folders, updates_of
 from lpa_kernels.model import eval_mode, merged_adapters
 
 BASE = "base"
@@ -66,7 +66,7 @@ def checkpoints_of(run: str | Path) -> dict[str, str]:
     folders = [path for path in checkpoint_folders(Path(run).expanduser()) if (path / ADAPTER).is_file()]
     if not folders:
         raise EvaluationError(f"{run} has no checkpoint with an adapter; train with --save_strategy steps")
-    return {f"{STEP}{path.name.rpartition('-')[2]}": str(path) for path in reversed(folders)}
+    return {f"{STEP}{updates_of(path)}": str(path) for path in reversed(folders)}
 
 
 def _tail(path: str, depth: int) -> str:
@@ -220,7 +220,7 @@ def _adapter_config(path: str) -> Any:
 
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / ADAPTER).is_file():
-        what = "a whole model: evaluate it with --model" if (folder / "config.json").is_file() else "no adapter"
+        what = "a whole model: evaluate it with --model" if (folder / MODEL).is_file() else "no adapter"
         raise EvaluationError(f"{path} holds no {ADAPTER}; it is {what}")
     if folder.is_dir() and not any(folder.glob("adapter_model*.safetensors")):
         raise EvaluationError(f"{path} holds no adapter_model.safetensors; adapters in pickles (.bin) are not read")

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..files import staged, write_json, writing
 from ..models import name_base
-from ..run_folder import BOUND, check_unused, checkpoint_folder
+from ..run_folder import BOUND, STATE, check_unused, checkpoint_folder, updates_of
 from .checkpoint import UNFINISHED, checked, last_good, publish, remove_old, remove_unfinished
 from .ranks import agree, from_main
 from .resuming import check_resumed
@@ -73,8 +72,7 @@ class DurableTrainer(Trainer):
             from_main(self.accelerator, lambda: check_unused(Path(self.args.output_dir)))
         if checkpoint is not None:
             from_main(self.accelerator, lambda: check_resumed(checkpoint, self.kept_settings()))
-        number = "" if checkpoint is None else checkpoint.name.rpartition("-")[2]
-        self._saved = int(number) if number.isdigit() else None
+        self._saved = None if checkpoint is None else updates_of(checkpoint)
         if self.is_world_process_zero():
             remove_unfinished(Path(self.args.output_dir))
         try:
@@ -150,7 +148,7 @@ class DurableTrainer(Trainer):
         if best is not None and Path(best).parent == written:
             self.state.best_model_checkpoint = str(run / Path(best).name)
             if self.args.should_save:
-                self.state.save_to_json(str(written / Path(best).name / TRAINER_STATE_NAME))
+                self.state.save_to_json(str(written / Path(best).name / STATE))
 
     def _settled(self, error: Exception | None, run: Path) -> None:
         try:
@@ -161,7 +159,8 @@ class DurableTrainer(Trainer):
             raise
 
     def _still_there(self, step: int) -> str:
-        last = "there is no checkpoint yet" if self._saved is None else f"checkpoint-{self._saved} is there"
+        saved = None if self._saved is None else self.checkpoint_folder(self._saved).name
+        last = "there is no checkpoint yet" if saved is None else f"{saved} is there"
         return f"{last}, and the steps after it are lost; put that right and resume"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
