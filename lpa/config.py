@@ -398,7 +398,7 @@ class LPAConfig(TrainingArguments):
     @property
     def bound_settings(self) -> dict[str, Any]:
         """Settings that decide what a run's next LPA step is; a resumed run has those of its checkpoint."""
-        # with these, what a step is hangs on the run's length
+        # with these, what a step is depends on the run's length
         timed = self.lr_scheduler_type != "constant" or 0 < self.attack_start < 1
         free = _FREE - ({"lpa_steps"} if timed else set())
         if self.normaliser == "micro":  # the loss depends on how a batch, whose size is kept too, is split

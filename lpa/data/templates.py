@@ -13,8 +13,6 @@ ASSESSMENT_PROMPT = "Indicate whether you agree or disagree with the following s
 PLAIN_PROMPT = "You are a helpful assistant."
 PAIR_TOKENS = ("prompt_tokens", "rejected_tokens", "chosen_tokens")
 
-_NO_LIMIT = 10**9  # tokenizers that know no limit say 1e30
-
 
 class ChatEncoder:
     """Texts to tokens for one tokenizer and system prompt.
@@ -46,8 +44,7 @@ class ChatEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
-        limit = getattr(tokenizer, "model_max_length", None) or _NO_LIMIT
-        self.max_length: int | None = max_length or (int(limit) if limit < _NO_LIMIT else None)
+        self.max_length = max_length or tokenizer_limit(tokenizer)
         self._control = _control_tokens(tokenizer)
         self._rendering = Rendering(tokenizer, system_prompt, chat_template_kwargs, date)
         # the template's own text, with a word for each content
@@ -138,6 +135,12 @@ class ChatEncoder:
         if tokens[:1] != [bos] and self.tokenizer("x")["input_ids"][:1] == [bos] != self._plain("x")[:1]:
             tokens = [bos, *tokens]
         return tokens
+
+
+def tokenizer_limit(tokenizer: Any) -> int | None:
+    """The longest text that a tokenizer is for, in tokens; None where it knows no limit and says 1e30."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit and limit < 10**9 else None
 
 
 def _control_tokens(tokenizer: Any) -> dict[int, str]:

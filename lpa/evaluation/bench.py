@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpa.data import DataError
-from lpa.data.templates import ChatEncoder
+from lpa.data.templates import ChatEncoder, tokenizer_limit
 from lpa.models import context_length
 from lpa_kernels.attack import AttackResult
 from lpa_kernels.model import selected_rows
@@ -40,8 +40,7 @@ class Bench:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        limit = getattr(tokenizer, "model_max_length", None) or 10**9  # tokenizers without a limit say 1e30
-        self.context: int = min(context_length(model) or 10**9, int(min(limit, 10**9)))
+        self.context = min(filter(None, (context_length(model), tokenizer_limit(tokenizer))), default=10**9)
         self._encoders: dict[str | None, ChatEncoder] = {}
         self.system_prompt, self.chat = system_prompt, chat
         # (prompts, longest answer, tokens that end one) -> answers, of the model as it is on disk
@@ -145,8 +144,8 @@ class Bench:
             answers: each answer is a list of variants, each a list of tokens.
         """
         found = []
-        for start in range(0, len(prompts), self.batch_size):
-            found += self._log_scores(prompts[start : start + self.batch_size], answers)
+        for chunk in batches(prompts, self.batch_size):
+            found += self._log_scores(chunk, answers)
         return found
 
     def _log_scores(self, prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]]) -> list[list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,13 +70,17 @@ def completion_log_probs(pgd: LatentPGD, batch: PairBatch, attack: AttackResult 
     return totals.index_add_(0, 2 * rows.example + (~rows.rejected).long(), log_probs).view(rows.size, 2)
 
 
+def pair_batches(pairs: Any, collator: Callable[..., Any], size: int) -> Iterator[PairBatch]:
+    """The rows of a data set in batches of at most `size` pairs."""
+    for start in range(0, len(pairs), size):
+        yield PairBatch.from_dict(collator([pairs[i] for i in range(start, min(start + size, len(pairs)))]))
+
+
 def margins(pgd: LatentPGD, pairs: Any, collator: PairCollator, *, attacked: bool, batch_size: int = 12) -> Tensor:
     """[pairs] float32: log-probability of the chosen completion minus that of the rejected one."""
     device = pgd.model.get_input_embeddings().weight.device  # type: ignore[operator]
     found = []
-    for start in range(0, len(pairs), batch_size):
-        rows = [pairs[i] for i in range(start, min(start + batch_size, len(pairs)))]
-        batch = PairBatch.from_dict(collator(rows)).to(device)
+    for batch in (each.to(device) for each in pair_batches(pairs, collator, batch_size)):
         rejected, chosen = completion_log_probs(pgd, batch, pgd.attack(batch) if attacked else None).unbind(1)
         found.append((chosen - rejected).cpu())
     return torch.cat(found)
@@ -157,12 +161,9 @@ def measure(
                 continue
             suffix, odds = "_attacked" if attacked else source, {}
             for kind, name in _KINDS.items():
-                count = len(pairs[kind])
-                count = min(attacked_rows, count) if attacked and attacked_rows is not None else count
-                if not count:
+                count = attacked_rows if attacked and attacked_rows is not None else len(pairs[kind])
+                if not len(chosen := spread(pairs[kind], count)):
                     continue
-                # spread over the traits, by which the statements are sorted
-                chosen = pairs[kind].select([i * len(pairs[kind]) // count for i in range(count)])
                 # an attack needs the memory of a training batch, so its batches are no larger
                 size = min(12, config.per_device_train_batch_size) if attacked else 12
                 odds[kind] = margins(pgd, chosen, collator, attacked=attacked, batch_size=size)
@@ -176,6 +177,12 @@ def measure(
             "in bfloat16 or float32 instead of float16"
         )
     return found
+
+
+def spread(pairs: Any, count: int) -> Any:
+    """At most `count` of the pairs, at even distances: shipped statements are sorted by their traits."""
+    count = min(count, len(pairs))
+    return pairs.select([i * len(pairs) // count for i in range(count)])
 
 
 def _unseen(pairs: Any, trained_on: Collection[str]) -> Any:

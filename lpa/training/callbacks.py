@@ -102,10 +102,9 @@ class CanaryCallback(TrainerCallback):
 
     def _measure(self, state: Any, control: Any) -> None:
         trainer, should_log = self.trainer, control.should_log
-        found = [self.canaries.measure(trainer.model, trainer.pgd)]
-        found = broadcast_object_list(found) if trainer.args.world_size > 1 else found
-        trainer.leave_out(found[0]["seconds"])
-        entry = {"lpa_step": float(trainer.lpa_step), **found[0]}
+        found = broadcast_object_list([self.canaries.measure(trainer.model, trainer.pgd)])[0]  # rank 0's
+        trainer.leave_out(found["seconds"])
+        entry = {"lpa_step": float(trainer.lpa_step), **found}
         trainer.log({f"{selection.PREFIX}{name}": value for name, value in entry.items()})
         control.should_log = should_log  # the LPA step's own numbers follow
         best = selection.best(self.entries, self.limits)

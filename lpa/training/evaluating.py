@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from lpa_kernels.attack import Objective, PairBatch
+from lpa_kernels.attack import Objective
 from lpa_kernels.model import frozen_eval
 
 from ..data import SHIPPED, DataError, load_pairs
 from ..data.loading import PAIR_COLUMNS
-from ..evaluation.measure import completion_log_probs
+from ..evaluation.measure import completion_log_probs, pair_batches
 from .losses import pair_terms
 from .prepare import pairs_as_tokens
 
@@ -86,9 +86,7 @@ def evaluate_pairs(trainer: Any, rows: Any, collator: Callable[..., Any]) -> dic
     """
     args, pgd, device = trainer.args, trainer.pgd, trainer.args.device
     objective = trainer.objective or Objective({"toward": 0.5, "away": 0.5})
-    size = args.per_device_eval_batch_size
-    parts = [[rows[i] for i in range(at, min(at + size, len(rows)))] for at in range(0, len(rows), size)]
-    batches = [PairBatch.from_dict(collator(part)) for part in parts]
+    batches = list(pair_batches(rows, collator, args.per_device_eval_batch_size))
     counts = (float(sum(b.counts[0] for b in batches)), float(sum(b.counts[1] for b in batches)))
     sums: dict[str, float] = {}
     margins: dict[str, list[torch.Tensor]] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lpa.data import DataError
 from lpa_kernels.attack import AttackResult
 
 from .. import refusal
@@ -23,7 +22,7 @@ def answer(
     run: Run,
     prompts: PromptSet,
     mode: str = DIRECT,
-    wrap: Callable[[str], str] = lambda text: text,
+    wrap: Callable[[str], str] = str,
     prefill: str = "",
     perturb: Perturb | None = None,
 ) -> None:
@@ -38,13 +37,7 @@ def answer(
     done = len(prompts.prompts) - len(todo)
     todo.sort(key=lambda p: len(p.text))  # batches of like lengths
     for chunk in batches(todo, run.bench.batch_size):
-        kept, tokens = [], []
-        for prompt in chunk:
-            try:
-                tokens.append(run.bench.prompt_tokens(wrap(prompt.text), prefill))
-                kept.append(prompt)
-            except DataError as error:
-                run.add(NAME, prompts.name, prompt.id, mode, sha256=prompt.sha256, tag=prompt.tag, error=str(error))
+        kept, tokens = run.fitting(NAME, prompts.name, chunk, mode, wrap, prefill=prefill)
         if kept:
             attack = perturb([wrap(p.text) for p in kept]) if perturb is not None else None
             for prompt, text in zip(kept, run.bench.answers(tokens, attack), strict=True):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from lpa.data import ASSESSMENT_PROMPT, PLAIN_PROMPT
+from lpa.data import ASSESSMENT_PROMPT, PLAIN_PROMPT, DataError
 
-from ..bench import Bench
+from ..bench import Bench, Tokens
 from ..records import Record, Records
 from ..refusal import TRAINED
-from ..sets import HARM_SETS, Choice, PromptSet, digest
+from ..sets import HARM_SETS, Choice, Prompt, PromptSet, digest
 from ..stats import mean, wilson
 
 ATTACKS = ("direct", "prefix", "template", "latent", "embedding")
@@ -163,6 +163,29 @@ class Run:
         """Keep one record."""
         record = {"subject": self.subject, "suite": suite, "set": set_name, "id": number, "mode": mode, **values}
         self.records.add(record, harmful)
+
+    def fitting(
+        self,
+        suite: str,
+        set_name: str,
+        prompts: Sequence[Prompt],
+        mode: str = "",
+        wrap: Callable[[str], str] = str,
+        **options: Any,
+    ) -> tuple[list[Prompt], list[Tokens]]:
+        """The prompts that fit into the context, and their tokens; each of the others gets a record of the error.
+
+        Args:
+            wrap: what is asked, from a prompt's text. options: prefill and room, as in `Bench.prompt_tokens`.
+        """
+        kept, tokens = [], []
+        for prompt in prompts:
+            try:
+                tokens.append(self.bench.prompt_tokens(wrap(prompt.text), **options))
+                kept.append(prompt)
+            except DataError as error:
+                self.add(suite, set_name, prompt.id, mode, sha256=prompt.sha256, tag=prompt.tag, error=str(error))
+        return kept, tokens
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lpa.data import DataError
-
 from ..bench import batches
 from ..records import Record, Records
 from ..sets import BENIGN, Prompt
@@ -40,13 +38,7 @@ class Harm(Suite):
         bench = run.bench
         yes, no = bench.variants(YES), bench.variants(NO)
         room = max(map(len, [*yes, *no]))
-        kept, tokens = [], []
-        for prompt in chunk:
-            try:
-                tokens.append(bench.prompt_tokens(f"{QUESTION}\n{prompt.text}", room=room))
-                kept.append(prompt)
-            except DataError as error:
-                run.add(self.name, name, prompt.id, sha256=prompt.sha256, tag=prompt.tag, error=str(error))
+        kept, tokens = run.fitting(self.name, name, chunk, wrap=lambda text: f"{QUESTION}\n{text}", room=room)
         if kept:
             for prompt, (log_yes, log_no) in zip(kept, bench.log_scores(tokens, [yes, no]), strict=True):
                 run.add(self.name, name, prompt.id, sha256=prompt.sha256, tag=prompt.tag, yes=log_yes, no=log_no)

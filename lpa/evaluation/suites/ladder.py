@@ -77,14 +77,8 @@ def _with_steps(row: Row, mode: str) -> Row:
 
 def _open(run: Run, prompts: PromptSet, mode: str) -> list[tuple[Prompt, Tokens]]:
     """The prompts that have no answer yet in a mode, with their tokens; those that are too long get their record."""
-    found = []
-    for prompt in prompts.prompts:
-        if not run.has("answers", prompts.name, prompt.id, mode):
-            try:
-                found.append((prompt, run.bench.prompt_tokens(prompt.text)))
-            except DataError as error:
-                run.add("answers", prompts.name, prompt.id, mode, sha256=prompt.sha256, error=str(error))
-    return found
+    todo = [prompt for prompt in prompts.prompts if not run.has("answers", prompts.name, prompt.id, mode)]
+    return list(zip(*run.fitting("answers", prompts.name, todo, mode), strict=True))
 
 
 def _reason(run: Run, prompts: PromptSet, modes: Sequence[str], reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from lpa import assets
 from lpa.config import default_sites
 from lpa.data import PairCollator, load_pairs
-from lpa.evaluation.measure import completion_log_probs
+from lpa.evaluation.measure import completion_log_probs, spread
 from lpa_kernels.attack import AttackResult, LatentPGD, PairBatch
 from lpa_kernels.model import decoder_layers
 
@@ -28,9 +28,8 @@ CLEAN = "clean"
 
 @dataclass(frozen=True)
 class Condition:
-    """One point of a curve. `curve` is "epsilon", "steps" or "sites"."""
+    """One point of a curve."""
 
-    curve: str
     epsilon: float
     steps: int
     sites: tuple[str, ...]
@@ -39,8 +38,13 @@ class Condition:
     @property
     def mode(self) -> str:
         """What the records are filed under; the same point of two curves is measured once."""
-        where = "+".join(self.sites)
-        return f"{'random' if self.random else 'attack'} epsilon={self.epsilon:g} steps={self.steps} sites={where}"
+        kind, where = "random" if self.random else "attack", "+".join(self.sites)
+        return f"{kind} epsilon={self.epsilon:g} steps={self.steps} sites={where}"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What its records hold of it."""
+        return {"epsilon": self.epsilon, "steps": self.steps, "sites": "+".join(self.sites), "random": self.random}
 
 
 class Traits(Suite):
@@ -66,8 +70,7 @@ class Traits(Suite):
             self._clean(run, name, pairs, collate)
             if name == "undesirable":
                 for condition in conditions(run.settings, len(decoder_layers(run.model))):
-                    if not condition.random:  # the random twin is measured with it
-                        self._attacked(run, name, pairs, collate, condition)
+                    self._attacked(run, name, pairs, collate, condition)
 
     def _clean(self, run: Run, kind: str, pairs: list[dict[str, Any]], collate: PairCollator) -> None:
         pgd = LatentPGD(run.model, "embedding", epsilon=1.0, step_size=1.0)  # for its passes alone
@@ -79,6 +82,7 @@ class Traits(Suite):
     def _attacked(
         self, run: Run, kind: str, pairs: list[dict[str, Any]], collate: PairCollator, condition: Condition
     ) -> None:
+        """Attack, and put a random perturbation of the same norm beside each attack."""
         twin = replace(condition, random=True)
         todo = [row for row in pairs if not run.has(self.name, kind, row["id"], twin.mode)]
         if not todo:
@@ -87,10 +91,10 @@ class Traits(Suite):
         for number, chunk in enumerate(batches(todo, run.bench.batch_size), 1):
             batch = _batch(run, collate, chunk, kind)
             attack = pgd.attack(batch)
-            bound = {"boundary": boundary_share(attack, condition.epsilon)}
-            _keep(run, kind, chunk, condition.mode, _scores(pgd, batch, attack), **bound)
-            control = random_twin(attack, run.settings.seed)
-            _keep(run, kind, chunk, twin.mode, _scores(pgd, batch, control), **bound)
+            boundary = boundary_share(attack, condition.epsilon)
+            for point, used in ((condition, attack), (twin, random_twin(attack, run.settings.seed))):
+                found = _scores(pgd, batch, used)
+                _keep(run, kind, chunk, point.mode, found, boundary=boundary, **point.values)
             run.tick(f"traits {condition.mode}", number * run.bench.batch_size, len(todo))
 
     def rows(self, records: Records, subject: str, settings: Settings) -> list[Row]:
@@ -125,18 +129,11 @@ class Traits(Suite):
 
 
 def _sets(limit: int | None) -> dict[str, tuple[str, Any]]:
-    """Name -> (source, pairs) of what is asked: the shipped held-out statements, and the inventory's where cached.
-
-    They are sorted by their traits, so `limit` of them are taken at even distances.
-    """
+    """Name -> (source, pairs) of what is asked: the shipped held-out statements, and the inventory's where cached."""
     found = {kind: ("lpa/data/statements.jsonl, heldout", load_pairs(kind=kind, split="heldout")) for kind in SETS[:2]}
     if assets.is_cached("ipip-neo-120"):
         found |= {name: ("ipip-neo-120", load_pairs(kind=name.replace(" ", "-"))) for name in SETS[2:]}
-    return {name: (source, _spread(pairs, limit or len(pairs))) for name, (source, pairs) in found.items()}
-
-
-def _spread(pairs: Any, limit: int) -> Any:
-    return pairs if limit >= len(pairs) else pairs.select([i * len(pairs) // limit for i in range(limit)])
+    return {name: (source, spread(pairs, limit or len(pairs))) for name, (source, pairs) in found.items()}
 
 
 def log_odds(records: Sequence[Record]) -> list[float]:
@@ -144,16 +141,14 @@ def log_odds(records: Sequence[Record]) -> list[float]:
     return [r["agree"] - r["disagree"] for r in records]
 
 
-def conditions(settings: Settings, depth: int) -> Iterator[Condition]:
-    """All points of the three curves, each followed by its random twin; none with neither radii nor steps."""
+def conditions(settings: Settings, depth: int) -> list[Condition]:
+    """All points of the three curves, over radii, steps and sites; none with neither radii nor steps."""
     sites = tuple(settings.sites or default_sites(depth))
-    points = [Condition("epsilon", epsilon, settings.trait_steps, sites) for epsilon in settings.epsilons]
-    points += [Condition("steps", settings.trait_epsilon, steps, sites) for steps in settings.steps]
+    points = [Condition(epsilon, settings.trait_steps, sites) for epsilon in settings.epsilons]
+    points += [Condition(settings.trait_epsilon, steps, sites) for steps in settings.steps]
     if points:
-        points += [Condition("sites", settings.trait_epsilon, settings.trait_steps, (site,)) for site in sites]
-    for point in {point.mode: point for point in points}.values():
-        yield point
-        yield replace(point, random=True)
+        points += [Condition(settings.trait_epsilon, settings.trait_steps, (site,)) for site in sites]
+    return list({point.mode: point for point in points}.values())
 
 
 def boundary_share(attack: AttackResult, epsilon: float) -> float:
@@ -195,13 +190,7 @@ def _keep(
     run: Run, kind: str, chunk: Sequence[dict[str, Any]], mode: str, scores: Sequence[Sequence[float]], **more: Any
 ) -> None:
     for row, (agree, disagree) in zip(chunk, scores, strict=True):
-        extra = dict(more)
-        if mode != CLEAN:
-            word, *values = mode.split(" ", 3)
-            named = dict(value.split("=", 1) for value in values)
-            extra |= {"epsilon": float(named["epsilon"]), "steps": int(named["steps"]), "sites": named["sites"],
-                      "random": word == "random"}  # fmt: skip
-        run.add("traits", kind, row["id"], mode, sha256=digest(row["prompt"]), agree=agree, disagree=disagree, **extra)
+        run.add("traits", kind, row["id"], mode, sha256=digest(row["prompt"]), agree=agree, disagree=disagree, **more)
 
 
 def agrees(record: Record) -> bool:

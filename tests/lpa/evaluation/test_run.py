@@ -164,11 +164,12 @@ def test_a_perturbed_answer_does_not_depend_on_its_batch() -> None:
 
 
 def test_traits_have_a_curve_and_a_random_control_of_equal_norm(harmful: str) -> None:
-    options = {"epsilons": (0.03, 0.1), "steps": (1,), "trait_epsilon": 0.03, "trait_steps": 6, "sites": ("embedding",)}
-    found = run(random_model(), harmful, suites=["traits"], **options)
+    wide = 0.10000001  # more digits than the name of a mode has
+    options = {"epsilons": (0.03, wide), "steps": (1,), "trait_epsilon": 0.03, "trait_steps": 6}
+    found = run(random_model(), harmful, suites=["traits"], sites=("embedding",), **options)
     curve = [row for row in found.rows if row.extra.get("epsilon")]
     assert {(row.extra["epsilon"], row.extra["steps"], row.extra["random"]) for row in curve} == {
-        (e, s, r) for e, s in ((0.03, 6), (0.1, 6), (0.03, 1)) for r in (False, True)
+        (e, s, r) for e, s in ((0.03, 6), (wide, 6), (0.03, 1)) for r in (False, True)
     }
     assert all(row.extra["boundary"] > 0.3 for row in curve), "the radius binds"
     margin = {
@@ -177,7 +178,7 @@ def test_traits_have_a_curve_and_a_random_control_of_equal_norm(harmful: str) ->
     clean = next(
         row.extra["margin"] for row in found.rows if row.metric == "agrees, clean" and row.set == "undesirable"
     )
-    assert margin[0.1, False] > margin[0.03, False] > clean, "the attack goes toward agreeing"
+    assert margin[wide, False] > margin[0.03, False] > clean, "the attack goes toward agreeing"
     assert abs(margin[0.03, True] - clean) < margin[0.03, False] - clean, "chance does not"
     assert all("epsilon" not in line for line in found.markdown().splitlines())
     assert any("epsilon" in line for line in found.markdown(full=True).splitlines())
