@@ -54,11 +54,11 @@ def description(
 
 def date_in(folder: Path | None) -> str | None:
     """The date in the prompts of an earlier run in this folder."""
-    old = None if folder is None else _earlier(folder)
+    old = _earlier(folder)
     return None if old is None else old["settings"].get("chat_template_date")
 
 
-def continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
+def continued(folder: Path | None, new: dict[str, Any]) -> dict[str, Any]:
     """A new run's description, joined with that of an earlier run in this folder.
 
     Raises:
@@ -90,6 +90,8 @@ def continued(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _earlier(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _earlier(folder: Path | None) -> dict[str, Any] | None:
+    if folder is None or not (folder / RUN).is_file():
+        return None
+    found: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    return found

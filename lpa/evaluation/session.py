@@ -130,9 +130,7 @@ def evaluate(
         until.callback(subjects.close)
         if folder is not None:
             until.enter_context(held(folder))
-        info = description(name, subjects, chosen, wanted, sets.everything, command)
-        if folder is not None:
-            info = continued(folder, info)
+        info = continued(folder, description(name, subjects, chosen, wanted, sets.everything, command))
         records = Records(folder, keep_texts)
         if folder is not None:
             write_json(folder / RUN, info)
