@@ -220,7 +220,7 @@ def step_of(own: Shape) -> Step:
         held = state.AttackState(options, widths, batch, batch.counts)
         for name, value in vars(held).items():
             setattr(held, name, on_meta(value))
-        forward = stacked.StackForward(model, resolve_sites(model, own.sites), layout, "triton")
+        forward = stacked.StackForward(model, resolve_sites(model, own.sites), layout, "triton", compared=False)
         step = loop.InnerStep(model, options, held, layout, forward, chunked=False)
         step.prepare()
         with torch.no_grad(), launches:

@@ -123,12 +123,18 @@ def _place(model: nn.Module, site: Site) -> str:
 class StackForward:
     """`loop.Forward` by a frozen stack.
 
+    Args:
+        compared: weights are joined where they were when the stack was compared with the model, and nowhere else; False
+            for that comparison, which joins what it can.
+
     Raises:
         UnsupportedStack: the model or a site is of another kind.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, sites: Sequence[Site], layout: Layout, backend: str) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], layout: Layout, backend: str, compared: bool = True
+    ) -> None:
         decoder = read_decoder(model)
         self.head = decoder.head
         streams = Streams(layout)
@@ -139,7 +145,10 @@ class StackForward:
         rules = rules_of(given, layout.branch, layout.position_ids, embedded)
         self.names = [_place(model, site) for site in sites]
         if (groups := groups_of(model)) is not None:
-            decoder.join(groups)  # moves weights: not before all that can be refused has been
+            apart: dict[int, str] = remembered(model, "why maps were compared apart", model_key(model), dict)
+            decoder.join(groups, apart if compared else None)  # moves weights: not before all refusals
+            if not compared:
+                apart.update((number, maps.apart) for number, maps in enumerate(decoder.maps))
         ops.note("products", decoder.products)
         before = None if streams.before is None else FrozenStack(decoder, [], streams.before, rules, backend=backend)
         self.stack = FrozenStack(decoder, self.names, streams.main, rules, before, backend)
@@ -222,7 +231,7 @@ def _never(model: nn.Module) -> str:
 
 def _difference(model: nn.Module, sites: Sequence[Site], layout: Layout, backend: str) -> str:
     """How the stack's logits or gradients differ from those of the model's own code; "" if by rounding alone."""
-    stacked = StackForward(model, sites, layout, backend)
+    stacked = StackForward(model, sites, layout, backend, compared=False)
     plain = HookedForward(model, sites, layout, backend)
     draw = torch.Generator().manual_seed(0)
     rows = len(layout.row_tokens)

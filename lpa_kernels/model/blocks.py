@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,15 +132,22 @@ class Decoder:
         """Those of all blocks."""
         return [m for b in self.blocks for m in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
 
-    def join(self, groups: Groups) -> None:
-        """Make maps of one input one product, where their device and memory allow it (`joined.py`)."""
+    def join(self, groups: Groups, compared: Mapping[int, str] | None = None) -> None:
+        """Make maps of one input one product, where their device and memory allow it (`joined.py`).
+
+        Args:
+            compared: by number, why maps were apart when the stack was compared with the model; "" where they were not,
+                and these alone may be joined. None for that comparison itself.
+        """
         taken: set[int] = set()
-        for maps in self.maps:
+        for number, maps in enumerate(self.maps):
             own = {id(one.weight) for one in maps.linears}
             if taken & own:  # another block's weights, with adapters of its own
                 maps.apart = "a weight is in two blocks"
-            else:
+            elif compared is None or not compared.get(number, "not compared"):
                 maps.join(groups)
+            elif maps.can_join:
+                maps.apart = compared.get(number, "not compared")
             taken |= own
 
     @property

@@ -20,19 +20,25 @@ _EVEN = 16  # entries: rows of this many of them begin at addresses that wide lo
 
 @dataclass(frozen=True)
 class Joined:
-    """The memory of the maps that are one product.
+    """The maps that are one product.
 
     Attributes:
-        weight: [N + R, in]: their weights, and then A scaled of each adapter, and zeros up to a multiple of 16 rows.
+        group: of their weights. The rows below are A scaled of each adapter, and zeros up to a multiple of 16 rows.
         bias: [N + R] or None.
         up: [columns, R], of each adapter B where its map's outputs meet its A, and 0 elsewhere; None without adapters.
         adapted: the columns of the outputs from the first adapted map to the last.
     """
 
-    weight: Tensor
+    group: Group
     bias: Tensor | None
     up: Tensor | None
     adapted: slice
+
+    @property
+    def weight(self) -> Tensor:
+        """[N + R, in], the memory of the group."""
+        assert self.group.memory is not None, "the attack's mode has ended"
+        return self.group.memory
 
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -65,35 +71,48 @@ class Maps:
     def _each(self) -> list[Linear]:
         return list(self.linears) if self._split is None else self.linears[0].split(self._split)
 
+    @property
+    def can_join(self) -> bool:
+        """Whether a product for all of them is another one, on a device that has it."""
+        several = len(self.linears) > 1 or self.linears[0].a is not None
+        return several and self.linears[0].weight.device.type in JOINED_ON
+
     def join(self, groups: Groups) -> None:
-        """Make them one product, on a device that has it and where their memory allows it.
+        """Make them one product, where they can be and their memory allows it.
 
         Args:
             groups: the weights that are joined in the model's mode; theirs are added.
         """
+        if not self.can_join:
+            return
         weights = [one.weight for one in self.linears]
-        if weights[0].device.type not in JOINED_ON:
-            return
-        adapters = {id(one.a): one.a * one.scaling for one in self.linears if one.a is not None}
-        if len(weights) == 1 and not adapters:
-            return
-        rows = -(-sum(map(len, adapters.values())) // _EVEN) * _EVEN
         self.each = []  # views of a weight would count as others that refer to its memory
-        memory = together(weights, rows, groups)
+        try:
+            self._join(weights, groups)
+        except torch.OutOfMemoryError:
+            self.apart = "there is no memory to join them in"
+            part(groups, tuple(map(id, weights)))
         self.each = self._each()
-        if isinstance(memory, str):
-            self.apart = memory
-            return
-        width = sum(self.sizes)
-        bias = None
-        if any(one.bias is not None for one in self.each):
-            bias = memory.new_zeros(len(memory))
-            for one, part in zip(self.each, bias[:width].split(self.sizes), strict=True):
-                if one.bias is not None:
-                    part.copy_(one.bias)
-        self.joined = Joined(memory, bias, *self._adapters(memory[width:], adapters))
 
-    def _adapters(self, below: Tensor, scaled: dict[int, Tensor]) -> tuple[Tensor | None, slice]:
+    def _join(self, weights: Sequence[Tensor], groups: Groups) -> None:
+        adapters = {id(one.a): one.a * one.scaling for one in self.linears if one.a is not None}
+        group = together(weights, -(-sum(map(len, adapters.values())) // _EVEN) * _EVEN, groups)
+        if isinstance(group, str):
+            self.apart = group
+            return
+        assert group.memory is not None
+        each, width = self._each(), sum(self.sizes)
+        bias = None
+        if any(one.bias is not None for one in each):
+            bias = group.memory.new_zeros(len(group.memory))
+            for one, own in zip(each, bias[:width].split(self.sizes), strict=True):
+                if one.bias is not None:
+                    own.copy_(one.bias)
+        self.joined = Joined(group, bias, *self._adapters(each, group.memory[width:], adapters))
+
+    def _adapters(
+        self, each: Sequence[Linear], below: Tensor, scaled: dict[int, Tensor]
+    ) -> tuple[Tensor | None, slice]:
         """`Joined.up` and `Joined.adapted`; each A, scaled, is written to its rows of `below` [R, in]."""
         if not scaled:
             return None, slice(0)
@@ -105,7 +124,7 @@ class Maps:
         below[start:] = 0
         ends = list(accumulate(self.sizes, initial=0))
         columns = [
-            (first, last, one) for first, last, one in zip(ends, ends[1:], self.each, strict=False) if one.b is not None
+            (first, last, one) for first, last, one in zip(ends, ends[1:], each, strict=False) if one.b is not None
         ]
         adapted = slice(columns[0][0], columns[-1][1])
         up = below.new_zeros(adapted.stop - adapted.start, len(below))
@@ -174,32 +193,55 @@ class Maps:
 
 
 class Group:
-    """Weights [n, in], one below the other in one memory, with rows below them.
+    """Weights [n, in] that are to stand one below the other in one memory, with rows below them.
 
     Attributes:
-        memory: [N + rows, in].
+        memory: [N + rows, in]; None once it has been given up.
     """
 
     def __init__(self, weights: Sequence[Tensor], rows: int) -> None:
-        first = weights[0]
         self.weights = weights
-        self.memory = first.data.new_empty(sum(map(len, weights)) + rows, first.shape[1])
-        self._parts = self.memory.split([*map(len, weights), rows])[: len(weights)]
-        for weight, part in zip(weights, self._parts, strict=True):
-            part.copy_(weight.data)
-            weight.data = part
+        self.memory: Tensor | None = weights[0].data.new_empty(sum(map(len, weights)) + rows, weights[0].shape[1])
+        self._sizes = [*map(len, weights), rows]
+
+    def _places(self) -> list[tuple[Tensor, Tensor]]:
+        """Each weight, and its part of the memory."""
+        assert self.memory is not None
+        return list(zip(self.weights, self.memory.split(self._sizes), strict=False))
+
+    def move(self) -> None:
+        """Move the weights there, one after the other."""
+        for weight, place in self._places():
+            place.copy_(weight.data)
+            weight.data = place
 
     def stands(self, rows: int) -> bool:
-        """Whether the weights are in it where they were put, with so many rows below."""
-        return len(self.memory) == sum(map(len, self._parts)) + rows and all(
-            _alike(weight, part) for weight, part in zip(self.weights, self._parts, strict=True)
-        )
+        """Whether the weights are where they were moved to, with so many rows below."""
+        return self._sizes[-1] == rows and all(_alike(weight, place) for weight, place in self._places())
 
     def part(self) -> None:
-        """Give each weight that is still in it memory of its own again."""
-        for weight in self.weights:
-            if type(weight.data) is Tensor and _storage(weight) == _storage(self.memory):
-                weight.data = weight.data.clone()
+        """Give each weight that is still in it memory of its own again, and give up this one.
+
+        Where there is no room for both, the weights go through the host.
+        """
+        memory, self.memory = self.memory, None
+        assert memory is not None
+        own = [w for w in self.weights if type(w.data) is Tensor and _storage(w) == _storage(memory)]
+        device = memory.device
+        try:
+            for weight in own:
+                weight.data = _copy(weight.data, device)
+        except torch.OutOfMemoryError:
+            left = [weight for weight in own if _storage(weight) == _storage(memory)]
+            for weight in left:
+                weight.data = _copy(weight.data, torch.device("cpu"))
+            del memory
+            for weight in left:
+                weight.data = weight.data.to(device)
+
+
+def _copy(values: Tensor, device: torch.device) -> Tensor:
+    return values.to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 Groups = dict[tuple[int, ...], Group]  # by the ids of their weights
@@ -211,10 +253,10 @@ def weights_joined(model: nn.Module) -> Iterator[Groups]:
     """Within it weights of the model may be joined. Afterwards each has memory of its own again.
 
     A state that is saved in between would hold weights that share a memory, of which accelerate (1.15.0) drops all but
-    one. Yields the groups. Within itself it begins anew.
+    one. Yields the groups. A nested one parts the outer one's weights; the next attack joins them again.
     """
     outer = _groups.get(model)
-    _part(outer or {})
+    part(outer or {})
     groups = _groups[model] = {}
     try:
         yield groups
@@ -222,12 +264,20 @@ def weights_joined(model: nn.Module) -> Iterator[Groups]:
         del _groups[model]
         if outer is not None:
             _groups[model] = outer
-        _part(groups)
+        part(groups)
 
 
-def _part(groups: Groups) -> None:
-    while groups:
-        groups.popitem()[1].part()
+def part(groups: Groups, *keys: tuple[int, ...]) -> None:
+    """Part the groups of these keys, or all. An error is raised once all are parted that can be."""
+    errors: list[Exception] = []
+    for key in keys or list(groups):
+        if (group := groups.pop(key, None)) is not None:
+            try:
+                group.part()
+            except Exception as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def groups_of(model: nn.Module) -> Groups | None:
@@ -235,30 +285,29 @@ def groups_of(model: nn.Module) -> Groups | None:
     return _groups.get(model)
 
 
-def together(weights: Sequence[Tensor], rows: int, groups: Groups) -> Tensor | str:
-    """[N + rows, in]: the weights [n, in] one below the other, of which they are views from then on, and room below.
+def together(weights: Sequence[Tensor], rows: int, groups: Groups) -> Group | str:
+    """The group of these weights [n, in], with so many rows below: the one that there is, or a new one.
 
-    They are moved where they are not there already: each to its part of new memory, one after the other. Afterwards
-    the parameters are the same objects with the same values; their memory is one.
+    Afterwards the parameters are the same objects with the same values, and views of one memory.
 
     Returns:
-        Why not, where a weight's memory is not its own alone (of a shard, a flat buffer, a tie, or held by somebody):
-        what else refers to it would not follow.
+        Why there is none, where a weight's memory is not its own alone (of a shard, a flat buffer, a tie, or held by
+        somebody): what else refers to it would not follow.
     """
     first, key = weights[0], tuple(map(id, weights))
     if key in groups and groups[key].stands(rows):
-        return groups[key].memory
-    for other in [other for other in groups if not set(other).isdisjoint(key)]:  # of other rows, or a weight replaced
-        groups.pop(other).part()
+        return groups[key]
+    # of other rows, or with a weight that was replaced
+    part(groups, *(other for other in list(groups) if not set(other).isdisjoint(key)), key)
     if any((w.dtype, w.device, w.shape[1]) != (first.dtype, first.device, first.shape[1]) for w in weights):
         return "weights of one input differ in dtype or device"
+    if len(set(key)) < len(key):
+        return "a weight is two maps' of one input"
     if not all(map(_own, weights)):
         return "a weight's memory is not its own alone"
-    try:
-        groups[key] = Group(weights, rows)
-    except torch.OutOfMemoryError:
-        return "there is no memory to join them in"
-    return groups[key].memory
+    group = groups[key] = Group(weights, rows)  # known before anything moves
+    group.move()
+    return group
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

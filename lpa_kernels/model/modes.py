@@ -376,13 +376,13 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
         stack.enter_context(
             no_autocast(device) if autocast is None else torch.autocast(device.type, dtype=autocast, enabled=True)
         )
+        stack.enter_context(weights_joined(model))  # before merging, which puts memory back that it finds
         if merge_adapters:
             stack.enter_context(checked_merging(model))
         elif autocast is None:
             stack.enter_context(cast_adapters(model))
         stack.enter_context(frozen_eval(model))
         stack.enter_context(not_repacked(model))
-        stack.enter_context(weights_joined(model))
         if autocast is None:
             stack.enter_context(lean_layers(model))
         stack.enter_context(torch.enable_grad())

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lpa_kernels.model import joined as joined_weights
 from lpa_kernels.model import modes
 from lpa_kernels.model.facts import forget
 from lpa_kernels.model.joined import Maps
@@ -329,28 +330,126 @@ def test_a_refusal_leaves_weights_where_they_are() -> None:
         assert [p.data_ptr() for p in model.parameters()] == places
 
 
-def test_an_error_in_the_mode_parts_the_weights() -> None:
-    model = llama(lora=True)
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kept", [set(), {"cpu"}], ids=["copies are merged", "weights are merged"])
+def test_a_mode_with_merged_adapters_within_one_without(dora: bool, kept: set[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(modes, "KEPT_ON", kept)
+    model = with_lora(tiny("llama"), use_dora=dora)
     before = fingerprints(model)
-
-    def fails() -> None:
-        with inner_mode(model):
+    with inner_mode(model):
+        with model.disable_adapter():
             attacked(model)
-            assert are_joined(model)
-            raise RuntimeError("of the caller's own")
-
-    with pytest.raises(RuntimeError, match="of the caller's own"):
-        fails()
+        attacked(model, merge_adapters=True)
     assert has_nothing_left(model)
     assert fingerprints(model) == before
 
 
-def test_without_memory_for_it_each_map_is_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Any, *args: Any) -> None:
+def test_an_error_in_an_attack_parts_the_weights_and_frees_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the error is on its way, and its traceback holds what the attack held."""
+    model, memories = llama(lora=True), []
+    before = fingerprints(model)
+
+    def fails(model: Any, *args: Any) -> None:
+        memories.extend(weakref.ref(group.memory) for group in joined_weights.groups_of(model).values())
+        assert are_joined(model)
+        raise RuntimeError("of this test")
+
+    monkeypatch.setattr("lpa_kernels.attack.loop.run", fails)
+    with pytest.raises(RuntimeError, match="of this test") as error:
+        attacked(model)
+    assert error.traceback
+    assert len(memories) == 16
+    assert [memory() for memory in memories] == [None] * 16
+    assert has_nothing_left(model)
+    assert fingerprints(model) == before
+
+
+def test_an_interrupt_while_weights_move_parts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = llama(lora=True), []
+    before = fingerprints(model)
+    copy_ = Tensor.copy_
+
+    def interrupted(self: Tensor, other: Tensor, *args: Any) -> Tensor:
+        calls.append(len(calls))  # not the tensor: nobody else may hold it
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return copy_(self, other, *args)
+
+    def move(self: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "copy_", interrupted)
+            own(self)
+
+    own = joined_weights.Group.move
+    monkeypatch.setattr(joined_weights.Group, "move", move)
+    with pytest.raises(KeyboardInterrupt):
+        attacked(model)
+    assert has_nothing_left(model)
+    assert fingerprints(model) == before
+    assert_attacks_right(model)
+
+
+def test_without_room_for_both_weights_part_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, copied, calls = llama(lora=True), joined_weights._copy, []
+    before = fingerprints(model)
+
+    def full(values: Tensor, device: torch.device) -> Tensor:
+        calls.append(device)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("of this test")
+        return copied(values, device)
+
+    monkeypatch.setattr(joined_weights, "_copy", full)
+    attacked(model)
+    assert len(calls) > 3
+    assert has_nothing_left(model)
+    assert fingerprints(model) == before
+
+
+def test_an_error_while_weights_part_leaves_the_others_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own, calls = llama(lora=True), joined_weights.Group.part, []
+
+    def fails(self: Any) -> None:
+        calls.append(self)
+        own(self)
+        if len(calls) == 2:
+            raise RuntimeError("of this test")
+
+    monkeypatch.setattr(joined_weights.Group, "part", fails)
+    with pytest.raises(RuntimeError, match="of this test"):
+        attacked(model)
+    assert len(calls) == 16
+    assert has_nothing_left(model)
+
+
+@pytest.mark.parametrize("full", ["Group.__init__", "Maps._adapters"])
+def test_without_memory_for_it_each_map_is_a_product_of_its_own(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*args: Any) -> None:
         raise torch.OutOfMemoryError("of this test")
 
-    monkeypatch.setattr("lpa_kernels.model.joined.Group.__init__", full)
-    assert_attacks_right(llama(lora=True), "0 of 16 joined (there is no memory to join them in)")
+    monkeypatch.setattr(f"lpa_kernels.model.joined.{full}", raises)
+    model = llama(lora=True)
+    with inner_mode(model):
+        assert_attacks_right(model, "0 of 16 joined (there is no memory to join them in)")
+        assert not are_joined(model)
+
+
+def test_what_was_compared_apart_is_not_run_joined() -> None:
+    model = llama(lora=True)
+    state = model.state_dict()
+    assert_attacks_right(model, "0 of 16 joined (a weight's memory is not its own alone)")
+    del state
+    assert_attacks_right(model, "0 of 16 joined (a weight's memory is not its own alone)")
+    forget(model)
+    assert_attacks_right(model)
+
+
+def test_keys_that_are_values() -> None:
+    """One parameter twice among the maps of one input."""
+    model = tiny("llama")
+    attention = model.model.layers[1].self_attn
+    attention.v_proj.weight = attention.k_proj.weight
+    assert_attacks_right(model, "7 of 8 joined (a weight is two maps' of one input)")
 
 
 def test_weights_that_are_trained_stay_the_optimisers() -> None:

@@ -15,7 +15,6 @@ from lpa_kernels.model.sharding import is_sharded
 from tests.support import ranks
 
 from ...support.batches import PLAIN, RAGGED, assert_close, assert_same, attack_with, llama, pairs
-from ...support.joining import joining
 
 BOTH = ["embedding", "mlp:1"]
 # sites, engine, options; the ranks' batches differ in pairs and lengths
@@ -33,20 +32,16 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 def shared_by_ranks(model: Any) -> Any:
     """A copy of an adapted Llama, sharded as accelerate does it."""
-    return sharded(copy.deepcopy(model))
-
-
-def sharded(model: Any) -> Any:
-    """The adapted Llama itself."""
     from torch.distributed.fsdp import fully_shard
 
-    base = model.get_base_model()
+    shared = copy.deepcopy(model)
+    base = shared.get_base_model()
     for block in base.model.layers:
         fully_shard(block)
     fully_shard(base.model.embed_tokens)
     fully_shard([base.model.norm, base.lm_head], reshard_after_forward=False)
-    fully_shard(model)
-    return model
+    fully_shard(shared)
+    return shared
 
 
 def attack_both() -> None:
@@ -63,13 +58,6 @@ def attack_both() -> None:
     assert (is_sharded(model), is_sharded(shared)) == (False, True)
     batch = pairs(RAGGED if dist.get_rank() else PLAIN, seed=dist.get_rank())
     flags = [p.requires_grad for p in model.parameters()]
-    joined = copy.deepcopy(model)
-    with joining():
-        assert attack_with(joined, batch, BOTH, "stack").kernels["products"] == "joined"
-    sharded(joined)  # weights that are views of one memory
-    assert all(torch.equal(a, p.full_tensor()) for a, p in zip(model.parameters(), joined.parameters(), strict=True))
-    assert joined.state_dict().keys() == model.state_dict().keys()
-    assert_same(attack_with(joined, batch, BOTH, "packed"), attack_with(model, batch, BOTH, "packed"))
     for name, (sites, engine, options) in CASES.items():
         if name == "checkpointed":
             for each in (model, shared):
