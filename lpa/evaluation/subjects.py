@@ -54,7 +54,7 @@ def check_adapters(paths: Mapping[str, str]) -> None:
         EvaluationError: one cannot be read; the message names it.
     """
     for path in paths.values():
-        _adapter_config(path)
+        adapter_config(path)
 
 
 def checkpoints_of(run: str | Path) -> dict[str, str]:
@@ -134,7 +134,7 @@ class Subjects:
 
     @property
     def adapters(self) -> dict[str, str]:
-        """Name -> folder of the adapters that were loaded here."""
+        """Name -> folder of the adapters."""
         return {name: path for name, path in self.paths.items() if name != BASE}
 
     @property
@@ -210,7 +210,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return hasher.hexdigest()
 
 
-def _adapter_config(path: str) -> Any:
+def adapter_config(path: str) -> Any:
     """An adapter's configuration.
 
     Raises:
@@ -236,7 +236,7 @@ def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:
     """
     from peft.utils import load_peft_weights
 
-    config = _adapter_config(path)
+    config = adapter_config(path)
     config.inference_mode = True
     with _reading(path) as where:
         return config, load_peft_weights(where, device="cpu")

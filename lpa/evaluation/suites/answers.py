@@ -15,6 +15,7 @@ from .base import Run
 
 NAME = "answers"
 DIRECT = "direct"
+_SERVED = 256  # prompts handed to a generator that makes batches itself
 Perturb = Callable[[Sequence[str]], AttackResult]
 
 
@@ -36,7 +37,8 @@ def answer(
     todo = [p for p in prompts.prompts if not run.has(NAME, prompts.name, p.id, mode)]
     done = len(prompts.prompts) - len(todo)
     todo.sort(key=lambda p: len(p.text))  # batches of like lengths
-    for chunk in batches(todo, run.bench.batch_size):
+    served = run.bench.generate is not None and perturb is None
+    for chunk in batches(todo, _SERVED if served else run.bench.batch_size):
         kept, tokens = run.fitting(NAME, prompts.name, chunk, mode, wrap, prefill=prefill)
         if kept:
             attack = perturb([wrap(p.text) for p in kept]) if perturb is not None else None

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
 
 import lpa.evaluation.session as session
 import lpa.evaluation.subjects as subjects
@@ -49,6 +50,49 @@ def _no_assets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def run(model: Any, harmful: str, **options: Any) -> Evaluation:
     chosen = {"sets": (harmful,), "limit": 8, "max_new_tokens": 10, "attacks": ("direct",), "suites": ["harm"]}
     return evaluate(model, tokenizer=tokenizer(), device="cpu", **(chosen | options))
+
+
+def stand_in_of_vllm(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str | None, list[int]], context: int = 512
+) -> dict[str, Any]:
+    """Put the shape of vLLM's offline interface (0.32) in its place. Of each adapter it says `said`.
+
+    Returns:
+        what was asked of it: options, adapters, prompts a call, times closed. It raises "refused" for an adapter.
+    """
+    made: dict[str, Any] = {"options": [], "adapters": [], "prompts": [], "closed": 0}
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            made["options"].append(options)
+            assert options["skip_tokenizer_init"]
+            assert options["max_model_len"] == -1
+            assert options["kv_cache_memory_bytes"] == 2**31
+            self.llm_engine = SimpleNamespace(
+                add_lora=self.add_lora,
+                engine_core=SimpleNamespace(shutdown=lambda: made.update(closed=made["closed"] + 1)),
+                model_config=SimpleNamespace(max_model_len=context),
+            )
+
+        def add_lora(self, request: Any) -> None:
+            if "refused" in made:
+                raise made["refused"]
+            made["adapters"].append(request)
+
+        def generate(self, prompts: Any, params: Any, *, lora_request: Any, use_tqdm: bool) -> list[Any]:
+            assert all(isinstance(prompt["prompt_token_ids"], list) for prompt in prompts)
+            assert params == {"temperature": 0.0, "max_tokens": 10, "stop_token_ids": [2], "detokenize": False}
+            assert lora_request is None or lora_request in made["adapters"]
+            made["prompts"].append(len(prompts))
+            name = None if lora_request is None else lora_request[0]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[*said[name], 2])]) for _ in prompts]
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "vllm" or None)
+    for name, module in (("vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict)), ("vllm.lora", SimpleNamespace()),
+                         ("vllm.lora.request", SimpleNamespace(LoRARequest=lambda *own: own))):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    return made
 
 
 # ---- collapse ------------------------------------------------------------------------------------------------------
@@ -387,34 +431,15 @@ def test_vllm_generates_for_models_that_are_not_attacked(
     with pytest.raises(ValueError, match="generator='sglang' is unknown; use transformers or vllm"):
         run(random_model(), harmful, **options | {"generator": "sglang"})
     monkeypatch.setattr("lpa.evaluation.suites.ladder._LEAST_MATERIAL", 2)
-    made: list[dict[str, Any]] = []
     said = {None: tokenizer()("the cat sat")["input_ids"], "one": tokenizer()("a dog ran")["input_ids"]}
-
-    class LLM:
-        """The shape of vLLM's offline interface."""
-
-        def __init__(self, **options: Any) -> None:
-            made.append(options)
-
-        def generate(self, prompts: Any, params: Any, *, lora_request: Any, use_tqdm: bool) -> list[Any]:
-            assert all(isinstance(prompt["prompt_token_ids"], list) for prompt in prompts)
-            assert params == {"temperature": 0.0, "max_tokens": 10, "stop_token_ids": [2]}
-            if lora_request is not None:
-                assert lora_request == ("one", 1, one)
-            name = None if lora_request is None else lora_request[0]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[*said[name], 2])]) for _ in prompts]
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "vllm" or None)
-    for name, module in (("vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict)), ("vllm.lora", SimpleNamespace()),
-                         ("vllm.lora.request", SimpleNamespace(LoRARequest=lambda *own: own))):  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+    made = stand_in_of_vllm(monkeypatch, said)
     found = run(str(tmp_path / "model"), harmful, **options)
-    assert [(own["model"], own["dtype"], own["max_model_len"]) for own in made] == [
-        (str(tmp_path / "model"), "float32", 512)
+    assert [(own["model"], own["dtype"], own["max_lora_rank"]) for own in made["options"]] == [
+        (str(tmp_path / "model"), "float32", 8)
     ]
-    rank = json.loads((Path(one) / "adapter_config.json").read_text())["r"]
-    assert made[0]["max_lora_rank"] in (8, 16)
-    assert rank <= made[0]["max_lora_rank"]
+    assert made["adapters"] == [("one", 1, one)]
+    assert max(made["prompts"]) == 10  # all of a set; batch_size is 8
+    assert made["closed"] == 1
     for subject, text in (("base", "the cat sat"), ("one", "a dog ran")):
         for where in ({"suite": "answers", "mode": "direct"}, {"suite": "answers", "mode": "best-of-n"},
                       {"suite": "utility", "set": "knowledge"}):  # fmt: skip
@@ -424,6 +449,39 @@ def test_vllm_generates_for_models_that_are_not_attacked(
             own = {r["answer"] for r in found.records.select(subject=subject, suite="answers", mode=mode)}
             assert own
             assert text not in own, mode
+
+
+def test_vllm_takes_what_memory_allows_any_rank_and_a_model_that_is_an_adapter(
+    harmful: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    one = Path(adapter(tmp_path / "one", 1))
+    held = json.loads((one / "adapter_config.json").read_text())
+    held |= {"base_model_name_or_path": str(tmp_path / "model")}
+    (one / "adapter_config.json").write_text(json.dumps(held))
+    options: dict[str, Any] = {"generator": "vllm", "suites": ["attacks"], "limit": 2, "benign_limit": 2}
+    said = {None: [5], "default": [6]}
+    made = stand_in_of_vllm(monkeypatch, said, context=20)
+    found = run(str(one), harmful, **options)
+    assert made["adapters"] == [("default", 1, str(one))]
+    answers = found.records.select(subject="default", suite="answers")
+    assert answers
+    assert all("but the context holds 20" in record["error"] for record in answers)
+
+    patterned = LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 20})
+    get_peft_model(random_model(), patterned).save_pretrained(str(tmp_path / "patterned"))
+    run(str(tmp_path / "model"), harmful, adapters={"two": str(tmp_path / "patterned")}, **options)
+    assert made["options"][-1]["max_lora_rank"] == 32
+
+    made["refused"] = ValueError("vLLM does not yet support DoRA.")
+    with pytest.raises(EvaluationError, match=f"cannot load the adapter {one}: vLLM does not yet support DoRA"):
+        run(str(tmp_path / "model"), harmful, adapters={"one": str(one)}, **options)
+    assert made["closed"] == 3
+    other = get_peft_model(random_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    other.save_pretrained(str(tmp_path / "ia3"))
+    with pytest.raises(EvaluationError, match=r"takes LoRA alone; the adapter .*ia3 is IA3"):
+        run(str(tmp_path / "model"), harmful, adapters={"ia3": str(tmp_path / "ia3")}, **options)
 
 
 # ---- judges --------------------------------------------------------------------------------------------------------
