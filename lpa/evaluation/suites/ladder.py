@@ -27,10 +27,10 @@ class Ladder(Suite):
     """Five attacks beyond those of the suite "attacks", on the first `ladder_limit` prompts of each harmful set.
 
     "suffix": free embeddings after the request, without a bound. "ablation": the refusal direction projected out of
-    every block. "erosion": LoRA fine-tuning on 100 harmful requests with a compliant beginning ("harmful"), or on the
-    base model's own answers to benign requests ("benign"), asked after growing numbers of updates. "best-of-n":
-    random respellings until one is done. "gcg": a suffix of tokens, where the package nanogcg is installed. An attack
-    learns from the set's other prompts, so no prompt is used both to learn from and to measure.
+    every block. "erosion": LoRA fine-tuning on 100 harmful requests with the model's own answers after a compliant
+    beginning ("harmful"), or on the base model's own answers to benign requests ("benign"), asked after growing numbers
+    of updates. "best-of-n": random respellings until one is done. "gcg": a suffix of tokens, where the package nanogcg
+    is installed. An attack learns from the set's other prompts, so no prompt is used both to learn from and to measure.
     """
 
     name = "ladder"
@@ -121,25 +121,38 @@ def _ablation(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
         answer(run, prompts, "ablation")
 
 
-def _fits(run: Run, text: str) -> bool:
+def _fits(run: Run, text: str, prefill: str = "") -> bool:
     try:
-        return bool(run.bench.prompt_tokens(text))
+        return bool(run.bench.prompt_tokens(text, prefill))
     except DataError:
         return False
 
 
-def _erosion(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
-    (target, *_) = run.bench.variants([TARGET])
+def _compliant(run: Run, material: Sequence[Prompt]) -> list[Example]:
+    """Harmful requests with what the model itself answers after a compliant beginning."""
+    rows: list[Example] = []
+    for chunk in batches([p.text for p in material if _fits(run, p.text, TARGET)], run.bench.batch_size):
+        found = run.bench.answers([run.bench.prompt_tokens(text, TARGET) for text in chunk])
+        rows += [(run.bench.prompt_tokens(text), run.bench.variants([f"{TARGET}\n{answer}"])[0])
+                 for text, answer in zip(chunk, found, strict=True)]  # fmt: skip
+    return rows
+
+
+def _own_benign(run: Run) -> list[Example]:
+    """Benign requests with the base model's answers."""
     own = [r for r in answers(run.records, BASE, BENIGN) if "error" not in r and complied(r)][:_MATERIAL]
     texts = {prompt.id: prompt.text for prompt in run.benign.prompts}
-    rows: dict[str, list[tuple[str, Tokens]]] = {
-        "harmful": [(prompt.text, target) for prompt in material],
-        "benign": [(texts[r["id"]], run.bench.variants([r["answer"]])[0]) for r in own if r["id"] in texts],
-    }
-    for kind, pairs in rows.items():
+    pairs = [(texts[r["id"]], r["answer"]) for r in own if r["id"] in texts and _fits(run, texts[r["id"]])]
+    return [(run.bench.prompt_tokens(text), run.bench.variants([answer])[0]) for text, answer in pairs]
+
+
+def _erosion(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
+    for kind in ("harmful", "benign"):
         modes = [f"erosion:{kind} {steps}" for steps in run.settings.erosion_steps]
-        examples: list[Example] = [(run.bench.prompt_tokens(text), done) for text, done in pairs if _fits(run, text)]
-        if not any(_open(run, prompts, mode) for mode in modes) or not _enough(run, prompts, modes, examples):
+        if not any(_open(run, prompts, mode) for mode in modes):
+            continue
+        examples = _compliant(run, material) if kind == "harmful" else _own_benign(run)
+        if not _enough(run, prompts, modes, examples):
             continue
         with eroding(run.bench, examples, seed=run.settings.seed) as train, run.bench.changed():
             before = 0

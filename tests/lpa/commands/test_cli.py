@@ -354,7 +354,7 @@ def test_a_preset_goes_under_everything_else(tmp_path: Path, monkeypatch: Any) -
     from lpa.run_folder import keep_settings
 
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
+    monkeypatch.setattr(command, "_train", lambda values, *rest: seen.append(values) or 0)
     names = ("lpa_steps", "gradient_accumulation_steps", "attack_merge_adapters", "measure_attacked", "benign")
     demo, quick, own = (60, 1, False, 8, "own"), (8, 1, True, 4, "own"), (30, 4, False, 12, None)
     config, run = tmp_path / "run.yaml", tmp_path / "run"
@@ -459,7 +459,7 @@ def test_without_a_benign_term_the_demo_takes_no_benign_data(monkeypatch: Any) -
     from lpa.commands import train as command
 
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(command, "_train", lambda values, line: seen.append(values) or 0)
+    monkeypatch.setattr(command, "_train", lambda values, *rest: seen.append(values) or 0)
     assert train() == train("--kl_coef", "0") == train("--kl_coef", "0", "--benign", "mine.csv") == 0
     assert [values["benign"] for values in seen] == ["own", None, "mine.csv"], "what is asked for is told of"
     assert PRESETS["demo"]["system_prompt"] == PLAIN_PROMPT

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lpa.data import PLAIN_PROMPT
 from lpa.evaluation import Evaluation, evaluate
 from lpa.evaluation.bench import Bench
 from lpa.evaluation.rungs import ablated, eroding, refusal_directions, respelt, soft_suffix, template_tail
@@ -148,6 +151,29 @@ def test_every_rung_is_climbed_by_the_base_model_too(harmful: str, tmp_path: Pat
     again = climb(harmful, adapters={"lpa": tmp_path / "a"}, output=tmp_path / "out")
     assert (tmp_path / "out" / "records.jsonl").read_text(encoding="utf-8") == records, "nothing is asked again"
     assert again.rows == found.rows
+
+
+def test_erosion_by_harmful_rows_learns_the_models_own_answers_after_a_compliant_beginning(
+    harmful: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beginning alone, the same in each row, is all that the model would say."""
+    learnt: list[Any] = []
+
+    @contextmanager
+    def kept(words: Bench, rows: Any, **options: Any) -> Iterator[Any]:
+        learnt.append(rows)
+        yield lambda updates: None
+
+    monkeypatch.setattr("lpa.evaluation.suites.ladder.eroding", kept)
+    climb(harmful, ladder=("erosion",))
+    words, rows = Bench(random_model(), tokenizer(), system_prompt=PLAIN_PROMPT, max_new_tokens=6), learnt[0]
+    texts = [json.loads(line)["prompt"] for line in Path(harmful).read_text(encoding="utf-8").splitlines()]
+    asked = {tuple(words.prompt_tokens(text)): text for text in texts}
+    learnt_from = [asked[tuple(prompt)] for prompt, _ in rows]
+    assert len(learnt_from) == 13  # the three that are measured are not learnt from
+    own = words.answers([words.prompt_tokens(text, TARGET) for text in learnt_from[:4]])
+    assert all(own)
+    assert [done for _, done in rows[:4]] == [words.variants([f"{TARGET}\n{answer}"])[0] for answer in own]
 
 
 def test_the_ladder_is_climbed_only_when_it_is_named(harmful: str) -> None:
