@@ -183,8 +183,10 @@ def measure(part: str, budget: Budget, output: Path, options: argparse.Namespace
     ladder = not options.no_ladder and (part == BASE or (arm in budget.main and seed == str(SEED)))
     sets = {"": (budget.suites, budget.settings.sets)}
     sets |= {"ladder": (("ladder",), budget.ladder_sets)} if ladder else {}
+    said = (DECLINE,) if arm == "lat" else budget.settings.completions  # a refusal, which is not in its own words
     for suites, names in sets.values():
-        evaluate(options.model, adapters, suites=suites, settings=replace(budget.settings, sets=names), output=folder,
+        settings = replace(budget.settings, sets=names, completions=said)
+        evaluate(options.model, adapters, suites=suites, settings=settings, output=folder,
                  batch_size=budget.batch_size, tick=progress())  # fmt: skip
     (folder / "done").touch()
 

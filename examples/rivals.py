@@ -41,7 +41,7 @@ SETTINGS = Settings(sets=("strongreject",), limit=40, benign_limit=40, attacks=(
                     max_new_tokens=24, epsilons=(), steps=(), utility_sets=())  # fmt: skip
 COLUMNS = {
     "harm done, %": ("attacks", "done: direct", 100), "under a latent attack, %": ("attacks", "done: latent", 100),
-    "refused in own words, %": ("attacks", "not done: own words", 100),
+    "refused, %": ("attacks", "not done: own words", 100),
     "trained sentence, %": ("attacks", "not done: trained sentence", 100),
     "benign not done, %": ("overrefusal", "not done", 100), "perplexity": ("utility", "perplexity", 1),
 }  # fmt: skip
