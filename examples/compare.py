@@ -166,7 +166,7 @@ def measure(part: str, budget: Budget, output: Path, options: argparse.Namespace
     """Train an arm under a seed, evaluate it, and have it climb the ladder if it is a main arm's first."""
     folder = output / "parts" / part
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
+    lock = (folder / ".part").open("w")  # beside the lock of an evaluation, which does not wait
     fcntl.flock(lock, fcntl.LOCK_EX)  # a part whose parent was killed may still be at it
     if (folder / "done").is_file():
         return
