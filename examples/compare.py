@@ -20,7 +20,6 @@ evaluated sets, nor are the benign ones whose answers the model is held to.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -32,6 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from lpa import cli
 from lpa.data import PLAIN_PROMPT, benign_requests, load_pairs
@@ -166,8 +167,8 @@ def measure(part: str, budget: Budget, output: Path, options: argparse.Namespace
     """Train an arm under a seed, evaluate it, and have it climb the ladder if it is a main arm's first."""
     folder = output / "parts" / part
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".part").open("w")  # beside the lock of an evaluation, which does not wait
-    fcntl.flock(lock, fcntl.LOCK_EX)  # a part whose parent was killed may still be at it
+    lock = FileLock(folder / ".part")  # beside the lock of an evaluation, which does not wait
+    lock.acquire()  # a part whose parent was killed may still be at it
     if (folder / "done").is_file():
         return
     adapters = {}
