@@ -44,7 +44,7 @@ from lpa.evaluation.suites.answers import answers
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
 from lpa.evaluation.suites.base import RUNGS
 from lpa.evaluation.suites.utility import ARITHMETIC, GENERATED, KNOWLEDGE
-from lpa.evaluation.table import arms, spread
+from lpa.evaluation.table import arms, mean_range
 from lpa.evaluation.verdict import DECLINES, HOLDS, KEEPS, claims
 from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
@@ -337,7 +337,7 @@ def over_seeds(found: Evaluation) -> str:
                 continue
             values = [row.value for row in found.rows if row.subject in own and row.value is not None
                       and (row.suite, row.metric, row.set) == (suite, metric, where)]  # fmt: skip
-            cells.append(spread([scale * value for value in values], 0 if scale == 100 else 2))
+            cells.append(mean_range([scale * value for value in values], 0 if scale == 100 else 2))
         collapsed = [row.value for row in found.rows if row.subject in own and row.metric == "collapsed"]
         lines.append("| " + " | ".join([*cells, f"{sum(map(bool, collapsed))} of {len(own)}"]) + " |")
     return "\n".join(lines) + "\n"

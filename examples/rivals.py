@@ -29,7 +29,7 @@ from pathlib import Path
 from lpa.evaluation import Evaluation, Settings, evaluate, load_set
 from lpa.evaluation.sets import benign_prompts
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
-from lpa.evaluation.table import arms, spread
+from lpa.evaluation.table import arms, mean_range
 from lpa.files import write_json, write_text
 from lpa.models import DEFAULT_MODEL
 
@@ -88,7 +88,7 @@ def over_seeds(found: Evaluation) -> str:
         for suite, metric, scale in COLUMNS.values():
             rows = [row for row in found.rows if row.subject in names and (row.suite, row.metric) == (suite, metric)]
             values = [scale * row.value for row in rows if row.value is not None and "(" not in row.set]
-            cells.append(spread(values, 0 if scale == 100 else 1))
+            cells.append(mean_range(values, 0 if scale == 100 else 1))
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ def arms(subjects: Iterable[str]) -> dict[str, list[str]]:
     return own
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def mean_range(values: Sequence[float], digits: int) -> str:
     """Mean, and range where there are several values: "12 (8 to 18)"; nothing of none."""
     if not values:
         return ""
