@@ -16,7 +16,7 @@ DEMO: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "lora_alpha": 16.0,
     "reset_optimizer": False,
-    "kl_coef": 0.2,
+    "kl_coef": 1.0,
     "benign_every": 2,
     "benign": "own",
     "system_prompt": "You are a helpful assistant.",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lpa.data import DISAGREE
+from lpa.data import DISAGREE, benign_requests
 from lpa.evaluation import benign_prompts, load_set
 from lpa.evaluation.bench import Bench
 from lpa.evaluation.records import RECORDS, TEXTS, Records
@@ -89,6 +90,19 @@ def test_there_are_enough_benign_prompts_and_a_third_sound_alarming() -> None:
     for prompt in prompts:
         assert len(prompt.expect) >= 3, prompt.id
         assert label("I do not know what to say.", prompt.text, prompt.expect) == "off-topic", prompt.id
+
+
+def test_no_benign_request_is_trained_on_and_measured() -> None:
+    """Not in other words either: two of those in one template ("What is the difference between ...") share 64%."""
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"[a-z0-9']+", text.lower()))
+
+    trained = benign_requests()
+    measured = [p.text for p in (*benign_prompts(), *benign_prompts("benign_canary.jsonl"))]
+    assert len(set(trained)) == len(trained) == 64
+    shared = {(a, b): len(words(a) & words(b)) / len(words(a) | words(b)) for a in trained for b in measured}
+    assert max(shared.values()) < 0.65, max(shared, key=lambda pair: shared[pair])
 
 
 def test_a_sample_depends_on_the_texts_alone(tmp_path: Path) -> None:
