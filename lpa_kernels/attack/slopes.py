@@ -169,17 +169,29 @@ def _untouched(model: nn.Module) -> bool:
 
 
 def _unusual(model: nn.Module) -> dict[str, nn.Module]:
-    """By its class's name, the first of the modules with weights whose class is neither known nor peft's LoRA."""
-    kinds = {
-        type(module): module
+    """By its kind, the first module with weights whose code is neither a known class's nor peft's LoRA's."""
+    return {
+        kind: module
         for module in reversed(modules_of(model))
         if module._parameters or isinstance(getattr(module, "adapter_layer_names", None), tuple)
+        if (kind := _unusual_kind(module))
     }
-    return {
-        f"{kind.__module__}.{kind.__name__}": module
-        for kind, module in kinds.items()
-        if not _known(kind, "peft.tuners.lora.layer")
-    }
+
+
+def _unusual_kind(module: nn.Module) -> str:
+    """What of a module is neither known nor peft's LoRA: its class, that of its weights, its forward; "" for none.
+
+    Quantised, a torch.nn.Linear keeps its class: torchao 0.18 gives it a weight of another one, compressed-tensors 0.20
+    another forward. Neither passes on gradients to its inputs where these are quantised too.
+    """
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    if not _known(type(module), "peft.tuners.lora.layer"):
+        return name
+    for kind in {type(p) for p in module._parameters.values() if p is not None}:
+        if not (kind is Tensor or _known(kind)):
+            return f"{name} with weights of {kind.__module__}.{kind.__name__}"
+    forward = module.__dict__.get("forward")
+    return "" if forward is None or is_ours(forward) else f"{name} with another forward"
 
 
 @contextmanager
@@ -206,10 +218,11 @@ def _wrong_layer(call: Callable[[Tensor | None], Any]) -> str:
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
         out = call(leaf)
-        if not isinstance(out, Tensor) or not out.requires_grad:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
             return ""
         onto = torch.randn(out.shape, generator=draw).to(out.device)
-        (grad,) = torch.autograd.grad((out.float() * onto).sum(), leaf)
+        # an output that is a constant to autograd is at fault as soon as the input moves it
+        grad = torch.autograd.grad((out.float() * onto).sum(), leaf)[0] if out.requires_grad else torch.zeros_like(leaf)
     size = float(x.float().square().mean().sqrt())
     along = torch.randn(x.shape, generator=draw).to(x.device) * size
     slope, scale = float((grad.double() * along).sum()), float(grad.double().norm()) * size

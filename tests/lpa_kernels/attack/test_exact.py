@@ -263,6 +263,43 @@ def test_a_layer_whose_backward_is_wrong_is_refused_however_little_it_adds() -> 
         attacked(randomised(get_peft_model(build("llama"), config)), pairs(SHORT))
 
 
+class _InEightBits(Tensor):
+    """As torchao's int8 weights with dynamic activations: a product with one is a constant to autograd."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.linear:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        return nn.functional.linear(_in_eight_bits(args[0]), args[1].as_subclass(Tensor).detach(), *args[2:])
+
+
+@torch.no_grad()
+def _in_eight_bits(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def with_weights_of(layer: Any) -> None:
+    layer._parameters["weight"] = layer.weight.detach().as_subclass(_InEightBits)
+
+
+def with_another_forward(layer: Any) -> None:  # as compressed-tensors does
+    layer.forward = lambda x: nn.functional.linear(_in_eight_bits(x), layer.weight.detach())
+
+
+@pytest.mark.parametrize("quantise", [with_weights_of, with_another_forward])
+@pytest.mark.parametrize("lora", [False, True])
+def test_layers_that_quantise_their_inputs_without_a_gradient_are_refused(quantise: Any, lora: bool) -> None:
+    """All layers do. What is left is the residual stream's gradient, along which the losses rise still."""
+    model = build("llama")
+    for name, module in model.model.named_modules():
+        if name.endswith("_proj"):
+            quantise(module)
+    named = quantise.__name__.replace("_", " ")
+    with pytest.raises(RuntimeError, match=rf"not those of its losses: torch.nn.modules.linear.Linear {named}"):
+        attacked(get_peft_model(model, LoraConfig(**ALL)) if lora else model, pairs(SHORT))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_of_other_tuners_pass_on_their_own_gradients(dtype: torch.dtype) -> None:
     for config in (HRAConfig(**ALL), IA3Config(feedforward_modules=["down_proj"], **ALL)):
