@@ -196,7 +196,8 @@ class LatentPGD:
         """Ask once a model and its sites whether backward passes belong to forward passes."""
         if not labels and not is_sharded(self.model):
             return
-        key = tuple(id(site.module) for site in self.sites), model_key(self.model)
+        how = self.settings.merge_adapters, self.settings.autocast  # a merged adapter has no backward pass of its own
+        key = tuple(id(site.module) for site in self.sites), model_key(self.model), how
         few = planned.layout is not None
         widths = self.widths()
 

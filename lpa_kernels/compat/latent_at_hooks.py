@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import AttackResult
-from ..model import hidden_of, ours, rows_by_length, say_once, with_hidden
+from ..model import hidden_of, rows_by_length, say_once, with_hidden
 from ..ops import perturb, project_
 
 
@@ -56,7 +56,7 @@ class GDAdversary(nn.Module):
         hidden = hidden_of(output, "the hooked module")
         size, attacked = self.attack_mask.shape
         length = hidden.numel() // hidden.shape[-1] // (hidden.shape[0] if hidden.dim() > 2 else size)
-        if length == 1 and attacked != 1:
+        if length == 1:
             return output
         if hidden.dim() > 2 and hidden.shape[0] != size:
             raise ValueError(
@@ -84,6 +84,12 @@ class _Call:
 
     def __init__(self, hook: CustomHook | None = None) -> None:
         self.hook: Callable[[], CustomHook | None] = (lambda: None) if hook is None else ref(hook)
+
+    @property
+    def _of_lpa_kernels(self) -> bool:
+        """Whether what is known of the model holds all the same (`facts.is_ours`): while it adds nothing."""
+        hook = self.hook()
+        return hook is None or hook._removed or not hook.enabled
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         hook = self.hook()
@@ -114,7 +120,7 @@ class CustomHook:
         self.enabled = True
         self._model = ref(module if model is None else model)
         self._removed = self._used = False
-        self._handle = module.register_forward_hook(ours(_Call(self)))
+        self._handle = module.register_forward_hook(_Call(self))
 
     def _apply(self, output: Any) -> Any:
         if self._removed or not self.enabled:  # a deep copy of the model calls a removed hook

@@ -1,6 +1,6 @@
 """What is known of a model and done to it for the time of an attack."""
 
-from .facts import forget, known, model_key, ours, remembered, say_once
+from .facts import forget, known, model_key, remembered, say_once
 from .head import selected_rows
 from .hooks import hooked
 from .modes import as_if_trained, eval_mode, frozen_eval, merged_adapters, probing
@@ -21,7 +21,6 @@ __all__ = [
     "language_model",
     "merged_adapters",
     "model_key",
-    "ours",
     "probing",
     "remembered",
     "resolve_sites",

@@ -101,6 +101,11 @@ def hooks_on(module: nn.Module) -> dict[int, Any]:
     return _NO_HOOKS
 
 
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether somebody else has hooks on a module: what they do to the few tokens of a probe says nothing of others."""
+    return not all(map(is_ours, hooks_on(module).values()))
+
+
 def hooks_everywhere() -> tuple[int, ...]:
     """The numbers of the hooks that somebody registered for all modules at once."""
     return tuple(number for name in _HOOKS for number in getattr(torch_module, f"_global{name}"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .facts import model_key, remembered
+from .facts import has_foreign_hooks, model_key, remembered
 from .hooks import forwards, hooked
 from .modes import as_if_trained
 from .sites import Site, decoder_layers
@@ -44,13 +44,16 @@ def _detached(output: Any) -> Any:
 def can_freeze(model: nn.Module, depth: int) -> bool:
     """Whether replaying the lowest `depth` blocks leaves the logits of a few tokens bitwise the same.
 
-    Found out once for a state of the model (`facts.model_key`). A model that raises an error when it is asked may not.
+    Found out once for a state of the model (`facts.model_key`). A model that raises an error when it is asked may not,
+    nor one with hooks of others on these blocks, which would run once more on what is replayed.
     """
     return remembered(model, "blocks replay", (model_key(model), depth), partial(_replays, model, depth))
 
 
 def _replays(model: nn.Module, depth: int) -> bool:
     try:
+        if any(map(has_foreign_hooks, list(decoder_layers(model))[:depth])):
+            return False
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         ids = torch.arange(1, 5, device=device)[None]
         with as_if_trained(model), frozen_blocks(model, depth):

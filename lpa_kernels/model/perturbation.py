@@ -102,9 +102,10 @@ def perturbed(
     Where activations are checkpointed, the backward pass runs blocks again and must do so under this too.
     """
     pairs = zip(sites, deltas, strict=True)
-    with hooked(
+    hooks = (
         (site.module, perturbing_hook(site.name, partial(_same, delta), rows, keep, backend)) for site, delta in pairs
-    ):
+    )
+    with hooked(hooks, foreign=True):  # what is found out within it is of the perturbed model
         yield
 
 
@@ -112,7 +113,8 @@ def perturbed(
 def ablated(sites: Sequence[Site], directions: Sequence[Tensor], acting: Tensor, rows: Rows) -> Iterator[None]:
     """While active, every site's output is without the part along its unit direction [H]. acting: [S, R] bool."""
     three = zip(sites, directions, acting, strict=True)
-    with hooked((site.module, ablating_hook(site.name, unit, on, rows)) for site, unit, on in three):
+    hooks = ((site.module, ablating_hook(site.name, unit, on, rows)) for site, unit, on in three)
+    with hooked(hooks, foreign=True):
         yield
 
 
@@ -187,13 +189,13 @@ def grid_rows(grid: Tensor) -> Rows:
     Raises (when called):
         ValueError: the batch has another size than the attack's.
     """
-    size, attacked = grid.shape
+    size = len(grid)
     by_length: dict[int, Tensor] = {}
 
     def rows(hidden: Tensor) -> Tensor | None:
         batch = hidden.shape[0] if hidden.dim() > 2 else size
         length = hidden.numel() // hidden.shape[-1] // max(batch, 1)
-        if length == 1 and attacked != 1:
+        if length == 1:
             return None
         if batch != size:
             raise ValueError(f"the attack is on a batch of {size}; the model was called with a batch of {batch}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .facts import model_key, remembered
+from .facts import has_foreign_hooks, model_key, remembered
 from .hooks import hooked
 from .sites import Site, decoder_layers, hidden_of, in_block, with_hidden
 
@@ -40,7 +40,8 @@ def trimmed(module: nn.Module, tokens: Tensor) -> Iterator[None]:
 def trimmable(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
     """The last block's feed-forward, where no site is in it and it treats every token by itself; None elsewhere.
 
-    The latter is found out on a few tokens, once for a state of the model (`facts.model_key`).
+    The latter is found out on a few tokens, once for a state of the model (`facts.model_key`). None also where others
+    have hooks in it, which may go by a token's place: a few tokens do not show that.
     """
     try:
         layers = decoder_layers(model)
@@ -48,7 +49,7 @@ def trimmable(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
     except ValueError:
         return None
     inside = {id(child) for child in module.modules()}
-    if any(id(site.module) in inside for site in sites):
+    if any(id(site.module) in inside for site in sites) or any(map(has_foreign_hooks, module.modules())):
         return None
     exact = remembered(
         model, "the last feed-forward treats tokens alone", model_key(model), partial(_tried, model, module)

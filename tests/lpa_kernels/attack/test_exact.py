@@ -263,6 +263,14 @@ def test_a_layer_whose_backward_is_wrong_is_refused_however_little_it_adds() -> 
         attacked(randomised(get_peft_model(build("llama"), config)), pairs(SHORT))
 
 
+def test_merged_adapters_say_nothing_of_the_gradients_of_others() -> None:
+    config = C3AConfig(task_type="CAUSAL_LM", block_size=8, target_modules=["q_proj", "o_proj"])
+    model = randomised(get_peft_model(build("llama"), config))
+    attacked(model, pairs(SHORT), merge_adapters=True)
+    with pytest.raises(RuntimeError, match=r"not those of its losses: \S*C3ALinear passes on other"):
+        attacked(model, pairs(SHORT))
+
+
 class _InEightBits(Tensor):
     """As torchao's int8 weights with dynamic activations: a product with one is a constant to autograd."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,10 +187,12 @@ def test_applying(family: str) -> None:
         handle.remove()
 
 
-def test_generation_under_an_attack() -> None:
+@pytest.mark.parametrize("attacked", [6, 1])
+def test_generation_under_an_attack(attacked: int) -> None:
     """With a cache, what it gives is what plain calls over ever longer texts give."""
     model = llama()
     batch = pairs([(6, 4, 3, 0), (6, 2, 5, 0)], "prompt")
+    batch = replace(batch, attack_mask=batch.attack_mask[:, :attacked])
     found = attack_with(model, batch, SITES, "packed", steps=4, step_size=0.3, epsilon=2.0)
     prompt = batch.rejected_ids[:, :6]
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}

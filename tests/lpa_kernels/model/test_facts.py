@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lpa_kernels.attack import LatentPGD
+from lpa_kernels.attack import LatentPGD, shared_prefix
 from lpa_kernels.attack.probe import can_pack
 from lpa_kernels.model import forget, say_once
 from lpa_kernels.model.facts import NotYet, known, model_key, remembered
@@ -194,6 +194,41 @@ def test_frozen_blocks_know_one_hook_from_another() -> None:
     first.register_forward_hook(lambda m, a, out: aside.append(out))
     later.register_forward_hook(lambda m, a, out: out + aside.pop())
     assert not can_freeze(model, 2)
+
+
+def moved_later(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Other outputs from the fifth token on, which a probe of four tokens has not."""
+    return torch.cat([output[:, :4], output[:, 4:] + 0.5], 1)
+
+
+@pytest.mark.parametrize(("place", "site"), [("layers.1", "mlp:2"), ("layers.3.mlp", "mlp:1")])
+def test_a_hook_that_goes_by_place_gets_all_tokens_and_runs_once_a_pass(place: str, site: str) -> None:
+    """On the last block that would be replayed, and on a feed-forward that would run on few tokens."""
+    model, options = llama(), {"steps": 3, "step_size": 0.05, "capture_graph": "off"}
+    model.model.get_submodule(place).register_forward_hook(moved_later)
+    want = LatentPGD(model, [site], engine="reference", **options).attack(pairs())
+    assert_same(LatentPGD(model, [site], **options).attack(pairs()), want, losses=1e-5)
+
+
+def test_what_is_found_out_under_an_attack_is_of_the_perturbed_model() -> None:
+    model, batch = llama(), pairs()
+    found = LatentPGD(model, ["embedding", "mlp:1"], steps=2, step_size=0.1).attack(batch)
+    clean = shared_prefix(model, batch)
+    with found.applied(), pytest.raises(RuntimeError, match=r"attack is on a batch of 2.* batch of 1"):
+        shared_prefix(model, batch)  # its rows are no plain texts: a perturbation by position would be out of place
+    assert torch.equal(shared_prefix(model, batch), clean)
+
+
+def test_the_log_probabilities_of_a_pair_under_its_attack_are_those_of_plain_calls() -> None:
+    model, batch = llama(), pairs().pairs([0])
+    found = LatentPGD(model, ["embedding", "mlp:1"], steps=2, step_size=0.1, epsilon=3.0).attack(batch)
+    clean = shared_prefix(model, batch)
+    with found.applied(), torch.no_grad():
+        ours = shared_prefix(model, batch)
+        logits = model(input_ids=batch.chosen_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    want = logits.gather(2, batch.chosen_ids[:, 1:, None])[..., 0] * batch.chosen_mask[:, 1:]
+    torch.testing.assert_close(ours[1:], want, rtol=0, atol=1e-4)
+    assert not torch.allclose(ours, clean, atol=1e-2)
 
 
 def scaled_adapters(module: Any, args: Any, output: Any) -> Any:
