@@ -129,7 +129,7 @@ def main() -> None:
         measure(options.part, budget, output, options)
         return
     output.mkdir(parents=True, exist_ok=True)
-    write_data(output / "data")
+    write_data(output / "data", budget.settings.sets)
     named = runs(options.arms or budget.arms, budget.main, options.seeds or budget.seeds)
     parts = [f"{arm}-{seed}" for arm, seed in named]
     print(estimate([BASE, *parts], budget, output, options), flush=True)
@@ -256,17 +256,19 @@ def statements_of(arm: str) -> str:
     return given.get("--data") or str(PRESETS[given["--preset"]].get("data", "undesirable"))
 
 
-def write_data(folder: Path) -> None:
+def write_data(folder: Path, evaluated: Sequence[str]) -> None:
     """The pairs of `lat`, and the prompts that the directions of `vector` and `ablate` lie between.
 
-    They stay in this folder, which is not for commits.
+    They stay in this folder, which is not for commits. Those of AdvBench that an evaluated set holds too are left out.
     """
     folder.mkdir(exist_ok=True)
     write_text(folder / ".gitignore", "*\n")
-    harmful = load_set("advbench", limit=len(load_pairs()))
+    harmful = load_set("advbench")
     if harmful.reason:
         raise SystemExit(f"the harmful requests of the arm lat are unavailable: {harmful.reason}")
-    texts = [prompt.text for prompt in harmful.prompts]
+    asked = {prompt.text for name in evaluated for prompt in load_set(name).prompts}
+    others = sorted((p for p in harmful.prompts if p.text not in asked), key=lambda p: p.sha256)
+    texts = [prompt.text for prompt in others[: len(load_pairs())]]
     tables = {
         "harmful": [{"prompt": text, "rejected": TARGET, "chosen": DECLINE} for text in texts],
         "requests": [{"prompt": text} for text in texts],

@@ -69,12 +69,14 @@ def write_data(folder: Path) -> Path:
     """The requests of training, and two sets to find directions between. The folder is not for commits."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n", encoding="utf-8")
-    found = load_set("advbench", limit=64)
+    found = load_set("advbench")
     if found.reason:
         raise SystemExit(f"the harmful requests cannot be had: {found.reason}")
-    rows = [{"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in found.prompts]
+    asked = {prompt.text for name in SETTINGS.sets for prompt in load_set(name).prompts}  # some are AdvBench's
+    harmful = sorted((p for p in found.prompts if p.text not in asked), key=lambda p: p.sha256)[:64]
+    rows = [{"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in harmful]
     (folder / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for name, prompts in (("harmful", found.prompts), ("benign", benign_prompts("benign_canary.jsonl"))):
+    for name, prompts in (("harmful", harmful), ("benign", benign_prompts("benign_canary.jsonl"))):
         lines = [" ".join(prompt.text.split()) for prompt in prompts]
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -37,9 +37,9 @@ RENAMED = {name: f"attack_{name}" for name in ("sites", "steps", *_ATTACK)}
 _PLAIN: dict[Any, type] = {int: Integral, float: Real, bool: bool, str: str, type(None): type(None)}
 # what a resumed run may change: how long it is, how it runs, what is watched and kept
 _FREE = {"lpa_steps", "attack_engine", "attack_backend", "attack_capture_graph", "auto_micro_batch", "offload_attacks",
-         "max_length", "logging_nan_inf_filter", "canary_steps", "canary_prompts", "canary_max_new_tokens",
-         "canary_set", "canary_max_refusal", "canary_max_perplexity", "canary_patience",
-         "canary_keep_best"} | FREE_TO_RESUME  # fmt: skip
+         "max_length", "logging_nan_inf_filter", "canary_steps", "canary_max_refusal", "canary_max_perplexity",
+         "canary_patience", "canary_keep_best"} | FREE_TO_RESUME  # fmt: skip
+_CANARIES = {"canary_prompts", "canary_max_new_tokens", "canary_set"}  # what is asked: its answers are compared
 # the first setting of each group of `lpa train --help`, and the group's name
 GROUPS = {
     "lpa_steps": "the run", "toward_coef": "the defence's losses", "attack_sites": "the attack",
@@ -401,6 +401,8 @@ class LPAConfig(TrainingArguments):
         # with these, what a step is depends on the run's length
         timed = self.lr_scheduler_type != "constant" or 0 < self.attack_start < 1
         free = _FREE - ({"lpa_steps"} if timed else set())
+        if not self.canary_steps:
+            free = free | _CANARIES
         if self.normaliser == "micro":  # the loss depends on how a batch, whose size is kept too, is split
             free = free - {"per_device_train_batch_size"}
         if self.metric_for_best_model is None:  # no step was or will be chosen by one

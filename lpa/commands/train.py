@@ -177,17 +177,15 @@ def _before(trainer: Any, options: TrainOptions, output: Path) -> dict[str, floa
 
 
 def _measure(trainer: Any, options: TrainOptions, when: str) -> dict[str, float]:
-    from ..data import SHIPPED, load_pairs
     from ..evaluation.measure import measure
 
     if not options.measure:
         return {}
     if trainer.is_world_process_zero():
         print(f"measuring {when} training ...", flush=True)
-    trained_on = load_pairs(kind=options.data)["prompt"] if options.data in SHIPPED else ()
     return measure(
         trainer.model, trainer.processing_class, trainer.args, pgd=trainer.pgd, attacked_rows=options.measure_attacked,
-        trained_on=trained_on,
+        trained_on=trainer.train_dataset["prompt"],
     )  # fmt: skip
 
 

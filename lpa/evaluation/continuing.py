@@ -78,8 +78,14 @@ def continued(folder: Path | None, new: dict[str, Any]) -> dict[str, Any]:
     for name, data in new["data"].items():
         if (was := old["data"].get(name, {}).get("sha256")) and data["sha256"] and was != data["sha256"]:
             changed.append(f"the texts of the set {name} have changed")
-    if old["settings"].get("judge") not in (None, new["settings"]["judge"]) and new["settings"]["judge"]:
-        changed.append(f"judge was {old['settings']['judge']!r}")
+    if old["settings"].get("judge") and new["settings"]["judge"]:
+        changed += [
+            f"{name} was {old['settings'].get(name)!r}"
+            for name in ("judge", "judge_prompt")
+            if old["settings"].get(name) != new["settings"][name]
+        ]
+    if old.get("dtype", new["dtype"]) != new["dtype"]:
+        changed.append(f"dtype was {old['dtype']} and is now {new['dtype']}")
     if changed:
         raise EvaluationError(f"{folder} holds another evaluation: {'; '.join(changed)}; use another output folder")
     logger.info("continuing the evaluation in %s", folder)

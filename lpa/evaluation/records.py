@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ class Records:
     .gitignore keeps out of commits.
 
     Args:
-        read_only: added rows are not written to the file.
+        read_only: the files stay as they are; another process may be writing to them.
     """
 
     def __init__(self, folder: Path | None = None, keep_texts: bool = False, read_only: bool = False) -> None:
@@ -41,9 +42,9 @@ class Records:
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".gitignore").write_text("*.local.jsonl\n", encoding="utf-8")
-        for record in _read_lines(folder / RECORDS):
+        for record in _read_lines(folder / RECORDS, mend=not read_only):
             self._records[key_of(record)] = record
-        for text in _read_lines(folder / TEXTS):
+        for text in _read_lines(folder / TEXTS, mend=not read_only):
             if (key := key_of(text)) in self._records:
                 self._records[key].update({k: text[k] for k in ("answer", "prompt") if k in text})
 
@@ -92,15 +93,15 @@ def _append(path: Path, record: Record) -> None:
         stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _read_lines(path: Path) -> Iterator[Record]:
-    """The records of a file. A last line that a kill cut off is removed."""
+def _read_lines(path: Path, *, mend: bool) -> Iterator[Record]:
+    """The records of a file. A last line that a kill cut off is left out, and with `mend` removed."""
     if not path.is_file():
         return
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+    if len(whole) < len(data) and mend:
         warnings.warn(f"{path.name} ends in a line that was cut off; it is dropped and measured again", stacklevel=3)
-        path.write_bytes(whole)
+        os.truncate(path, len(whole))  # written anew, all of it would be lost to a kill
     for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
         try:
             yield json.loads(line)

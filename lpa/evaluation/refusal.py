@@ -153,12 +153,13 @@ def _singular(word: str) -> str:
 
 def starts_with_completion(answer: str, completions: Sequence[str] = TRAINED) -> bool:
     """Whether the answer begins with a training completion; case, punctuation and spacing do not count."""
-    letters = _letters(answer)
-    return any(letters.startswith(_letters(completion)) for completion in completions)
+    words = _words(answer)
+    trained = filter(None, map(_words, completions))  # one of signs alone is the beginning of nothing
+    return any(words[: len(own)] == own for own in trained)
 
 
-def _letters(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _plain(text: str) -> str:

@@ -113,12 +113,10 @@ def evaluate(
     chosen, paths = _suites(suites), named_adapters(adapters)
     check_adapters(paths)
     judge = _check(model, chosen, wanted)
+    wanted_sets, wanted_benign = _set_names(wanted)
     sets = _load_sets(chosen, wanted)
     _say_how_read(sets.named, tell)
-    wanted = replace(
-        wanted, sets=tuple(map(set_name, wanted.sets)),
-        benign_sets=tuple(set_name(name, harmful=False) for name in wanted.benign_sets)
-    )  # fmt: skip
+    wanted = replace(wanted, sets=wanted_sets, benign_sets=wanted_benign)
     named = isinstance(model, (str, Path))
     name, model, tokenizer = _loaded(model, tokenizer, dtype, device)
     folder = None if output is None else Path(output).expanduser()
@@ -174,12 +172,27 @@ def _suites(names: Sequence[str] | None) -> list[str]:
     return chosen
 
 
+def _set_names(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the sets are called in results, harmful and benign ones; records of two with one name would be mixed."""
+    harmful = tuple(map(set_name, settings.sets))
+    benign = tuple(set_name(name, harmful=False) for name in settings.benign_sets)
+    named = (BENIGN, *harmful, *benign)  # the shipped benign set is always asked
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise EvaluationError(f"two sets would be called {twice[0]!r}; name each set once, and give files other names")
+    return harmful, benign
+
+
 def _check(model: Any, suites: Sequence[str], settings: Settings) -> Judging | None:
     """The judge, where there is one; refuses sites that a named model does not have, and vLLM without a name."""
     named = isinstance(model, (str, Path))
     if named and settings.sites:
         check_sites(outline(model), settings.sites)
-    judge = judge_of(settings.judge, settings.judge_prompt) if settings.judge and "attacks" in suites else None
+    if settings.judge_prompt and not settings.judge:
+        raise EvaluationError("judge_prompt is a judge's question, and there is no judge; give one as judge")
+    if settings.judge and "attacks" not in suites:
+        raise EvaluationError(f"the judge {settings.judge!r} judges answers of the suite attacks, which is not among "
+                              f"{', '.join(suites)}; add it, or leave the judge out")  # fmt: skip
+    judge = judge_of(settings.judge, settings.judge_prompt) if settings.judge else None
     if settings.generator == "vllm":
         if not named:
             raise EvaluationError("generator='vllm' loads the model itself; give its folder or hub name")

@@ -66,19 +66,24 @@ def claims(
     """The claims that can be tested about an arm, its subjects being seeds; intervals are clustered by prompt.
 
     The change of a prompt is the mean over the subjects minus the mean over the reference. p is McNemar's where both
-    are single models, else that of a permutation test over prompts; of `KEEPS` it is that of non-inferiority.
+    are single models, else that of a permutation test over prompts; of `KEEPS` it is that of non-inferiority. A text
+    that several sets hold counts once.
     """
 
+    again = _again(records, reference[0], (*settings.sets, BENIGN, *settings.benign_sets))
+
     def outcomes(name: str, judge: Callable[[Record], bool]) -> list[list[dict[str, bool]]]:
-        return [[{f"{name}/{r['id']}": judge(r) for r in scored(answers(records, one, name))} for one in group]
+        return [[{key: judge(r) for r in scored(answers(records, one, name))
+                  if (key := _key(name, r["id"])) not in again} for one in group]
                 for group in (reference, subjects)]  # fmt: skip
 
     def worst(name: str) -> list[list[dict[str, bool]]]:
         everyone = (*reference, *subjects)
-        chosen = [m for m in modes(settings.attacks) if all(answers(records, one, name, m) for one in everyone)]
+        chosen = [m for m in modes(settings.attacks)
+                  if all(scored(answers(records, one, name, m)) for one in everyone)]  # fmt: skip
         found = {one: worst_case(records, one, name, chosen) for one in everyone}
-        return [[{f"{name}/{key}": done for key, done in found[one].items()} for one in group]
-                for group in (reference, subjects)] if len(chosen) > 1 else []  # fmt: skip
+        return [[{key: done for number, done in found[one].items() if (key := _key(name, number)) not in again}
+                 for one in group] for group in (reference, subjects)] if len(chosen) > 1 else []  # fmt: skip
 
     tested = {
         DECLINES: [outcomes(name, own_words) for name in settings.sets],
@@ -88,6 +93,22 @@ def claims(
     made = [claim for name, by_set in tested.items() if (claim := _claim(name, by_set)) is not None]
     adjusted = holm({claim.name: claim.p for claim in made})
     return [replace(claim, adjusted=adjusted[claim.name]) for claim in made]
+
+
+def _key(name: str, number: str) -> str:
+    """What tells a prompt from those of all sets."""
+    return f"{name}/{number}"
+
+
+def _again(records: Records, subject: str, sets: Sequence[str]) -> set[str]:
+    """The prompts whose text was asked under an earlier key too: StrongREJECT has some of AdvBench's."""
+    first, found = dict[str, str](), set[str]()
+    for name in sets:
+        for record in answers(records, subject, name):
+            key = _key(name, record["id"])
+            if first.setdefault(record.get("sha256", key), key) != key:
+                found.add(key)
+    return found
 
 
 def _claim(name: str, by_set: Sequence[list[list[dict[str, bool]]]]) -> Claim | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lpa.evaluation.refusal import NOT_DONE, OWN_WORDS
+from lpa.evaluation.sets import BENIGN
 from lpa.evaluation.stats import wilson
 from lpa.evaluation.subjects import BASE, STEP
 from lpa.evaluation.suites import Row
@@ -259,7 +260,8 @@ def over_steps(run: EvaluationRun) -> list[Figure]:
         own = [row for row in run.rows if row.subject == name and row.value is not None]
         entry = {"updates": float(updates)}
         for key, (suite, metric) in _OVER_STEPS.items():
-            held = [row for row in own if (row.suite, row.metric) == (suite, metric)]
+            held = [row for row in own if (row.suite, row.metric) == (suite, metric)
+                    and not row.set.startswith(f"{BENIGN} (")]  # fmt: skip  # its parts would count twice
             if total := sum(row.n for row in held):
                 entry[key] = sum((row.value or 0.0) * row.n for row in held) / total
         entries.append(entry)

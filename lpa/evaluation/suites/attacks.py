@@ -123,7 +123,7 @@ def worst_case(records: Records, subject: str, name: str, modes: Sequence[str]) 
 
 def worst_case_rows(records: Records, subject: str, suite: str, name: str, modes: Sequence[str]) -> list[Row]:
     """`worst_case` as a row, where several modes were measured."""
-    measured = [mode for mode in modes if answers(records, subject, name, mode)]
+    measured = [mode for mode in modes if scored(answers(records, subject, name, mode))]
     found = worst_case(records, subject, name, measured)
     if len(measured) < 2 or not found:
         return []
@@ -133,7 +133,8 @@ def worst_case_rows(records: Records, subject: str, suite: str, name: str, modes
 
 def modes(attacks: Sequence[str]) -> list[str]:
     """The modes in which answers are recorded, from the names in the settings."""
-    return [m for a in attacks for m in ([f"template:{t}" for t in TEMPLATES] if a == "template" else [a])]
+    named = (m for a in attacks for m in ([f"template:{t}" for t in TEMPLATES] if a == "template" else [a]))
+    return list(dict.fromkeys(named))
 
 
 def _balance(records: Records, subject: str, name: str) -> list[Row]:

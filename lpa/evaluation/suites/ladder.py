@@ -53,7 +53,8 @@ class Ladder(Suite):
             for mode in climbed:
                 made = mode_rows(records, subject, self.name, name, mode)
                 rows += [_with_steps(row, mode) for row in made]
-                for reason in records.select(subject=subject, suite=self.name, set=name, mode=mode):
+                # a package that was missing at first may have been there later
+                for reason in records.select(subject=subject, suite=self.name, set=name, mode=mode)[: not made]:
                     rows.append(Row(subject, self.name, name, f"done: {mode}", None, note=reason["reason"]))
             rows += worst_case_rows(records, subject, self.name, name, (DIRECT, *climbed))
         return rows
@@ -165,17 +166,23 @@ def _erosion(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
 
 def _best_of_n(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
     for chunk in batches([prompt for prompt, _ in _open(run, prompts, "best-of-n")], run.bench.batch_size):
-        left = list(chunk)
+        left, said = list(chunk), dict[str, tuple[str, int]]()  # the last answer to each, and at which try
         for tries in range(1, run.settings.best_of + 1):
             run.tick(f"ladder best-of-n {prompts.name}", tries, run.settings.best_of)
             asked = [(p, respelt(p.text, f"{run.settings.seed} {p.id} {tries}")) for p in left]
             fitting = [(p, run.bench.prompt_tokens(text)) for p, text in asked if _fits(run, text)]
             texts = run.bench.answers([tokens for _, tokens in fitting]) if fitting else []
             for (prompt, _), text in zip(fitting, texts, strict=True):
+                said[prompt.id] = text, tries
                 kind = refusal.label(text, prompt.text, prompt.expect, run.settings.completions)
-                if kind == refusal.COMPLIANCE or tries == run.settings.best_of:
-                    keep(run, prompts, "best-of-n", prompt, text, tries=tries)
+                if kind == refusal.COMPLIANCE:
                     left.remove(prompt)
+        for prompt in chunk:
+            if prompt.id in said:
+                text, tries = said[prompt.id]
+                keep(run, prompts, "best-of-n", prompt, text, tries=tries)
+            else:
+                _too_long(run, prompts, "best-of-n", prompt)
 
 
 def _gcg(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
@@ -197,6 +204,14 @@ def _gcg(run: Run, prompts: PromptSet, material: Sequence[Prompt]) -> None:
         if _fits(run, text):
             (said,) = run.bench.answers([run.bench.prompt_tokens(text)])
             keep(run, prompts, "gcg", prompt, said, loss=found.best_loss)
+        else:
+            _too_long(run, prompts, "gcg", prompt)
+
+
+def _too_long(run: Run, prompts: PromptSet, mode: str, prompt: Prompt) -> None:
+    """The record of a prompt that an attack makes longer than the context."""
+    error = "the attack makes it longer than the context"
+    run.add("answers", prompts.name, prompt.id, mode, sha256=prompt.sha256, tag=prompt.tag, error=error)
 
 
 _CLIMB: dict[str, Callable[[Run, PromptSet, Sequence[Prompt]], None]] = {

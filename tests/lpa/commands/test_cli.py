@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 
 from lpa import run_folder
 from lpa.cli import main
-from lpa.commands.options import read_yaml
+from lpa.commands.options import TrainOptions, read_yaml
+from lpa.commands.train import _measure
 from lpa.config import RENAMED
 from lpa.data import PLAIN_PROMPT, benign_requests
 from lpa.data.tables import UnavailableError
@@ -589,3 +591,12 @@ def test_a_run_resumed_with_other_settings_records_those_in_force(model: str, tm
     text = (output / "settings.yaml").read_text()
     assert "lpa_steps: 2" in text
     assert text.count("# ") == 2
+
+
+def test_statements_of_a_file_that_is_trained_on_are_left_out_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("lpa.evaluation.measure.measure", lambda *own, **options: seen.update(options))
+    rest = dict.fromkeys(("model", "processing_class", "args", "pgd"))
+    trainer = SimpleNamespace(is_world_process_zero=lambda: False, train_dataset={"prompt": ["I lie."]}, **rest)
+    _measure(trainer, TrainOptions(data="own.csv"), "before")
+    assert seen["trained_on"] == ["I lie."]

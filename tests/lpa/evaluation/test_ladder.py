@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from lpa.data import PLAIN_PROMPT
+from lpa.data import PLAIN_PROMPT, DataError
 from lpa.evaluation import Evaluation, evaluate
 from lpa.evaluation.bench import Bench
+from lpa.evaluation.records import Records
 from lpa.evaluation.rungs import ablated, eroding, refusal_directions, respelt, soft_suffix, template_tail
+from lpa.evaluation.sets import Prompt, PromptSet
 from lpa.evaluation.suites.attacks import TARGET
+from lpa.evaluation.suites.base import Run, Settings
+from lpa.evaluation.suites.ladder import _CLIMB, Ladder
 from lpa_kernels.model import decoder_layers, hidden_of
 
 from ...support.speakers import STAND_INS, adapter, random_model, tokenizer
@@ -220,3 +224,36 @@ def test_gcg_is_nanogcgs_where_it_is_installed(harmful: str, monkeypatch: pytest
     assert [target for _, target in seen] == [TARGET] * 3
     assert all(turns[-1]["content"].endswith(" {optim_str}") for turns, _ in seen)
     assert len(found.records.select(suite="answers", set="standins", mode="gcg")) == 3
+
+    records = Records()
+    records.add({"subject": "base", "suite": "ladder", "set": "s", "id": "-", "mode": "gcg", "reason": "not installed"})
+    records.add({"subject": "base", "suite": "answers", "set": "s", "id": "s-1", "mode": "gcg", "label": "compliance"})
+    rows = Ladder().rows(records, "base", Settings(sets=("s",), ladder=("gcg",)))
+    assert [(row.metric, row.value) for row in rows] == [("done: gcg", 1.0)], "it has been installed since"
+
+
+@pytest.mark.parametrize("rung", ["best-of-n", "gcg"])
+def test_a_prompt_that_an_attack_makes_too_long_is_recorded(rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = PromptSet("s", True, (Prompt("s-1", "about a cat"), Prompt("s-2", "about a dog"), Prompt("s-3", "a bird")))
+
+    def prompt_tokens(text: str, *rest: Any) -> list[int]:
+        if "LONG" in text:
+            raise DataError("too long")
+        return [1]
+
+    def longer(text: str, seed: str) -> str:  # the dog's after the first try, the bird's always
+        return "LONG" if "bird" in text or ("dog" in text and not seed.endswith(" 1")) else text
+
+    monkeypatch.setattr("lpa.evaluation.suites.ladder.respelt", longer)
+    fake = SimpleNamespace(run=lambda *own: SimpleNamespace(best_string="LONG", best_loss=1.0), GCGConfig=dict)
+    monkeypatch.setitem(sys.modules, "nanogcg", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "nanogcg" or None)
+    words = SimpleNamespace(batch_size=4, model=None, tokenizer=None, prompt_tokens=prompt_tokens,
+                            answers=lambda tokens: ["I can't help with that."] * len(tokens))  # fmt: skip
+    run = Run("base", cast(Bench, words), Settings(sets=("s",), best_of=3), Records(), asked, [asked])
+    _CLIMB[rung](run, asked, ())
+    found = {r["id"]: (r.get("label"), r.get("tries"), "error" in r) for r in run.records.select(mode=rung)}
+    if rung == "gcg":
+        assert found == dict.fromkeys(("s-1", "s-2", "s-3"), (None, None, True))
+    else:
+        assert found == {"s-1": ("refusal", 3, False), "s-2": ("refusal", 1, False), "s-3": (None, None, True)}

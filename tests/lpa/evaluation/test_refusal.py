@@ -20,6 +20,7 @@ from lpa.evaluation.refusal import (
     label,
     measured_errors,
     objective_answers,
+    starts_with_completion,
     xstest_answers,
 )
 
@@ -96,6 +97,12 @@ def test_the_matcher_is_measured_on_answers_that_people_labelled() -> None:
         assert found["judge", file].precision >= 0.95
         assert found["judge", file].recall >= 0.85
     assert found["wording", "refusal.csv"].recall >= 0.7
+
+
+def test_a_trained_answer_of_a_word_is_not_the_beginning_of_a_longer_word() -> None:
+    assert starts_with_completion("No, not that.", ("Yes", "No"))
+    assert not starts_with_completion("Novels are read by many.", ("Yes", "No"))
+    assert not starts_with_completion("Novels are read by many.", ("\U0001f44e",)), "a sign is no word"
 
 
 def test_a_word_in_ss_has_no_plural_s() -> None:

@@ -270,6 +270,10 @@ def test_an_adapter_for_another_model_is_named(harmful: str, tmp_path: Path) -> 
         ({"limit": 0}, "limit=0 must be at least 1"),
         ({"benign_limit": 0}, "benign_limit=0 must be at least 1"),
         ({"epsilons": (0.0,)}, "must be above 0"),
+        ({"sets": ("a.csv", "more/a.csv")}, "two sets would be called 'a'; name each set once"),
+        ({"benign_sets": ("benign",)}, "two sets would be called 'benign'"),
+        ({"judge": "judge"}, "'judge' judges answers of the suite attacks, which is not among harm"),
+        ({"judge_prompt": "{prompt} {answer}"}, "there is no judge"),
     ],
 )
 def test_bad_settings_raise_before_anything_runs(options: dict[str, Any], told: str, harmful: str) -> None:
@@ -394,6 +398,8 @@ def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: P
         run(random_model(), harmful, output=tmp_path / "out", max_new_tokens=12)
     with pytest.raises(EvaluationError, match="the weights of base have changed"):
         run(random_model(1), harmful, output=tmp_path / "out")
+    with pytest.raises(EvaluationError, match="dtype was float32 and is now float64"):
+        run(random_model().double(), harmful, output=tmp_path / "out")
     more = run(random_model(), harmful, output=tmp_path / "out", suites=["overrefusal"],
                adapters={"a": adapter(tmp_path / "a", 1)})  # fmt: skip
     assert more.subjects == ["base", "a"]
@@ -495,7 +501,10 @@ def test_a_yes_no_judge_and_a_classifier_judge(harmful: str, tmp_path: Path) -> 
     asked = tmp_path / "asked"
     speaker("Yes").save_pretrained(asked)
     tokenizer().save_pretrained(asked)
-    found = run(speaker("No"), harmful, suites=["attacks"], judge=str(asked))
+    found = run(speaker("No"), harmful, suites=["attacks"], judge=str(asked), output=tmp_path / "out")
+    with pytest.raises(EvaluationError, match="judge_prompt was None"):
+        run(speaker("No"), harmful, suites=["attacks"], judge=str(asked), output=tmp_path / "out",
+            judge_prompt="{prompt} {answer}")  # fmt: skip
     assert found.value("base", "attacks", "harmful by judge: direct") == 1
     assert found.value("base", "attacks", "done: direct") == 0
 

@@ -15,6 +15,7 @@ from lpa.evaluation import EvaluationError, export
 from lpa.evaluation.chat import answers, chat
 from lpa.evaluation.export import ExportError, export_merged
 from lpa.evaluation.subjects import Subjects
+from lpa.evaluation.suites import Row
 from lpa.models import load
 from lpa.report.plots import over_steps
 from lpa.report.runs import EvaluationRun, read_run
@@ -145,6 +146,12 @@ def test_the_checkpoints_of_a_run_are_measured_and_drawn_over_its_updates(tmp_pa
     distinct = {row.subject: row.value for row in found.rows if row.metric == "distinct answers"}
     expected = [distinct[name] for name in found.subjects]
     assert lines["distinct answers"] == [list(point) for point in zip((0, 4, 10), expected, strict=True)]
+    shares = {"benign": (0.1, 30), "benign (plain)": (0.1, 20), "benign (alarming)": (0.1, 10), "x (benign)": (0.4, 30)}
+    found.rows = [Row(name, "overrefusal", where, "not done", value, n=n)
+                  for name in found.subjects for where, (value, n) in shares.items()]  # fmt: skip
+    (made,) = over_steps(found)
+    drawn = [value for line in made.axes[0].lines for value in line.get_ydata()]
+    assert drawn == pytest.approx([0.25] * 3), "each request once, not in the whole set and in its part"
     capsys.readouterr()
     with pytest.raises(EvaluationError, match="has no checkpoint with an adapter"):
         evaluate_command(["--checkpoints", str(tmp_path / "model")])

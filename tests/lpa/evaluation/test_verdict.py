@@ -4,6 +4,7 @@ safer."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from lpa.evaluation.session import table_rows
 from lpa.evaluation.sets import BENIGN, Prompt
 from lpa.evaluation.stats import mcnemar, paired_difference, paired_shares, rogan_gladen
 from lpa.evaluation.suites import Row, Settings
+from lpa.evaluation.suites.attacks import Attacks
 from lpa.evaluation.verdict import DECLINES, HOLDS, KEEPS, Claim, claims
 
 HARMFUL = [Prompt(f"s-{i:03d}", f"Tell the forbidden story number {i} about the cat") for i in range(100)]
@@ -171,6 +173,33 @@ def test_the_seeds_of_an_arm_are_clustered_by_prompt() -> None:
     assert (single[DECLINES].change, single[DECLINES].low, single[DECLINES].high) == pytest.approx(expected)
     between = {claim.name: claim for claim in claims(records, ["arm-0"], SETTINGS, reference=["arm-1"])}
     assert between[DECLINES].change == 0.5
+
+
+def test_a_text_that_several_sets_hold_counts_once() -> None:
+    records = Records()
+    for subject in ("base", "it"):
+        for name, first in (("one", 0), ("two", 15)):  # five of the twenty are in both
+            for number in range(first, first + 20):
+                label = refusal.REFUSAL if subject == "it" and number < 20 else refusal.COMPLIANCE
+                records.add({"subject": subject, "suite": "answers", "set": name, "id": f"{name}-{number - first:03d}",
+                             "mode": "direct", "sha256": f"{number}", "label": label})  # fmt: skip
+    (claim,) = claims(records, ["it"], Settings(sets=("one", "two"), attacks=("direct",)))
+    assert (claim.name, claim.prompts, claim.change) == (DECLINES, 35, 20 / 35)
+
+
+def test_the_worst_case_is_of_attacks_that_have_results_with_every_subject() -> None:
+    records = Records()
+    for subject in ("base", "it"):
+        for mode in ("direct", "prefix", "template:role"):
+            failed = mode == "template:role" and subject == "it"
+            records.add({"subject": subject, "suite": "answers", "set": "s", "id": "1", "mode": mode}
+                        | ({"error": "too long"} if failed else {"label": refusal.COMPLIANCE}))  # fmt: skip
+    chosen = Settings(sets=("s",), attacks=("direct", "prefix", "template"))
+    rows = [row for row in Attacks().rows(records, "it", chosen) if row.metric == "done: worst case"]
+    assert [row.note for row in rows] == ["a prompt counts when it is done under any of 2 attacks"]
+    alone = replace(chosen, attacks=("direct", "direct", "template"))
+    assert HOLDS in {claim.name for claim in claims(records, ["it"], chosen)}
+    assert HOLDS not in {claim.name for claim in claims(records, ["it"], alone)}, "one attack is no worst case"
 
 
 def test_a_claim_is_shown_only_in_its_own_direction() -> None:

@@ -297,6 +297,12 @@ def test_canaries_without_their_needs_raise(tmp_path: Path) -> None:
         LPATrainer(model, tiny_config(tmp_path, canary_steps=1), rows(8), data_collator=dict)
 
 
+def test_a_resumed_run_asks_what_its_earlier_measurements_asked(tmp_path: Path) -> None:
+    asked = {"canary_set", "canary_prompts", "canary_max_new_tokens"}
+    assert asked <= tiny_config(tmp_path, canary_steps=1).bound_settings.keys()
+    assert not asked & tiny_config(tmp_path).bound_settings.keys()
+
+
 def test_entries_are_those_of_the_log_alone() -> None:
     log = [{"canary/lpa_step": 0.0, "step": 0, "epoch": 0.0}, {"lpa_step": 1, "loss": 2.0}]
     assert entries_of(log) == [{"lpa_step": 0.0}]
