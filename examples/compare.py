@@ -314,7 +314,7 @@ def over_seeds(found: Evaluation) -> str:
     Changes are in points against the base model, with 95% intervals clustered by prompt over the seeds; * marks a claim
     that is shown after Holm's adjustment.
     """
-    sets, settings = found.info["settings"]["sets"], settings_of(found)
+    sets, settings = found.info["settings"]["sets"], Settings.of(found.info["settings"])
     columns = {f"{name}: done, %": ("attacks", "done: direct", name, 100) for name in sets}
     columns |= {f"{name}: trained sentence, %": ("attacks", "not done: trained sentence", name, 100) for name in sets}
     columns |= {
@@ -345,12 +345,6 @@ def over_seeds(found: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings_of(found: Evaluation) -> Settings:
-    """The settings of an evaluation, from its record."""
-    held = {name: tuple(value) if isinstance(value, list) else value for name, value in found.info["settings"].items()}
-    return Settings(**held)
-
-
 def told(claim: Any) -> str:
     """A claim in points, marked where it is shown."""
     if claim is None:
@@ -364,7 +358,7 @@ def attack_alone(found: Evaluation) -> str:
     own = arms(found.subjects)
     if not {"lpa", "finetune"} <= own.keys():
         return ""
-    tested = claims(found.records, own["lpa"], settings_of(found), own["finetune"])
+    tested = claims(found.records, own["lpa"], Settings.of(found.info["settings"]), own["finetune"])
     lines = [f"- {claim.name}: {told(claim)} points" for claim in tested]
     return "With the attack, less without it (`lpa` - `finetune`):\n\n" + "\n".join(lines) + "\n"
 

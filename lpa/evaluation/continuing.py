@@ -20,8 +20,8 @@ from .suites import SUITES, Settings
 logger = logging.getLogger(__name__)
 
 # Settings that only add records: a stopped run may continue with other values of these.
-_FREE = ("sets", "benign_sets", "set_column", "set_filter", "set_split", "set_config", "attacks", "epsilons", "steps",
-         "utility_sets", "tasks", "ladder", "judge", "judge_prompt")  # fmt: skip
+_ADDED = ("sets", "benign_sets", "attacks", "epsilons", "steps", "utility_sets", "tasks", "ladder")
+_FREE = (*_ADDED, "set_column", "set_filter", "set_split", "set_config", "judge", "judge_prompt")
 
 
 def description(
@@ -92,6 +92,11 @@ def continued(folder: Path | None, new: dict[str, Any]) -> dict[str, Any]:
     merged = {**new, "started": old["started"], "commands": [*old["commands"], *new["commands"]]}
     merged["subjects"] = old["subjects"] | new["subjects"]
     merged["data"] = old["data"] | new["data"]
+    held = old["settings"]
+    merged["settings"] = new["settings"] | {  # the table is of all that the folder holds
+        **{name: list(dict.fromkeys([*held.get(name, ()), *new["settings"][name]])) for name in _ADDED},
+        **{name: new["settings"][name] or held.get(name) for name in ("judge", "judge_prompt")},
+    }
     merged["suites"] = list(dict.fromkeys([*old["suites"], *new["suites"]]))
     return merged
 

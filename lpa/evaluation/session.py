@@ -140,7 +140,7 @@ def evaluate(
             texts = {(p.name, prompt.id): prompt.text for p in sets.harmful for prompt in p.prompts}
             judge_answers(judge, records, texts, subjects.names, wanted.sets, subjects.device)
         names = list(info["subjects"])
-        rows = table_rows(records, names, chosen, wanted, sets.named)
+        rows = table_rows(records, names, info["suites"], Settings.of(info["settings"]), sets.named)
         result = Evaluation(rows, names, records, info, folder)
         if folder is not None:
             # a mean of nothing is no number, which is null here

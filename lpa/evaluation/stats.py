@@ -30,11 +30,7 @@ def wilson(hits: float, total: int) -> tuple[float, float]:
     return (max(0.0, middle - half) if hits > 0 else 0.0), (min(1.0, middle + half) if hits < total else 1.0)
 
 
-def bootstrap(
-    groups: Sequence[Sequence[T]],
-    statistic: Callable[[list[list[T]]], float],
-    resamples: int = RESAMPLES,
-) -> tuple[float, float]:
+def bootstrap(groups: Sequence[Sequence[T]], statistic: Callable[[list[list[T]]], float]) -> tuple[float, float]:
     """95% percentile interval of a statistic of groups of observations (Efron 1979); each group is resampled alone.
 
     (NaN, NaN) where a group has fewer than two observations.
@@ -43,7 +39,7 @@ def bootstrap(
         return math.nan, math.nan
     draw = np.random.default_rng(0)
     values = []
-    for _ in range(resamples):
+    for _ in range(RESAMPLES):
         values.append(statistic([[group[i] for i in draw.integers(len(group), size=len(group))] for group in groups]))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

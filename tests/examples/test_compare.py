@@ -16,6 +16,7 @@ from lpa.config import LPAConfig
 from lpa.data import SHIPPED
 from lpa.evaluation import Evaluation, Row, Settings
 from lpa.evaluation.records import Records
+from lpa.evaluation.sets import Prompt, PromptSet
 from lpa.evaluation.suites.answers import NAME
 from lpa.evaluation.verdict import claims
 from lpa.presets import PRESETS
@@ -88,6 +89,18 @@ def test_the_estimate_counts_what_is_left(compare: ModuleType, tmp_path: Path) -
         (tmp_path / "parts" / part / "done").touch()
     told = compare.estimate(parts, budget, tmp_path, Namespace(no_ladder=True))
     assert told.startswith("2 to train, 2 to evaluate, 0 to climb the ladder: about 0.9 hours of CPU time")
+
+
+def test_no_request_is_both_trained_on_and_evaluated(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"advbench": ["cat", "dog", "bird"], "evaluated": ["dog", "fish"]}
+    monkeypatch.setattr(compare, "load_set", lambda name: PromptSet(
+        name, True, tuple(Prompt(f"{name}-{number}", text) for number, text in enumerate(texts[name]))))  # fmt: skip
+    compare.write_data(tmp_path / "data", ("evaluated",))
+    for name in ("harmful", "requests"):
+        lines = (tmp_path / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert {json.loads(line)["prompt"] for line in lines} == {"cat", "bird"}
 
 
 def test_parts_become_one_evaluation(compare: ModuleType, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -125,6 +125,11 @@ class Settings:
     def chat_options(self) -> dict[str, Any]:
         """What every `ChatEncoder` of the run gets beside tokenizer and system prompt."""
         return {"chat_template_kwargs": self.chat_template_kwargs, "date": self.chat_template_date}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """From a record of the run, of `as_dict`."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """For a record of the run: plain JSON values."""

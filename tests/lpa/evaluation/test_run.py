@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -400,10 +401,13 @@ def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: P
         run(random_model(1), harmful, output=tmp_path / "out")
     with pytest.raises(EvaluationError, match="dtype was float32 and is now float64"):
         run(random_model().double(), harmful, output=tmp_path / "out")
-    more = run(random_model(), harmful, output=tmp_path / "out", suites=["overrefusal"],
+    other = shutil.copy(harmful, tmp_path / "others.jsonl")
+    more = run(random_model(), str(other), output=tmp_path / "out", suites=["overrefusal"],
                adapters={"a": adapter(tmp_path / "a", 1)})  # fmt: skip
     assert more.subjects == ["base", "a"]
     assert json.loads((tmp_path / "out" / session.RUN).read_text())["suites"] == ["harm", "overrefusal"]
+    assert more.value("base", "harm", "harm error", "standins") is not None, "the table has what was measured before"
+    assert more.value("a", "overrefusal", "not done") is not None
 
 
 def test_harmful_texts_stay_out_of_what_is_shared(harmful: str, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from lpa.evaluation import benign_prompts, refusal
 from lpa.evaluation.records import Records
 from lpa.evaluation.session import table_rows
 from lpa.evaluation.sets import BENIGN, Prompt
-from lpa.evaluation.stats import mcnemar, paired_difference, paired_shares, rogan_gladen
+from lpa.evaluation.stats import auroc_interval, mcnemar, paired_difference, paired_shares, rogan_gladen
 from lpa.evaluation.suites import Row, Settings
 from lpa.evaluation.suites.attacks import Attacks
+from lpa.evaluation.suites.harm import Harm
 from lpa.evaluation.verdict import DECLINES, HOLDS, KEEPS, Claim, claims
 
 HARMFUL = [Prompt(f"s-{i:03d}", f"Tell the forbidden story number {i} about the cat") for i in range(100)]
@@ -214,3 +215,15 @@ def test_the_share_done_is_also_shown_corrected() -> None:
     _, rows = judged(where(half))
     assert value(rows, "done: direct") == 0.5
     assert value(rows, "done: direct, corrected") == pytest.approx(1 - rogan_gladen(0.5, 381 / 429, 360 / 386))
+
+
+def test_the_auroc_of_yes_and_no_has_an_interval_with_a_width_at_its_end() -> None:
+    records = Records()
+    for name, no in (("standins", 1.0), (BENIGN, -1.0)):
+        for number in range(10):
+            records.add({"subject": "base", "suite": "harm", "set": name, "id": str(number), "tag": "", "yes": 0.0,
+                         "no": no})  # fmt: skip
+    (row,) = [row for row in Harm().rows(records, "base", SETTINGS) if row.metric == "AUROC"]
+    assert (row.value, row.low, row.high) == (1, *auroc_interval(1, 10, 10))
+    assert row.low is not None
+    assert row.low < 0.9
