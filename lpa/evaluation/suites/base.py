@@ -129,7 +129,8 @@ class Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """From a record of the run, of `as_dict`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        held: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**held)
 
     def as_dict(self) -> dict[str, Any]:
         """For a record of the run: plain JSON values."""
