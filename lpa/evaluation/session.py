@@ -133,6 +133,7 @@ def evaluate(
             until.enter_context(held(folder))
         info = continued(folder, description(name, subjects, chosen, wanted, sets.everything, command))
         records = Records(folder, keep_texts)
+        _check_rows(records, sets.everything)
         if folder is not None:
             write_json(folder / RUN, info)
         _measure(subjects, tokenizer, batch_size, chosen, wanted, sets, records, tick)
@@ -290,6 +291,24 @@ def _measure(
                     run.tick = _named(tick, subject)
                 for suite in suites:
                     SUITES[suite].measure(run)
+
+
+def _check_rows(records: Records, sets: Sequence[PromptSet]) -> None:
+    """Refuse to go on where ids, which are numbers of rows, have come to stand for other prompts.
+
+    Raises:
+        EvaluationError: they have.
+    """
+    for prompts in sets:
+        texts = {prompt.id: prompt.sha256 for prompt in prompts.prompts}
+        asked = [record for suite in ("answers", "harm") for record in records.select(suite=suite, set=prompts.name)]
+        for record in asked:
+            now = texts.get(record["id"])
+            if now is not None and record.get("sha256", now) != now:
+                raise EvaluationError(
+                    f"row {record['id']} of the set {prompts.name} was another prompt; put its rows back in their "
+                    "order, or use another output folder"
+                )
 
 
 def _named(tick: Callable[[str, int, int], None], subject: str) -> Callable[[str, int, int], None]:

@@ -401,6 +401,11 @@ def test_a_folder_with_another_evaluation_is_not_mixed(harmful: str, tmp_path: P
         run(random_model(1), harmful, output=tmp_path / "out")
     with pytest.raises(EvaluationError, match="dtype was float32 and is now float64"):
         run(random_model().double(), harmful, output=tmp_path / "out")
+    lines = Path(harmful).read_text(encoding="utf-8")
+    Path(harmful).write_text('{"prompt": ""}\n' + lines, encoding="utf-8")  # the same texts, each a row below
+    with pytest.raises(EvaluationError, match=r"row standins-000\d of the set standins was another prompt"):
+        run(random_model(), harmful, output=tmp_path / "out")
+    Path(harmful).write_text(lines, encoding="utf-8")
     other = shutil.copy(harmful, tmp_path / "others.jsonl")
     more = run(random_model(), str(other), output=tmp_path / "out", suites=["overrefusal"],
                adapters={"a": adapter(tmp_path / "a", 1)})  # fmt: skip
