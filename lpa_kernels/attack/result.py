@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.hooks import not_compiled
 from ..model.perturbation import ablated, ablating_hook, grid_rows, kept_for_recompute, perturbed, perturbing_hook
 from ..model.sites import Site
 from .batch import PairBatch
@@ -167,6 +168,7 @@ class AttackResult:
         """While active, the model answers under this attack: plain calls on either text of the attacked batch.
 
         A backward pass may follow after it: blocks whose activations are checkpointed within run under it once more.
+        A model that is compiled runs uncompiled within: compiled code does not see hooks.
 
         Args:
             rows: for engines: how the tokens of a pass map to rows; by default by their positions.
@@ -175,13 +177,18 @@ class AttackResult:
         with under() if self.model is None else kept_for_recompute(self.model, under):
             yield
 
-    def perturbing(self, rows: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def perturbing(self, rows: Any) -> Iterator[None]:
         """The perturbations alone, on tokens that map to `rows`; nothing where the attack is not `enabled`."""
         if not self.enabled:
-            return nullcontext()
+            yield
+            return
         if self.ablated is not None and self.acting is not None:
-            return ablated(self.sites, self.ablated, self.acting, rows)
-        return perturbed(self.sites, self.deltas_by_row, rows, backend=self.backend)
+            on = ablated(self.sites, self.ablated, self.acting, rows)
+        else:
+            on = perturbed(self.sites, self.deltas_by_row, rows, backend=self.backend)
+        with not_compiled(), on:
+            yield
 
     def hook(self, site: str | None = None) -> Any:
         """A plain forward hook with one site's perturbation, for any module: `module.register_forward_hook(...)`."""

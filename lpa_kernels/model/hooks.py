@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from .facts import ours
@@ -38,6 +40,13 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def not_compiled() -> AbstractContextManager[Any]:
+    """Within it what `torch.compile` has compiled runs as it was written: compiled code does not see later hooks."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():  # else nothing is compiled, or all of this
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 @contextmanager

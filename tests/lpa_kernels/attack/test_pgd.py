@@ -187,6 +187,25 @@ def test_applying(family: str) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("compiled", ["another module", "in place"])
+def test_a_compiled_model_is_perturbed_too(compiled: str) -> None:
+    """Compiled code calls the hooks that there were when it was compiled, and no others."""
+    model, batch = llama(), pairs()
+    found = attack_with(model, batch, SITES, "packed", step_size=0.1, epsilon=0.3)
+    with found.applied():
+        want = logits(model, batch)
+    if compiled == "in place":
+        model.compile(backend="eager")
+    called = torch.compile(model, backend="eager") if compiled == "another module" else model
+    clean = logits(called, batch)
+    with found.applied():
+        assert torch.equal(logits(called, batch), want)
+    assert torch.equal(logits(called, batch), clean)
+    assert not torch.allclose(clean, want, atol=1e-2)
+    if compiled == "in place":
+        assert_same(attack_with(model, batch, SITES, "packed", step_size=0.1, epsilon=0.3), found)
+
+
 @pytest.mark.parametrize("attacked", [6, 1])
 def test_generation_under_an_attack(attacked: int) -> None:
     """With a cache, what it gives is what plain calls over ever longer texts give."""
