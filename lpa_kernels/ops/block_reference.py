@@ -50,12 +50,12 @@ def add_norm(
     if residual is not None:
         y = torch.add(_wide(residual), _wide(y), alpha=scale)
     r = y.to(x.dtype) if y is not x else x
-    added = x.new_empty(0) if r is x else r
+    added = x.new_empty(0) if r is x else r.contiguous()
     if weight is None:
         return added, x.new_empty(0), _wide(x.new_empty(0))
     values = _wide(r)
     rstd = torch.linalg.vector_norm(values, dim=-1).square_().div_(max(x.shape[1], 1)).add_(eps).rsqrt_()
-    return added, (values * rstd[:, None]).mul_(weight).to(x.dtype), rstd
+    return added, (values * rstd[:, None]).mul_(weight).to(x.dtype).contiguous(), rstd
 
 
 def add_norm_backward(grad: Tensor, r: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
@@ -63,7 +63,7 @@ def add_norm_backward(grad: Tensor, r: Tensor, rstd: Tensor, weight: Tensor, res
     scaled, values, factor = _wide(grad) * weight, _wide(r), rstd[:, None]
     along = torch.linalg.vecdot(scaled, values)[:, None].mul_(factor**3).div_(-max(r.shape[1], 1))
     out = scaled.mul_(factor).addcmul_(values, along)
-    return (out if residual is None else out.add_(residual)).to(r.dtype)
+    return (out if residual is None else out.add_(residual)).to(r.dtype).contiguous()
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def add_norm_backward(grad: Tensor, r: Tensor, rstd: Tensor, weight: Tensor, res
 def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, all [T, F]."""
     x = _wide(gate)
-    return (F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")).mul_(up).to(gate.dtype)
+    return (F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")).mul_(up).to(gate.dtype).contiguous()
 
 
 def swiglu_backward_(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> None:

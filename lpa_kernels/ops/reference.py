@@ -28,9 +28,9 @@ def perturb(hidden: Tensor, delta: Tensor, rows: Tensor) -> Tensor:
     """hidden [T, H] plus delta [R, H] at `rows` [T] (-1: none), summed in float32 and rounded once."""
     touched = rows >= 0
     if delta.shape[0] == 0:
-        return hidden.clone()
+        return hidden.clone(memory_format=torch.contiguous_format)
     total = hidden.to(_at_least_float32(hidden.dtype)) + delta[rows.clamp(min=0)]
-    return torch.where(touched[:, None], total.to(hidden.dtype), hidden)
+    return torch.where(touched[:, None], total.to(hidden.dtype), hidden).contiguous()
 
 
 def gather_grad(grad: Tensor, tokens: Tensor) -> Tensor:
