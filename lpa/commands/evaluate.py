@@ -34,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from ..config import json_object
     from ..evaluation import SUITES, Settings, evaluate
+    from ..evaluation.session import check_read
     from ..evaluation.subjects import checkpoints_of
     from ..models import base_and_adapters
     from . import Progress, quiet_loading
@@ -48,6 +49,8 @@ def run(arguments: Sequence[str]) -> int:
     chosen: dict[str, Any] = {
         field.name: held[field.name] for field in fields(Settings) if held.get(field.name) is not None
     }
+    flags = {action.dest: action.option_strings[-1] for action in reversed(parser._actions)}
+    check_read(chosen, options.suite, flags)
     limits = ("limit", "benign_limit", "trait_limit", "utility_limit")
     if "limit" in chosen:
         chosen = dict.fromkeys(limits, chosen["limit"]) | chosen
@@ -69,7 +72,6 @@ def run(arguments: Sequence[str]) -> int:
     try:
         settings = Settings(**values)
     except ValueError as error:  # it names fields, and these are set by options
-        flags = {action.dest: action.option_strings[-1] for action in reversed(parser._actions)}
         text = re.sub(r"^\w+", lambda found: flags.get(found[0], found[0]), str(error))
         raise ValueError(text.replace("None for all", "0 for all")) from error
     quiet_loading()

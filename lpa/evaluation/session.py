@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .judges import Judging, judge_answers, judge_of
 from .records import Records
 from .sets import BENIGN, HARM_SETS, PromptSet, load_set, set_name
 from .subjects import BASE, EvaluationError, Subjects, check_adapters, named_adapters
-from .suites import SUITES, Row, Run, Settings
+from .suites import READERS, SUITES, Row, Run, Settings
 from .table import as_markdown, as_table
 from .verdict import verdict_rows
 from .vllm import VLLM, check_installed
@@ -111,6 +111,7 @@ def evaluate(
     if batch_size < 1:
         raise EvaluationError(f"batch_size={batch_size} must be at least 1")
     chosen, paths = _suites(suites), named_adapters(adapters)
+    check_read([*options, *(["judge"] if wanted.judge else [])], chosen)
     check_adapters(paths)
     judge = _check(model, chosen, wanted)
     wanted_sets, wanted_benign = _set_names(wanted)
@@ -173,6 +174,25 @@ def _suites(names: Sequence[str] | None) -> list[str]:
     return chosen
 
 
+def check_read(
+    given: Iterable[str], suites: Sequence[str] | None = None, called: Mapping[str, str] | None = None
+) -> None:
+    """Refuse settings that none of the suites reads.
+
+    Args:
+        given: fields of `Settings` that were set. called: what they are called where they were given.
+
+    Raises:
+        EvaluationError: it names the setting, and the suites that read it.
+    """
+    chosen = _suites(suites)
+    for name in given:
+        if name in READERS and not set(READERS[name]) & set(chosen):
+            setting, readers = (called or {}).get(name, name), " or ".join(READERS[name])
+            raise EvaluationError(f"{setting} is read by the suite {readers}, which is not among {', '.join(chosen)}; "
+                                  "add it, or leave the setting out")  # fmt: skip
+
+
 def _set_names(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What the sets are called in results, harmful and benign ones; records of two with one name would be mixed."""
     harmful = tuple(map(set_name, settings.sets))
@@ -190,9 +210,6 @@ def _check(model: Any, suites: Sequence[str], settings: Settings) -> Judging | N
         check_sites(outline(model), settings.sites)
     if settings.judge_prompt and not settings.judge:
         raise EvaluationError("judge_prompt is a judge's question, and there is no judge; give one as judge")
-    if settings.judge and "attacks" not in suites:
-        raise EvaluationError(f"the judge {settings.judge!r} judges answers of the suite attacks, which is not among "
-                              f"{', '.join(suites)}; add it, or leave the judge out")  # fmt: skip
     judge = judge_of(settings.judge, settings.judge_prompt) if settings.judge else None
     if settings.generator == "vllm":
         if not named:

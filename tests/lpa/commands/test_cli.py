@@ -179,9 +179,11 @@ def test_a_wrong_adapter_is_named_before_a_model_is_loaded(model: str, monkeypat
         (["--curve-steps", "0"], "--curve-steps=(0,) must be at least 1"),
         (["--attack", "odd"], "--attack ['odd'] are unknown"),
         (["--set-filter", "odd"], "--set-filter='odd' must be column=value"),
+        (["--ladder", "suffix"], "--ladder is read by the suite ladder, which is not among traits, harm, attacks"),
+        (["--suite", "harm", "--attack-sites", "mlp:0"], "--attack-sites is read by the suite traits or attacks"),
     ],
 )
-def test_wrong_numbers_are_named_by_their_options(words: list[str], told: str, capsys: Any) -> None:
+def test_wrong_settings_are_named_by_their_options(words: list[str], told: str, capsys: Any) -> None:
     assert main(["evaluate", *words]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"error: {told}")
@@ -444,7 +446,7 @@ def test_the_models_own_answers_are_benign_data_of_one_kind(model: str, tmp_path
     preset, loaded, answers, *rest = capsys.readouterr().out.splitlines()
     assert preset.startswith("preset demo: data both, lpa_steps 1, per_device_train_batch_size 2, ")
     assert "learning_rate 1e-05, lr_scheduler_type cosine, " in preset
-    assert "kl_coef 0.2, benign_every 2, benign own, " in preset
+    assert "kl_coef 1.0, benign_every 2, benign own, " in preset
     assert loaded.startswith(f"{model}: ")
     assert answers == f"the model answers benign requests: 0/{len(benign_requests())}"
     assert "weights are trained" in " ".join(rest)

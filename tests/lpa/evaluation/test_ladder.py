@@ -181,7 +181,8 @@ def test_erosion_by_harmful_rows_learns_the_models_own_answers_after_a_compliant
 
 
 def test_the_ladder_is_climbed_only_when_it_is_named(harmful: str) -> None:
-    found = climb(harmful, suites=None, attacks=("direct",), epsilons=(), steps=(), utility_sets=(), limit=2)
+    found = evaluate(random_model(), tokenizer=tokenizer(), device="cpu", sets=(harmful,), limit=2, max_new_tokens=6,
+                     attacks=("direct",), epsilons=(), steps=(), utility_sets=())  # fmt: skip
     assert not found.records.select(suite="answers", mode="suffix")
     assert "ladder" not in found.info["suites"]
 

@@ -49,8 +49,10 @@ def _no_assets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(model: Any, harmful: str, **options: Any) -> Evaluation:
-    chosen = {"sets": (harmful,), "limit": 8, "max_new_tokens": 10, "attacks": ("direct",), "suites": ["harm"]}
-    return evaluate(model, tokenizer=tokenizer(), device="cpu", **(chosen | options))
+    chosen = {"sets": (harmful,), "limit": 8, "max_new_tokens": 10, "suites": ["harm"]} | options
+    if "attacks" in chosen["suites"]:
+        chosen.setdefault("attacks", ("direct",))
+    return evaluate(model, tokenizer=tokenizer(), device="cpu", **chosen)
 
 
 def stand_in_of_vllm(
@@ -273,7 +275,9 @@ def test_an_adapter_for_another_model_is_named(harmful: str, tmp_path: Path) -> 
         ({"epsilons": (0.0,)}, "must be above 0"),
         ({"sets": ("a.csv", "more/a.csv")}, "two sets would be called 'a'; name each set once"),
         ({"benign_sets": ("benign",)}, "two sets would be called 'benign'"),
-        ({"judge": "judge"}, "'judge' judges answers of the suite attacks, which is not among harm"),
+        ({"judge": "judge"}, "judge is read by the suite attacks, which is not among harm"),
+        ({"sites": ("block:0",)}, "sites is read by the suite traits or attacks, which is not among harm"),
+        ({"suites": ["harm", "traits"], "ladder": ("suffix",)}, "ladder is read by the suite ladder"),
         ({"judge_prompt": "{prompt} {answer}"}, "there is no judge"),
     ],
 )
@@ -319,7 +323,7 @@ def test_a_set_that_is_misnamed_or_malformed_ends_it_before_a_model_is_loaded(
         ({"benign_sets": (harmful,), "set_column": "topic"}, "standins.jsonl has no column 'topic'"),
         ({"set_filter": ("prompt=none of them",)}, "standins.jsonl holds no prompts"),
         ({"adapters": [tmp_path / "nothing"]}, "the adapter .*nothing cannot be read"),
-        ({"sites": ("mlp:99",)}, "site 'mlp:99' is out of range"),
+        ({"sites": ("mlp:99",), "suites": ["attacks"]}, "site 'mlp:99' is out of range"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ):
         with pytest.raises(ValueError, match=told):
