@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..model.facts import model_key, remembered, say_once
+from ..model.facts import has_foreign_hooks, model_key, remembered, say_once
 from ..model.frozen import Replay, frozen_blocks
 from ..model.sharding import is_sharded, left_out
 from ..model.sites import Site
@@ -225,6 +225,8 @@ def _refusal(model: nn.Module, settings: AttackSettings, state: AttackState, lay
         if settings.capture_graph == "auto":
             say_once(model, left_out(model, "inner steps are not captured in CUDA graphs"))
         return "its weights are sharded over ranks, which have to gather them in step"
+    if settings.capture_graph == "auto" and any(map(has_foreign_hooks, modules_of(model))):
+        return "a hook on one of its modules may do something else at every step, and a graph repeats one step"
     if others:
         return f"the term {others[0]!r} counts rows, and a graph's batches are filled up with rows"
     if settings.norm == "l2_sequence":

@@ -57,7 +57,8 @@ class AttackSettings:
         nonfinite: what gradients that are not finite do: "raise" after the loop, or count as "zero" with a warning.
         merge_adapters: merge LoRA into the weights for the inner loop (weights come back bit for bit).
         capture_graph: capture one step in a CUDA graph and replay it: "on" (an error where that is impossible), "off",
-            or "auto" (where possible; `AttackResult.captured` says why not). True and False mean "on" and "off".
+            or "auto" (where possible, and no module has a hook of one's own, which a graph would run once;
+            `AttackResult.captured` says why not). True and False mean "on" and "off".
         autocast: a dtype to run the model under autocast in; by default none, whatever is active outside.
 
     Raises:

@@ -239,6 +239,26 @@ def test_a_hook_in_the_place_of_another_needs_another_graph(recorded: list[Any])
     assert len(recorded) == 3
 
 
+def test_a_hook_of_ones_own_runs_at_every_step_unless_a_graph_is_asked_for(recorded: list[Any]) -> None:
+    model, seen = llama(), [0]
+
+    def hook(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        seen[0] += 1
+        return out * 2
+
+    handle = model.model.layers[3].mlp.register_forward_hook(hook)
+    found = [attack_with(model, pairs(), SITES, "packed") for _ in range(3)]
+    assert {attack.captured.partition(",")[0] for attack in found} == {
+        "a hook on one of its modules may do something else at every step"
+    }
+    before = seen[0]
+    attack_with(model, pairs(), SITES, "packed", steps=7)
+    assert seen[0] - before >= 7
+    handle.remove()
+    assert [attack_with(model, pairs(), SITES, "packed").captured for _ in range(2)] == [graphs.ONCE, "yes"]
+    assert len(recorded) == 1
+
+
 def test_a_first_batch_is_not_prepared_and_a_later_one_is_copied_once(
     recorded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
