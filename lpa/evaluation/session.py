@@ -20,7 +20,7 @@ from .continuing import continued, date_in, description
 from .judges import Judging, judge_answers, judge_of
 from .records import Records
 from .sets import BENIGN, HARM_SETS, PromptSet, load_set, set_name
-from .subjects import BASE, EvaluationError, Subjects, check_adapters, named_adapters
+from .subjects import BASE, EvaluationError, Subjects, check_adapters, named_adapters, warn_of_templates
 from .suites import READERS, SUITES, Row, Run, Settings
 from .table import as_markdown, as_table
 from .verdict import verdict_rows
@@ -125,6 +125,7 @@ def evaluate(
         wanted = replace(wanted, chat_template_date=date_in(folder) or rendering.today())
     # raises now for a wrong template or variable, not at every prompt
     ChatEncoder(tokenizer, wanted.system_prompt, **wanted.chat_options)
+    warn_of_templates(paths, tokenizer)
     subjects = Subjects(model, paths)
     if named:  # what was loaded as an adapter is a subject too, from that folder
         subjects.paths = dict.fromkeys(subjects.names, name) | subjects.paths

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from lpa.messages import one_line
 from lpa.run_folder import ADAPTER, MODEL, checkpoint_folders, updates_of
@@ -55,6 +56,16 @@ def check_adapters(paths: Mapping[str, str]) -> None:
     """
     for path in paths.values():
         adapter_config(path)
+
+
+def warn_of_templates(paths: Mapping[str, str], tokenizer: Any) -> None:
+    """Warn of adapters that were saved with another chat template than the one that they are asked under."""
+    for name, path in paths.items():
+        if (Path(path) / "tokenizer_config.json").is_file():
+            own = AutoTokenizer.from_pretrained(path).chat_template
+            if own and own != tokenizer.chat_template:
+                text = f"the adapter {name} was saved with a chat template of its own ({path})"
+                warnings.warn(f"{text}; it is asked under the base model's, which is another", stacklevel=3)
 
 
 def checkpoints_of(run: str | Path) -> dict[str, str]:

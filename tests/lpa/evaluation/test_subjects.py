@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from lpa.evaluation.subjects import BASE, Subjects
-from tests.support.speakers import adapter, random_model
+import pytest
+
+from lpa.evaluation.subjects import BASE, Subjects, warn_of_templates
+from tests.support.speakers import adapter, random_model, tokenizer
 
 
 def test_a_subject_keeps_its_fingerprint_beside_ten_others(tmp_path: Path) -> None:
@@ -32,3 +35,16 @@ def test_every_module_is_left_in_its_own_mode(tmp_path: Path) -> None:
             assert not any(module.training for module in held.modules())
     subjects.close()
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_an_adapter_with_a_chat_template_of_its_own_is_named(tmp_path: Path) -> None:
+    asked, own = tokenizer(), tokenizer()
+    paths = {name: adapter(tmp_path / name, 0) for name in ("none", "same", "other")}
+    own.save_pretrained(paths["same"])
+    own.chat_template += "!"
+    own.save_pretrained(paths["other"])
+    with pytest.warns(UserWarning, match="the adapter other was saved with a chat template of its own"):
+        warn_of_templates(paths, asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_templates({name: paths[name] for name in ("none", "same")}, asked)
