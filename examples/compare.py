@@ -39,7 +39,7 @@ from lpa.data import PLAIN_PROMPT, benign_requests, load_pairs
 from lpa.evaluation import BASE, SUITES, Evaluation, Settings, evaluate, load_set
 from lpa.evaluation.records import Records
 from lpa.evaluation.session import table_rows
-from lpa.evaluation.sets import BENIGN
+from lpa.evaluation.sets import BENIGN, load_unasked
 from lpa.evaluation.suites.answers import answers
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
 from lpa.evaluation.suites.base import RUNGS
@@ -263,12 +263,10 @@ def write_data(folder: Path, evaluated: Sequence[str]) -> None:
     """
     folder.mkdir(exist_ok=True)
     write_text(folder / ".gitignore", "*\n")
-    harmful = load_set("advbench")
+    harmful = load_unasked("advbench", evaluated, len(load_pairs()))
     if harmful.reason:
         raise SystemExit(f"the harmful requests of the arm lat are unavailable: {harmful.reason}")
-    asked = {prompt.text for name in evaluated for prompt in load_set(name).prompts}
-    others = sorted((p for p in harmful.prompts if p.text not in asked), key=lambda p: p.sha256)
-    texts = [prompt.text for prompt in others[: len(load_pairs())]]
+    texts = [prompt.text for prompt in harmful.prompts]
     tables = {
         "harmful": [{"prompt": text, "rejected": TARGET, "chosen": DECLINE} for text in texts],
         "requests": [{"prompt": text} for text in texts],

@@ -26,8 +26,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lpa.evaluation import Evaluation, Settings, evaluate, load_set
-from lpa.evaluation.sets import benign_prompts
+from lpa.evaluation import Evaluation, Settings, evaluate
+from lpa.evaluation.sets import benign_prompts, load_unasked
 from lpa.evaluation.suites.attacks import DECLINE, TARGET
 from lpa.evaluation.table import arms, mean_range
 from lpa.files import write_json, write_text
@@ -69,14 +69,12 @@ def write_data(folder: Path) -> Path:
     """The requests of training, and two sets to find directions between. The folder is not for commits."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n", encoding="utf-8")
-    found = load_set("advbench")
+    found = load_unasked("advbench", SETTINGS.sets, 64)  # AdvBench shares texts with StrongREJECT
     if found.reason:
         raise SystemExit(f"the harmful requests cannot be had: {found.reason}")
-    asked = {prompt.text for name in SETTINGS.sets for prompt in load_set(name).prompts}  # some are AdvBench's
-    harmful = sorted((p for p in found.prompts if p.text not in asked), key=lambda p: p.sha256)[:64]
-    rows = [{"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in harmful]
+    rows = [{"prompt": prompt.text, "rejected": TARGET, "chosen": DECLINE} for prompt in found.prompts]
     (folder / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for name, prompts in (("harmful", harmful), ("benign", benign_prompts("benign_canary.jsonl"))):
+    for name, prompts in (("harmful", found.prompts), ("benign", benign_prompts("benign_canary.jsonl"))):
         lines = [" ".join(prompt.text.split()) for prompt in prompts]
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

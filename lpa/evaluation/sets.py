@@ -132,6 +132,13 @@ def set_name(name: str, harmful: bool = True) -> str:
     return plain if harmful or plain == BENIGN else f"{plain} (benign)"
 
 
+def load_unasked(name: str, asked: Iterable[str], limit: int) -> PromptSet:
+    """`load_set` without the texts that the sets `asked` hold, of the rest those `limit` with the least hashes."""
+    found, texts = load_set(name), {prompt.text for one in asked for prompt in load_set(one).prompts}
+    others = sorted((prompt for prompt in found.prompts if prompt.text not in texts), key=lambda prompt: prompt.sha256)
+    return replace(found, prompts=tuple(others[:limit]))
+
+
 def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: Choice | None = None) -> PromptSet:
     """The set called `name`, or one with a `reason` where it is unavailable.
 

@@ -26,13 +26,13 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     """
     modules = modules_of(model)
     # compiled code guards on a module's forward, and would be compiled again at every attack
-    as_it_is = hooks_everywhere() or any(map(_compiled, modules))
+    as_it_is = hooks_everywhere() or any(map(is_compiled, modules))
     lean = [(m, f) for m in modules if "forward" not in m.__dict__ and (f := _lean_forward(m)) is not None]
     with forwards(() if as_it_is else lean):
         yield
 
 
-def _compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """By `torch.compile` of the module, its `compile`, or `torch.compile` of its forward."""
     own = module.__dict__.get("forward")
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:

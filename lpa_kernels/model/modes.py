@@ -16,7 +16,7 @@ from ..ops.functional import no_autocast
 from .facts import model_key, remembered, say_once
 from .hooks import checkpoints, not_compiled
 from .joined import weights_joined
-from .lean import _compiled, lean_layers
+from .lean import is_compiled, lean_layers
 from .sharding import at_rest, is_sharded, left_out
 from .walk import modules_of, parameters_of
 
@@ -373,7 +373,7 @@ def inner_mode(model: nn.Module, merge_adapters: bool = False, autocast: torch.d
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        if _compiled(model):
+        if is_compiled(model):
             stack.enter_context(not_compiled())
         stack.enter_context(
             no_autocast(device) if autocast is None else torch.autocast(device.type, dtype=autocast, enabled=True)

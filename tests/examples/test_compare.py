@@ -14,7 +14,7 @@ import pytest
 
 from lpa.config import LPAConfig
 from lpa.data import SHIPPED
-from lpa.evaluation import Evaluation, Row, Settings
+from lpa.evaluation import Evaluation, Row, Settings, sets
 from lpa.evaluation.records import Records
 from lpa.evaluation.sets import Prompt, PromptSet
 from lpa.evaluation.suites.answers import NAME
@@ -95,7 +95,7 @@ def test_no_request_is_both_trained_on_and_evaluated(
     compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {"advbench": ["cat", "dog", "bird"], "evaluated": ["dog", "fish"]}
-    monkeypatch.setattr(compare, "load_set", lambda name: PromptSet(
+    monkeypatch.setattr(sets, "load_set", lambda name: PromptSet(
         name, True, tuple(Prompt(f"{name}-{number}", text) for number, text in enumerate(texts[name]))))  # fmt: skip
     compare.write_data(tmp_path / "data", ("evaluated",))
     for name in ("harmful", "requests"):
