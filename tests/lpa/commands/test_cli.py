@@ -446,7 +446,7 @@ def test_the_models_own_answers_are_benign_data_of_one_kind(model: str, tmp_path
     preset, loaded, answers, *rest = capsys.readouterr().out.splitlines()
     assert preset.startswith("preset demo: data both, lpa_steps 1, per_device_train_batch_size 2, ")
     assert "learning_rate 1e-05, lr_scheduler_type cosine, " in preset
-    assert "kl_coef 1.0, benign_every 2, benign own, " in preset
+    assert "kl_coef 2.0, benign_every 2, benign own, " in preset
     assert loaded.startswith(f"{model}: ")
     assert answers == f"the model answers benign requests: 0/{len(benign_requests())}"
     assert "weights are trained" in " ".join(rest)
