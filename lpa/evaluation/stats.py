@@ -153,13 +153,15 @@ def noninferiority(differences: Sequence[float], margin: float) -> float:
     return min(1.0, 2 * (1 - _NORMAL.cdf((margin - middle) / error)))
 
 
-def pairs_needed(margin: float, changing: float) -> int:
+def pairs_needed(margin: float, changing: float, claims: int = 1) -> int:
     """How many pairs a non-inferiority test of paired shares needs where the true difference is 0.
 
     Of power 0.8: (z_0.975 + z_0.8)^2 changing / margin^2 (Liu et al. 2002, Statistics in Medicine 21:231).
 
     Args:
         margin: as a share. changing: the share of pairs whose two outcomes differ.
+        claims: how many are still to be shown, by which `holm` multiplies the p of the next one: the quantile is then
+            that of 1 - 0.025 / claims.
 
     Raises:
         ValueError: a share is not between 0 and 1.
@@ -167,7 +169,8 @@ def pairs_needed(margin: float, changing: float) -> int:
     for name, value in (("margin", margin), ("changing", changing)):
         if not 0 < value < 1:
             raise ValueError(f"{name}={value} must be between 0 and 1")
-    return math.ceil((_Z95 + _NORMAL.inv_cdf(0.8)) ** 2 * changing / margin**2)
+    quantile = _NORMAL.inv_cdf(1 - 0.025 / claims)
+    return math.ceil((quantile + _NORMAL.inv_cdf(0.8)) ** 2 * changing / margin**2)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

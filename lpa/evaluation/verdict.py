@@ -177,7 +177,8 @@ def _word(found: dict[str, Claim], added: float | None) -> str:
         return "safer"
     if keeps.change <= -MARGIN:
         return "undecided, and dear so far"
-    needed = pairs_needed(MARGIN + min(0.0, keeps.change), min(0.99, max(keeps.changing, 1 / keeps.prompts)))
+    changing = min(0.99, max(keeps.changing, 1 / keeps.prompts))
+    needed = pairs_needed(MARGIN + min(0.0, keeps.change), changing, sum(not claim.shown for claim in found.values()))
     return f"undecided, it takes about {max(needed, keeps.prompts + 1)} benign requests"
 
 

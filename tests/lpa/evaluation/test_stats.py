@@ -127,6 +127,8 @@ def test_the_number_of_pairs_that_a_margin_needs() -> None:
     # (1.959964 + 0.841621)^2 = 7.848880
     assert pairs_needed(0.05, 0.1) == math.ceil(7.848880 * 0.1 / 0.0025) == 314
     assert pairs_needed(0.02, 0.1) == math.ceil(7.848880 * 0.1 / 0.0004)
+    # Holm doubles the p of the first of two claims: (2.241403 + 0.841621)^2 = 9.505036
+    assert pairs_needed(0.05, 0.1, claims=2) == math.ceil(9.505036 * 0.1 / 0.0025) == 381
     with pytest.raises(ValueError, match="margin=0 must be between 0 and 1"):
         pairs_needed(0, 0.1)
 
