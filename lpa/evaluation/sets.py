@@ -144,7 +144,8 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
 
     A file's format is recognised by its header (`lpa.data.formats`). Rows that say of themselves whether they are safe
     are sorted: a harmful set has those that are not, a benign one those that are. For rows that do not say it, the name
-    of their file or split does (benign-behaviors.csv). Rows without a prompt are left out and counted.
+    of their file or split does (benign-behaviors.csv). Rows without a prompt, and those whose text was there before, are
+    left out and counted.
 
     Args:
         name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .txt file of a prompt a
@@ -173,13 +174,16 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
             mistake=True,
         )
     whole = digest("\n".join(prompt.text for prompt in prompts))
-    used = prompts
-    if limit is not None and limit < len(prompts):
-        kept = {prompt.id for prompt in sorted(prompts, key=lambda p: p.sha256)[:limit]}
-        used = [prompt for prompt in prompts if prompt.id in kept]
-    return PromptSet(
-        name, harmful and name != BENIGN, tuple(used), len(prompts), source, whole, "", found.format, found.left_out
-    )
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.text, prompt)
+    used = list(first.values())
+    repeated = {"repeated": again} if (again := len(prompts) - len(used)) else {}
+    total, left_out = len(used), {**found.left_out, **repeated}
+    if limit is not None and limit < total:
+        kept = {prompt.id for prompt in sorted(used, key=lambda p: p.sha256)[:limit]}
+        used = [prompt for prompt in used if prompt.id in kept]
+    return PromptSet(name, harmful and name != BENIGN, tuple(used), total, source, whole, "", found.format, left_out)
 
 
 @dataclass

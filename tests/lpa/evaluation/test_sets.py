@@ -300,6 +300,15 @@ def test_empty_prompts_are_counted_and_other_cells_refused(tmp_path: Path) -> No
         assert told in reason
 
 
+def test_a_text_that_a_file_repeats_is_asked_once(tmp_path: Path) -> None:
+    rows = [{"prompt": ONE}, {"prompt": TWO}, {"prompt": ONE}]
+    found = load_set(written(tmp_path, rows))
+    assert [text for _, text in prompts(found)] == [ONE, TWO]
+    assert found.total == 2
+    assert found.described()["left_out"] == {"repeated": 1}
+    assert len(load_set(written(tmp_path, rows), limit=2).prompts) == 2
+
+
 def test_a_set_is_shown_with_one_row(tmp_path: Path) -> None:
     found = load_set(written(tmp_path, FORMATS["HarmBench"][1]))
     assert found.shown == (f"own: 2 of 2 prompts of own.jsonl (HarmBench), left out: 1 copyright; the first is {ONE!r}")
