@@ -144,7 +144,7 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
 
     A file's format is recognised by its header (`lpa.data.formats`). Rows that say of themselves whether they are safe
     are sorted: a harmful set has those that are not, a benign one those that are. For rows that do not say it, the name
-    of their file or split does (benign-behaviors.csv). Rows without a prompt, and those whose text was there before, are
+    of their file or split does (benign-behaviors.csv). Rows without a prompt, and those that repeat an earlier text, are
     left out and counted.
 
     Args:
@@ -179,11 +179,11 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
         first.setdefault(prompt.text, prompt)
     used = list(first.values())
     repeated = {"repeated": again} if (again := len(prompts) - len(used)) else {}
-    total, left_out = len(used), {**found.left_out, **repeated}
+    total, without = len(used), {**found.left_out, **repeated}
     if limit is not None and limit < total:
         kept = {prompt.id for prompt in sorted(used, key=lambda p: p.sha256)[:limit]}
         used = [prompt for prompt in used if prompt.id in kept]
-    return PromptSet(name, harmful and name != BENIGN, tuple(used), total, source, whole, "", found.format, left_out)
+    return PromptSet(name, harmful and name != BENIGN, tuple(used), total, source, whole, "", found.format, without)
 
 
 @dataclass
