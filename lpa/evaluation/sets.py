@@ -144,8 +144,8 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
 
     A file's format is recognised by its header (`lpa.data.formats`). Rows that say of themselves whether they are safe
     are sorted: a harmful set has those that are not, a benign one those that are. For rows that do not say it, the name
-    of their file or split does (benign-behaviors.csv). Rows without a prompt, and those that repeat an earlier text, are
-    left out and counted.
+    of their file or split does (benign-behaviors.csv). Rows without a prompt are left out and counted, and so are those
+    that repeat an earlier text.
 
     Args:
         name: "benign"; one of `HARM_SETS`; "jailbreakbench" or "hex-phi" (which need a hub); a .txt file of a prompt a
