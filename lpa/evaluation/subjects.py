@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from lpa.messages import one_line
 from lpa.run_folder import ADAPTER, MODEL, checkpoint_folders, updates_of
+from lpa_kernels.attack import takes_from_base
 from lpa_kernels.model import eval_mode, merged_adapters
 
 BASE = "base"
@@ -100,6 +101,8 @@ class Subjects:
         self._adapters: dict[str, str] = {str(name): str(name) for name in getattr(model, "peft_config", {})}
         self._added: list[str] = []
         self.paths: dict[str, str] = {BASE: str(getattr(model.config, "_name_or_path", "") or type(model).__name__)}
+        for name, config in getattr(model, "peft_config", {}).items():
+            check_start(f"the model's adapter {name!r}", config)
         try:
             for number, (name, path) in enumerate(adapters.items()):
                 if name in self._adapters:
@@ -117,6 +120,7 @@ class Subjects:
         from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
         config, weights = _read_adapter(path)
+        check_start(f"the adapter {path}", config)
         own, made_for = str(getattr(self.model.config, "_name_or_path", "")), str(config.base_model_name_or_path or "")
         mismatch = f"the adapter {path} does not fit this model ({own or type(self._given).__name__}); it was made for "
         mismatch += f"{made_for or 'an unnamed one'}: "
@@ -237,6 +241,19 @@ def adapter_config(path: str) -> Any:
         raise EvaluationError(f"{path} holds no adapter_model.safetensors; adapters in pickles (.bin) are not read")
     with _reading(path) as where:
         return PeftConfig.from_pretrained(where)
+
+
+def check_start(whose: str, config: Any) -> None:
+    """Refuse an adapter that stands on other weights than the base model's.
+
+    Raises:
+        EvaluationError: it took its start out of the base weights.
+    """
+    if start := takes_from_base(config):
+        raise EvaluationError(
+            f"{whose} has {start}: peft takes it out of the base weights as it puts the adapter on, and no base model "
+            "is left; save it as a plain LoRA, by save_pretrained's path_initial_model_for_weight_conversion"
+        )
 
 
 def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from lpa.messages import one_line
 
 from .bench import Tokens
-from .subjects import BASE, EvaluationError, adapter_config
+from .subjects import BASE, EvaluationError, adapter_config, check_start
 
 Generate = Callable[[Sequence[Tokens], int, Sequence[int]], list[Tokens]]
 
@@ -95,6 +95,7 @@ def _rank(adapter: str) -> int:
     config = adapter_config(adapter)
     if config.peft_type != "LORA":
         raise EvaluationError(f"generator='vllm' takes LoRA alone; the adapter {adapter} is {config.peft_type.value}")
+    check_start(f"the adapter {adapter}", config)
     return max(config.r, *config.rank_pattern.values(), 1)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from lpa_kernels.attack import takes_from_base
+
 from ..config import BENIGN_TERMS, LORA_TARGETS, LPAConfig
 from ..data import (
     PLAIN_PROMPT,
@@ -105,6 +107,23 @@ def _check_adapters(model: Any, config: LPAConfig, peft_config: Any) -> None:
         if wanted not in (has, LPAConfig.__dataclass_fields__[name].default):
             raise ValueError(f"{name}={wanted} is of new adapters, and those of the model have {has}; leave it out")
     logger.warning("training goes on with the model's adapters; the settings lora_* are of new ones")
+
+
+def check_base(model: Any, config: LPAConfig, term: str) -> None:
+    """Refuse a model that is not the base model with its adapters off.
+
+    Raises:
+        ValueError: it has no adapters, or one that took its start out of the base weights.
+    """
+    needed = f"{term}={getattr(config, term)} needs the base model, and "
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(f"{needed}without adapters there is none; give ref_model, train adapters, or set {term} to 0")
+    for adapter in model.peft_config.values():
+        if start := takes_from_base(adapter):
+            raise ValueError(
+                f"{needed}adapters with {start} change its weights as they are put on; give ref_model, "
+                f"use init_lora_weights=True, or set {term} to 0"
+            )
 
 
 def _targets(model: Any, wanted: Sequence[str]) -> str | list[str]:

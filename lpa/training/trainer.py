@@ -32,6 +32,7 @@ from .optimisers import Fresh, check_made, check_optimizers
 from .prepare import (
     add_adapters,
     benign_as_tokens,
+    check_base,
     check_benign,
     check_model,
     fix_date,
@@ -140,12 +141,9 @@ class LPATrainer(DurableTrainer):
         model = add_adapters(model, args, peft_config)
         self.objective = args.pair_objective
         refers = self.objective is not None and self.objective.needs_reference
-        if ("kl" in args.coefs or refers) and ref_model is None and not hasattr(model, "disable_adapter"):
-            name = "kl" if "kl" in args.coefs else self.objective and self.objective.preference
-            raise ValueError(
-                f"{name}_coef={getattr(args, f'{name}_coef')} needs the base model, and without adapters there is "
-                f"none; give ref_model, train adapters, or set {name}_coef to 0"
-            )
+        if ("kl" in args.coefs or refers) and ref_model is None:
+            name = "kl" if "kl" in args.coefs else str(self.objective and self.objective.preference)
+            check_base(model, args, f"{name}_coef")
         check_optimizers(options.get("optimizers") or (None, None), model)
         eval_dataset, self._eval_collator = options.pop("eval_dataset", None), data_collator
         self._eval_sets: dict[str, EvalSet] | None = None

@@ -7,7 +7,7 @@ from .directions import mean_difference, read_directions
 from .graphs import forget_graphs
 from .layout import Layout, pack, unshared
 from .objective import Objective, kl_rows
-from .passes import PairRows, adapters_off, layout_logits, layout_pass, two_pass_rows
+from .passes import PairRows, adapters_off, layout_logits, layout_pass, takes_from_base, two_pass_rows
 from .pgd import LatentPGD
 from .result import AttackResult
 from .settings import ADVERSARIES, ENGINES, GRAPHS, NORMS, AttackSettings
@@ -41,6 +41,7 @@ __all__ = [
     "resolve_sites",
     "shared_layout",
     "shared_prefix",
+    "takes_from_base",
     "two_pass_rows",
     "unshared",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import AttackResult
-from ..model import hidden_of, rows_by_length, say_once, with_hidden
+from ..model import hidden_of, record_last, rows_by_length, say_once, with_hidden
 from ..ops import perturb, project_
 
 
@@ -121,6 +121,7 @@ class CustomHook:
         self._model = ref(module if model is None else model)
         self._removed = self._used = False
         self._handle = module.register_forward_hook(_Call(self))
+        record_last(module)
 
     def _apply(self, output: Any) -> Any:
         if self._removed or not self.enabled:  # a deep copy of the model calls a removed hook

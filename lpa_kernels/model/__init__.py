@@ -2,7 +2,7 @@
 
 from .facts import forget, known, model_key, remembered, say_once
 from .head import selected_rows
-from .hooks import hooked
+from .hooks import hooked, record_last
 from .modes import as_if_trained, eval_mode, frozen_eval, merged_adapters, probing
 from .perturbation import rows_by_length
 from .sites import Site, decoder_layers, hidden_of, in_block, language_model, resolve_sites, unwrapped, with_hidden
@@ -22,6 +22,7 @@ __all__ = [
     "merged_adapters",
     "model_key",
     "probing",
+    "record_last",
     "remembered",
     "resolve_sites",
     "rows_by_length",

@@ -93,12 +93,21 @@ def ours(function: Any) -> Any:
 
 
 def hooks_on(module: nn.Module) -> dict[int, Any]:
-    """The hooks on a module's forward and backward passes, by numbers that torch gives once."""
+    """The hooks on a module's forward and backward passes, by numbers that torch gives once, but for `is_recorder`."""
     own = module.__dict__
     first, second, third, fourth = _HOOKS  # spelt out, since a key asks thousands of modules
     if own[first] or own[second] or own[third] or own[fourth]:
-        return {**own[first], **own[second], **own[third], **own[fourth]}
+        held = {**own[first], **own[second], **own[third], **own[fourth]}
+        return {number: hook for number, hook in held.items() if not is_recorder(hook)}
     return _NO_HOOKS
+
+
+def is_recorder(hook: Any) -> bool:
+    """Whether transformers put a hook there to record outputs, which changes nothing.
+
+    The first output_hidden_states=True leaves one on every block for good (utils/output_capturing.py, 5.23).
+    """
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:

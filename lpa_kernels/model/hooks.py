@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .facts import ours
+from .facts import is_recorder, ours
 from .walk import modules_of
 
 Hook = Callable[..., Any]
@@ -36,10 +36,18 @@ def hooked(
             handles.append(module.register_forward_pre_hook(mark(hook), with_kwargs=with_kwargs))
         for module, hook in after:
             handles.append(module.register_forward_hook(mark(hook)))
+            record_last(module)
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_last(module: nn.Module) -> None:
+    """Have transformers record a module's output as it leaves it: `hidden_states` has what hooks set later do too."""
+    held = module._forward_hooks
+    for number in [number for number, hook in held.items() if is_recorder(hook)]:
+        held[number] = held.pop(number)
 
 
 def not_compiled() -> AbstractContextManager[Any]:

@@ -6,8 +6,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
-from lpa.evaluation.subjects import BASE, Subjects, warn_of_templates
+from lpa.evaluation.subjects import BASE, EvaluationError, Subjects, warn_of_templates
 from tests.support.speakers import adapter, random_model, tokenizer
 
 
@@ -35,6 +37,19 @@ def test_every_module_is_left_in_its_own_mode(tmp_path: Path) -> None:
             assert not any(module.training for module in held.modules())
     subjects.close()
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_an_adapter_that_started_from_the_weights_is_refused(tmp_path: Path) -> None:
+    """Put on, it would change the base model that the others are compared with."""
+    model = random_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    started = get_peft_model(random_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora"))
+    started.save_pretrained(tmp_path)
+    with pytest.raises(EvaluationError, match=r"the adapter .* has init_lora_weights='olora'"):
+        Subjects(model, {"a": str(tmp_path)})
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    with pytest.raises(EvaluationError, match=r"the model's adapter 'default' has init_lora_weights='olora'"):
+        Subjects(started, {})
 
 
 def test_an_adapter_with_a_chat_template_of_its_own_is_named(tmp_path: Path) -> None:

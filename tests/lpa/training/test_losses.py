@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import Tensor
 
 from lpa.training.losses import BenignBatch, benign_terms
@@ -155,6 +156,9 @@ def test_a_preference_loss_needs_its_reference(tmp_path: Path) -> None:
     settings = {"toward_coef": 0, "away_coef": 0, "dpo_coef": 1.0, "lora": False, "lpa_steps": 1}
     with pytest.raises(ValueError, match=r"dpo_coef=1.0 needs the base model"):
         trainer_of(tmp_path, **settings)
+    started = {"lora": True, "peft_config": LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="olora")}
+    with pytest.raises(ValueError, match=r"the base model, and adapters with init_lora_weights='olora' change"):
+        trainer_of(tmp_path, **settings | started)
     for more in ({"reference_free": True}, {"ref_model": tiny_model(len(TOKENIZER))}):
         trainer = trainer_of(tmp_path, **settings, **more)
         trainer.train()

@@ -180,6 +180,23 @@ def test_a_hook_on_a_block_is_seen_between_two_attacks() -> None:
     assert attack_with(model, pairs(), ["embedding"], "stack").engine == "stack"
 
 
+def test_hidden_states_asked_for_leave_the_stack_and_hold_the_attack() -> None:
+    """The first request leaves hooks of transformers' on every block for good: they record, and change nothing."""
+    model, ids = tiny("llama"), pairs().rejected_ids
+    model(ids, output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    attack = attack_with(model, pairs(), ["block:0"], "stack")
+    assert attack.engine == "stack"
+    given: list[Tensor] = []
+    model.model.layers[1].register_forward_pre_hook(lambda block, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        clean = model(ids, output_hidden_states=True).hidden_states[1]
+        with attack.applied():
+            attacked = model(ids, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(attacked, given[-1])
+    assert not torch.equal(attacked, clean)
+
+
 def turned_back(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor], **options: Any) -> Any:
     """Attention with the rotation the other way round."""
     return ops.attention(q, k, v, (rotation[0], -rotation[1]), **options)

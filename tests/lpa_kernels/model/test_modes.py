@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lpa_kernels.attack import adapters_off
@@ -46,6 +47,20 @@ def test_the_reference_pass_switches_no_gradient_on(frozen: bool) -> None:
     with pytest.raises(ZeroDivisionError), adapters_off(model):
         _ = 1 / 0
     assert flags(model) == before
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_from_the_weights_leaves_no_reference(start: str) -> None:
+    """peft takes it out of the base weights, so the model without the adapter is another one."""
+    model = llama()
+    tokens = torch.arange(8, device=DEVICE)[None]
+    with torch.no_grad():
+        before = model(tokens).logits
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.allclose(model(tokens).logits, before, atol=1e-2)
+    with pytest.raises(ValueError, match=f"the adapter 'default' has init_lora_weights='{start}'"), adapters_off(model):
+        pass
 
 
 def test_hooks_on_gradients_survive() -> None:
