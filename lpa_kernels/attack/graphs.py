@@ -116,9 +116,10 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
         current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # thread_local: a data loader's thread may use the device meanwhile.
-    # The outer context: a capture that fails at its end would leave its own stream the current one.
+    # The outer stream: a capture that fails at its end would leave its own one current.
     try:
         with (
+            _other_state(torch.cuda.default_generators[device.index]),
             torch.cuda.stream(current),
             torch.cuda.graph(graph, pool=pool.handle, stream=recording, capture_error_mode="thread_local"),
         ):
@@ -133,6 +134,21 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
         graph.replay()
 
     return replay
+
+
+@contextmanager
+def _other_state(generator: torch.Generator) -> Iterator[None]:
+    """Within it a generator has another state, of which a graph's replays count: nothing in a step is random.
+
+    Up to torch 2.12 a capture that cannot be ended leaves the state capturing for good. No random number could be drawn
+    by it any more, and no other graph replayed.
+    """
+    own = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(own)
 
 
 def _end_allocation(device: torch.device, pool: _Pool) -> None:

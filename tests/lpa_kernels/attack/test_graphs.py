@@ -165,6 +165,7 @@ def test_a_pool_ends_with_its_last_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("current_device", "Stream", "current_stream", "stream", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock(name=name))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "default_generators", [MagicMock()])
     used = lambda: torch.cuda.graph.call_args.kwargs["pool"]  # noqa: E731
     replays, pools = [], []
     for _ in range(2):
@@ -181,17 +182,35 @@ def test_a_pool_ends_with_its_last_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     assert used() is not pools[0]
 
 
+class Generator:
+    """What of a GPU's generator a capture handles."""
+
+    state = "own"
+
+    def graphsafe_get_state(self) -> str:
+        return self.state
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+    def clone_state(self) -> str:
+        return "a copy"
+
+
 def test_a_capture_that_cannot_be_ended_gives_its_pool_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's `capture_end` may throw before it has stopped to allocate in the pool."""
+    """torch's `capture_end` may throw before it has stopped to allocate in the pool, and to count random numbers."""
 
     class Graph:
         def __enter__(self) -> None:
+            assert generator.state == "a copy"
             calls.append("begin")
 
         def __exit__(self, *error: object) -> None:
             raise RuntimeError("capture_end")
 
     calls: list[Any] = []
+    generator = Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", [None] * 3 + [generator])
     streams = MagicMock(), MagicMock()
     monkeypatch.setattr(graphs, "_streams", {torch.device("cuda", 3): streams})
     for name in ("current_stream", "stream", "CUDAGraph"):
@@ -207,6 +226,7 @@ def test_a_capture_that_cannot_be_ended_gives_its_pool_back(monkeypatch: pytest.
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         graphs.cuda_graph(step, lambda: None)
     assert calls == ["begin", ("end", 3, (0, 7)), ("release", 3, (0, 7))]
+    assert generator.state == "own"
     with pytest.raises(RuntimeError, match="capture_end"):
         graphs.cuda_graph(lambda: None, lambda: None)
     # an error while warming up: the stream of the plain loop waits for what that has begun
