@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Low = tuple[Tensor, Tensor]  # LoRA's product with its first factor, [T, rank], and its second factor, [out, rank]
-
+WHOLE_ON = {"cpu"}  # devices on which a library makes LoRA's second product, which is faster there
 
 _WIDE, _PART = 1 << 14, 1 << 10  # outputs from which a product is made in parts, and how many are one
 
@@ -53,11 +53,11 @@ class Linear:
     def ahead(self, x: Tensor) -> tuple[Tensor, Low | None]:
         """y of x without LoRA's second product, and what that takes: for an op that makes it as it reads y.
 
-        On a CPU the product of a library is faster, and y is whole.
+        On the devices of `WHOLE_ON` y is whole.
         """
-        if self.a is None or self.b is None or x.device.type == "cpu":
+        if self.a is None or self.b is None or x.device.type in WHOLE_ON:
             return self(x), None
-        low = torch.addmm(x.new_empty(0), x, self.a.t(), beta=0, alpha=self.scaling)
+        low = torch.addmm(x.new_empty(()), x, self.a.t(), beta=0, alpha=self.scaling)
         return nn.functional.linear(x, self.weight, self.bias), (low, self.b)
 
     def back(self, grad: Tensor, into: Tensor | None = None) -> Tensor:

@@ -533,8 +533,12 @@ def test_a_cpu_keeps_its_weights_where_they_are() -> None:
         assert not are_joined(model)
 
 
-def test_a_map_that_is_not_joined_leaves_the_second_factor_to_the_op_that_reads_it() -> None:
-    weight, a, b = (torch.empty(*shape, device="meta") for shape in ((6, 4), (2, 4), (6, 2)))
-    y, low = Maps([Linear(weight, None, a, b, 0.5)]).ahead(torch.empty(3, 4, device="meta"))
+def test_a_map_that_is_not_joined_leaves_the_second_factor_to_the_op_that_reads_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lpa_kernels.model.linear.WHOLE_ON", set())
+    linear, x = a_linear(8, 3, True, seed=1), drawn(5, 6)
+    y, low = Maps([linear]).ahead(x)
     assert low is not None
-    assert (y.shape, low[0].shape, low[1]) == ((3, 6), (3, 2), b)
+    assert (low[0].shape, low[1] is linear.b) == ((5, 3), True)
+    assert close(y + low[0] @ low[1].t(), linear(x))
