@@ -31,6 +31,10 @@ else:
     def _rotate_refusal(q: Tensor, k: Tensor, cos: Tensor, *rest: Any) -> str | None:
         return attention.unsupported(q, cos) or _refusal("rotate_")(q, k, cos, *rest)
 
+    def _add_norm_refusal(x: Tensor, residual: Tensor | None, low: Tensor | None, *rest: Any) -> str | None:
+        return _refusal("add_norm")(x, residual, low, *rest) or norm.unsupported(x, low)
+
+    registry.register("add_norm", "triton", norm.add_norm, _add_norm_refusal)
     registry.register("rotate_", "triton", attention.rotate_, _rotate_refusal)
     registry.register("attention", "triton", attention.attention, _attention_refusal)
     registry.register("attention_backward_", "triton", attention.attention_backward_, _attention_backward_refusal)
@@ -38,7 +42,6 @@ else:
         perturb.perturb,
         update.pgd_update_,
         token_loss.token_loss_,
-        norm.add_norm,
         norm.add_norm_backward,
         gate.swiglu,
         gate.swiglu_backward_,

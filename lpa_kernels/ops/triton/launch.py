@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 # Triton reads the variable when a kernel is defined; a later change of it has no effect.
@@ -37,6 +38,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take, by which Triton refuses a launch; no limit off a GPU."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def threads(number: int) -> dict[str, Any]:

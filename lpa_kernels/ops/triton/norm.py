@@ -20,6 +20,7 @@ WIDEST = 8192  # widest row held in registers; a wider one is taken in chunks
 CHUNK = 2048  # columns of such a chunk
 SHARE = 16  # elements a thread holds
 LORA_ROWS, LORA_BLOCK = 16, 128  # the tile of LoRA's product, of as few rows as a matrix unit takes
+LORA_SCRATCH = LORA_ROWS * LORA_BLOCK * 4  # bytes to exchange that tile between threads
 
 
 @triton.jit
@@ -158,6 +159,27 @@ def plan(width: int) -> tuple[int, int, int]:
     return rows, columns, max(64, rows * columns // SHARE)
 
 
+def _ranks(rank: int) -> int:
+    return max(16, launch.power_of_two(rank))
+
+
+def shared_bytes(rank: int, element_size: int) -> int:
+    """The shared memory of a program with LoRA: of the second factor the tile that is multiplied, and on CUDA the next
+    one, which is loaded meanwhile; the rows of the first product; and scratch."""
+    tiles = 1 if torch.version.hip else 2
+    return (tiles * LORA_BLOCK + LORA_ROWS) * _ranks(rank) * element_size + LORA_SCRATCH
+
+
+def unsupported(x: Tensor, low: Tensor | None) -> str | None:
+    """Why the kernel cannot take a LoRA of this rank on x's device, or None."""
+    if low is None:
+        return None
+    needed, room = shared_bytes(low.shape[1], x.element_size()), launch.shared_memory(x.device)
+    if needed > room:
+        return f"LoRA of rank {low.shape[1]} takes {needed} bytes of shared memory; there are {room}"
+    return None
+
+
 def add_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -185,7 +207,7 @@ def add_norm(
             x, residual, low, up, delta, rows, weight, r, normed, rstd, tokens, x.stride(0),
             0 if residual is None else residual.stride(0), 0 if low is None else low.stride(0),
             0 if up is None else up.stride(0), scale, eps,
-            WIDTH=width, RANK=rank, RANKS=max(16, launch.power_of_two(rank)), RESIDUAL=residual is not None,
+            WIDTH=width, RANK=rank, RANKS=_ranks(rank), RESIDUAL=residual is not None,
             DELTA=perturbed, ADDED=added, NORM=weight is not None, ROWS=rows_each, BLOCK=columns,
             **launch.threads(threads),
         )  # fmt: skip

@@ -43,7 +43,7 @@ def _gradient(
         offset = (
             tl.max_contiguous(token * row_stride + column, [1, 4])
             if UNIT
-            else (token * row_stride + column * column_stride)
+            else (token * row_stride + column.to(tl.int64) * column_stride)
         )
         g += tl.load(grad + offset, mask=inside & (token >= 0), other=0.0).to(tl.float32)
     g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # false for NaN too

@@ -32,8 +32,9 @@ from tests.support.op_cases import (
 pytest.importorskip("triton")
 import triton
 
-from lpa_kernels.ops.triton import launch, token_loss
+from lpa_kernels.ops.triton import launch, norm, token_loss
 from tests.support import compile_triton
+from tests.support.block_cases import norm_case
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -178,6 +179,47 @@ def test_says_what_it_cannot_take():
     if not launch.INTERPRETED:
         assert "TRITON_INTERPRET" in reason("perturb", (hidden, delta, rows))
         assert "on cpu" in reason("token_loss_", loss_case(2, 9))
+
+
+@kernels
+def test_columns_of_a_gradient_beyond_2_to_the_31():
+    """Of three columns the last lies 2^31 elements behind the first; only the pages that are touched take memory."""
+    apart = 2**30 + 8
+    case = update_case(1, 2, 3, 2, 1, torch.float16, masked=0.0, device=DEVICE)
+    grad = torch.empty(2 * apart + 2, dtype=torch.float16, device=DEVICE).as_strided((2, 3), (1, apart))
+    grad.copy_(case[3][0])
+    expected = copied(case)
+    case[3][0] = grad
+    implementation("pgd_update_", "triton", case)(*case)
+    reference.pgd_update_(*expected)
+    assert_near(case[0], expected[0], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("room", "rank", "dtype", "fits"),
+    [
+        (232448, 256, torch.bfloat16, True),  # an H100
+        (232448, 512, torch.bfloat16, False),
+        (232448, 256, torch.float32, False),
+        (101376, 128, torch.bfloat16, True),  # sm_120
+        (101376, 256, torch.bfloat16, False),
+    ],
+)
+def test_a_lora_that_does_not_fit_into_shared_memory_is_left_to_others(room, rank, dtype, fits, monkeypatch):
+    monkeypatch.setattr(launch, "shared_memory", lambda device: room)
+    monkeypatch.setattr(launch, "unavailable", lambda tensor: None)
+    case = norm_case(2, 8, dtype, rank=rank)
+    reason = registry._table["add_norm", "triton"].unsupported(*case)
+    assert (reason is None) == fits
+    assert fits or f"LoRA of rank {rank} takes" in reason
+    assert registry._table["add_norm", "triton"].unsupported(*case[:2], None, None, *case[4:]) is None
+
+
+def test_the_shared_memory_of_lora_is_not_guessed_too_low():
+    table = compile_triton.RECORD.read_text()
+    found = re.findall(r"norm of a site with LoRA: _add_norm +sm_\d+ +\d+ +\d+ +\d+ +(\d+)", table)
+    assert found
+    assert max(map(int, found)) <= norm.shared_bytes(64, 2) <= 1.2 * max(map(int, found))
 
 
 @pytest.mark.gpu
