@@ -296,6 +296,7 @@ def test_a_stack_whose_logits_are_a_tenth_off_is_refused(dtype: torch.dtype, mon
         own(self, *given, **options)
         self.head = replace(self.head, scale=1.15)
 
+    monkeypatch.setattr(engines, "STACKS_ON", {DEVICE})
     model = tiny("llama", dtype=dtype, num_hidden_layers=1)
     assert attack_with(model, pairs(), ["embedding"], "auto").engine == "stack"
     forget(model)
@@ -310,6 +311,7 @@ def test_a_batch_that_a_stack_does_not_take_is_packed(monkeypatch: pytest.Monkey
     def refuses(*given: Any) -> Any:
         raise UnsupportedStack("its mask is of another kind")
 
+    monkeypatch.setattr(engines, "STACKS_ON", {DEVICE})
     model = tiny("llama")
     assert attack_with(model, pairs(), ["embedding"], "auto").engine == "stack"
     monkeypatch.setattr("lpa_kernels.attack.pgd.StackForward", refuses)
