@@ -130,8 +130,9 @@ def scale_bandwidth(elements: int = 1 << 27) -> float:
 
 
 @cache
-def product_rate(size: int = 1024) -> float:
+def product_rate() -> float:
     """Floating-point operations a second of a large product in float32: the ceiling of a CPU's products."""
+    size = 8192 if device() == "cuda" else 1024  # a small one leaves most of a GPU idle
     a, b = (torch.randn(size, size, device=device()) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(7))
 
