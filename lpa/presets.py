@@ -20,7 +20,7 @@ DEMO: dict[str, Any] = {
     "benign_every": 2,
     "benign": "own",
     "system_prompt": "You are a helpful assistant.",
-    "attack_start": 0.75,
+    "attack_start": 0.5,
     "attack_steps": 4,
     "attack_step_size": 1.28e-3,
     "attack_epsilon": 0.02,
