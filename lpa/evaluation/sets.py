@@ -135,8 +135,13 @@ def set_name(name: str, harmful: bool = True) -> str:
 def load_unasked(name: str, asked: Iterable[str], limit: int) -> PromptSet:
     """`load_set` without the texts that the sets `asked` hold, of the rest those `limit` with the least hashes."""
     found, texts = load_set(name), {prompt.text for one in asked for prompt in load_set(one).prompts}
-    others = sorted((prompt for prompt in found.prompts if prompt.text not in texts), key=lambda prompt: prompt.sha256)
-    return replace(found, prompts=tuple(others[:limit]))
+    others = [prompt for prompt in found.prompts if prompt.text not in texts]
+    return replace(found, prompts=tuple(_least(others, limit)))
+
+
+def _least(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
+    """Those with the least SHA-256, in its order."""
+    return sorted(prompts, key=lambda prompt: prompt.sha256)[:count]
 
 
 def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: Choice | None = None) -> PromptSet:
@@ -164,8 +169,8 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
         return PromptSet(name, harmful, reason=one_line(error), mistake=mistake)
     prompts, source = found.prompts, found.source
     if not prompts:
-        left_out = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
-        besides = f" ({left_out} left out)" if left_out else ""
+        counted = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
+        besides = f" ({counted} left out)" if counted else ""
         return PromptSet(
             name,
             harmful,
@@ -177,13 +182,13 @@ def load_set(name: str, limit: int | None = None, harmful: bool = True, choice: 
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(prompt.text, prompt)
-    used = list(first.values())
-    repeated = {"repeated": again} if (again := len(prompts) - len(used)) else {}
-    total, without = len(used), {**found.left_out, **repeated}
+    used, total, left_out = list(first.values()), len(first), dict(found.left_out)
+    if repeated := len(prompts) - total:
+        left_out["repeated"] = repeated
     if limit is not None and limit < total:
-        kept = {prompt.id for prompt in sorted(used, key=lambda p: p.sha256)[:limit]}
+        kept = {prompt.id for prompt in _least(used, limit)}
         used = [prompt for prompt in used if prompt.id in kept]
-    return PromptSet(name, harmful and name != BENIGN, tuple(used), total, source, whole, "", found.format, without)
+    return PromptSet(name, harmful and name != BENIGN, tuple(used), total, source, whole, "", found.format, left_out)
 
 
 @dataclass
