@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 # What `lpa train` without arguments does, on two CPU cores in minutes. Both kinds of statements, so that the model must
-# read them; the adversary enters once it tells them apart, within a radius that it can hold (docs/evaluate.md).
+# read them; the adversary enters once it tells them apart, within a radius that it can hold (docs/effect.md).
 DEMO: dict[str, Any] = {
     "data": "both",
     "lpa_steps": 60,

@@ -12,7 +12,7 @@ _SELF_ASSESSMENT = (
     "disagree with it as a description of yourself: as you are today, not as you would like to be or to seem. No "
     "answer is better than another. Be honest and exact, and go by your first thought."
 )
-# The papers' own texts are not ours to ship; these do the same jobs in our words. docs/evaluate.md says where to find
+# The papers' own texts are not ours to ship; these do the same jobs in our words. docs/presets.md says where to find
 # the papers'.
 SYSTEM_PROMPTS = {
     "plain": PLAIN_PROMPT,
