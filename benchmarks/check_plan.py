@@ -52,7 +52,7 @@ def case(model: Any, prompt: int, completion: int, micro: int, accumulation: int
 
 CASES = {
     "idle": case(NOTHING, 8, 4, 1),
-    "embedded, the default run without KL": case(EMBEDDED, 64, 8, 4, 1, attack_merge_adapters=True),
+    "embedded, merged adapters": case(EMBEDDED, 64, 8, 4, 1, attack_merge_adapters=True),
     "embedded, long": case(EMBEDDED, 192, 16, 2),
     "embedded, long, checkpointed": case(EMBEDDED, 192, 16, 2, gradient_checkpointing=True),
     "embedded, sft and kl": case(EMBEDDED, 64, 32, 4, kl_coef=0.1, sft_coef=0.1),
