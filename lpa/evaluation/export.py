@@ -53,7 +53,7 @@ def export_merged(model: Any, tokenizer: Any, adapter: str | Path, output: str |
         raise ExportError("the base model is quantised; load it in float32 or bfloat16 to merge an adapter into it")
     dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
     name, path = next(iter(named_adapters([adapter]).items()))
-    subjects = Subjects(model, {name: path})
+    subjects = Subjects(model, {name: path}, base=False)
     with subjects.using(name) as adapted:
         wanted = _behaviour(adapted, tokenizer)
     merged = subjects.model.merge_and_unload(safe_merge=True)

@@ -16,10 +16,13 @@ from transformers import AutoTokenizer
 
 from lpa.messages import one_line
 from lpa.run_folder import ADAPTER, MODEL, checkpoint_folders, updates_of
-from lpa_kernels.attack import takes_from_base
+from lpa_kernels.attack import Left, left_by, left_in_base, takes_from_base
 from lpa_kernels.model import eval_mode, merged_adapters
 
 BASE = "base"
+# Starts of LoRA in peft 0.21.2: it saves some as a plain LoRA, and cannot make some again as it loads them.
+_CONVERTED = tuple(f"init_lora_weights='{start}" for start in ("pissa", "olora", "corda", "lora_ga"))
+_MADE_ONCE = tuple(f"init_lora_weights='{start}" for start in ("pissa_niter", "corda", "lora_ga"))
 STEP = "step "  # before the updates in a checkpoint's name
 
 
@@ -91,18 +94,19 @@ class Subjects:
     Args:
         model: a causal language model, or a `PeftModel`, whose own adapters then are subjects too.
         adapters: name -> folder (or hub name) of a PEFT adapter.
+        base: whether the base model is a subject too.
 
     Raises:
-        EvaluationError: an adapter that cannot be read or does not fit this model.
+        EvaluationError: an adapter that cannot be read, does not fit this model, or leaves it no base model to compare.
     """
 
-    def __init__(self, model: Any, adapters: Mapping[str, str]) -> None:
-        self.model, self._given = model, model
+    def __init__(self, model: Any, adapters: Mapping[str, str], base: bool = True) -> None:
+        self.model, self._given, self._base = model, model, base
         self._adapters: dict[str, str] = {str(name): str(name) for name in getattr(model, "peft_config", {})}
         self._added: list[str] = []
         self.paths: dict[str, str] = {BASE: str(getattr(model.config, "_name_or_path", "") or type(model).__name__)}
-        for name, config in getattr(model, "peft_config", {}).items():
-            check_start(f"the model's adapter {name!r}", config)
+        if base and (left := left_in_base(model)):
+            raise _no_base(f"the model's adapter {left.adapter!r}", left, model.peft_config[left.adapter])
         try:
             for number, (name, path) in enumerate(adapters.items()):
                 if name in self._adapters:
@@ -120,7 +124,7 @@ class Subjects:
         from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
         config, weights = _read_adapter(path)
-        check_start(f"the adapter {path}", config)
+        check_start(f"the adapter {path}", config, self._base)
         own, made_for = str(getattr(self.model.config, "_name_or_path", "")), str(config.base_model_name_or_path or "")
         mismatch = f"the adapter {path} does not fit this model ({own or type(self._given).__name__}); it was made for "
         mismatch += f"{made_for or 'an unnamed one'}: "
@@ -132,9 +136,12 @@ class Subjects:
                     self.model.add_adapter(inner, config)
                 else:
                     self.model = get_peft_model(self.model, config, adapter_name=inner)
-                result = set_peft_model_state_dict(self.model, weights, adapter_name=inner)
+                moved = _keep_base(self.model, weights) if self._base else []
+                result = None if moved else set_peft_model_state_dict(self.model, weights, adapter_name=inner)
         except (ValueError, RuntimeError, KeyError) as error:
             raise EvaluationError(mismatch + one_line(error)) from error
+        if result is None:
+            raise _not_its_base(path, config, moved)
         odd = [*result.unexpected_keys, *(key for key in result.missing_keys if inner in key.split("."))]
         if odd:
             raise EvaluationError(f"{mismatch}{len(odd)} tensors have no counterpart, such as {odd[0]}")
@@ -144,8 +151,8 @@ class Subjects:
 
     @property
     def names(self) -> list[str]:
-        """The base model first, then the adapters in the order given."""
-        return [BASE, *self._adapters]
+        """The base model first where it is a subject, then the adapters in the order given."""
+        return [*([BASE] if self._base else []), *self._adapters]
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -243,17 +250,79 @@ def adapter_config(path: str) -> Any:
         return PeftConfig.from_pretrained(where)
 
 
-def check_start(whose: str, config: Any) -> None:
+def check_start(whose: str, config: Any, base: bool = True) -> None:
     """Refuse an adapter that stands on other weights than the base model's.
 
+    Args:
+        base: whether the base model is compared with; else the adapter is refused only where peft loads another one.
+
     Raises:
-        EvaluationError: it took its start out of the base weights.
+        EvaluationError: it took its start out of the base weights, or repeats layers.
     """
-    if start := takes_from_base(config):
-        raise EvaluationError(
-            f"{whose} has {start}: peft takes it out of the base weights as it puts the adapter on, and no base model "
-            "is left; save it as a plain LoRA, by save_pretrained's path_initial_model_for_weight_conversion"
-        )
+    left = left_by(config)
+    if left is not None and (base or left.setting.startswith(_MADE_ONCE)):
+        raise _no_base(whose, left, config, base)
+
+
+def _no_base(whose: str, left: Left, config: Any, base: bool = True) -> EvaluationError:
+    """What is wrong with an adapter that changes the base model, and what would be right."""
+    wrong = f"{left.what}, so that no base model is left to compare with"
+    if not base:
+        wrong = "peft cannot make again as it loads the adapter"
+    here = "where it was trained (merge_and_unload)" if left.setting.startswith(_MADE_ONCE) else "with lpa export"
+    right = f"train one with {left.instead}"
+    if _converts(config):
+        right = "save it where it was trained as a plain LoRA, by save_pretrained's "
+        right += "path_initial_model_for_weight_conversion: the adapter as it was before training"
+    return EvaluationError(
+        f"{whose} has {left.setting}, which {wrong}; {right}, or merge it {here} and evaluate that model with --model"
+    )
+
+
+def _converts(config: Any) -> bool:
+    """Whether peft 0.21.2 can save an adapter as a plain LoRA. It refuses some of the others, and of some it loses a
+    part without a word: DoRA's magnitudes, KaSA's scales."""
+    if not takes_from_base(config).startswith(_CONVERTED):
+        return False
+    others = (
+        config.use_dora,
+        getattr(config, "kasa_config", None),
+        config.modules_to_save,
+        config.trainable_token_indices,
+    )
+    scaled = config.use_rslora and (config.rank_pattern or config.alpha_pattern)
+    return not (any(others) or scaled or config.bias != "none")
+
+
+def _not_its_base(path: str, config: Any, moved: Sequence[str]) -> EvaluationError:
+    """An adapter's file holds tensors of a base model, and those of this one are others."""
+    bias, more = getattr(config, "bias", "none"), f" and {len(moved) - 1} more" if moved[1:] else ""
+    right = "save it with save_embedding_layers=False, if they were not trained"
+    if bias != "none":
+        right = "train one with bias='none'"
+    return EvaluationError(
+        f"the adapter {path} (bias={bias!r}) holds base weights that are not this model's ({moved[0]}{more}), "
+        f"so that no base model is left to compare with; {right}, or merge it with lpa export and evaluate that model "
+        "with --model"
+    )
+
+
+def _keep_base(model: Any, weights: dict[str, Tensor]) -> list[str]:
+    """Take the base model's own tensors out of an adapter's; the names of those that have other values in the model.
+
+    peft saves biases that were trained, and embeddings that have an adapter. A name in both is the base model's: in the
+    model an adapter's own tensors have its name in theirs.
+    """
+    held, moved = dict(model.named_parameters(remove_duplicate=False)), list[str]()
+    held = {key: own for key, own in held.items() if key in weights and own.is_floating_point()}
+    for key, own in held.items():
+        if own.shape != weights[key].shape:
+            continue  # does not fit, as peft will say
+        saved, own = weights.pop(key), own.detach().cpu()
+        coarse = max(saved.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        if not torch.equal(saved.to(coarse), own.to(coarse)):
+            moved.append(key.removeprefix("base_model.model.").replace(".base_layer", ""))
+    return moved
 
 
 def _read_adapter(path: str) -> tuple[Any, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from lpa_kernels.attack import takes_from_base
+from lpa_kernels.attack import left_in_base
 
 from ..config import BENIGN_TERMS, LORA_TARGETS, LPAConfig
 from ..data import (
@@ -113,17 +113,16 @@ def check_base(model: Any, config: LPAConfig, term: str) -> None:
     """Refuse a model that is not the base model with its adapters off.
 
     Raises:
-        ValueError: it has no adapters, or one that took its start out of the base weights.
+        ValueError: it has no adapters, or one that leaves something in the base model when it is off.
     """
     needed = f"{term}={getattr(config, term)} needs the base model, and "
     if not hasattr(model, "disable_adapter"):
         raise ValueError(f"{needed}without adapters there is none; give ref_model, train adapters, or set {term} to 0")
-    for adapter in model.peft_config.values():
-        if start := takes_from_base(adapter):
-            raise ValueError(
-                f"{needed}adapters with {start} change its weights as they are put on; give ref_model, "
-                f"use init_lora_weights=True, or set {term} to 0"
-            )
+    if left := left_in_base(model):
+        raise ValueError(
+            f"{needed}adapters with {left.setting} change it: {left.adapter!r} {left.what}; give ref_model, "
+            f"use {left.instead}, or set {term} to 0"
+        )
 
 
 def _targets(model: Any, wanted: Sequence[str]) -> str | list[str]:

@@ -1,13 +1,14 @@
 """The attack: settings, a batch of pairs, the inner loop and what it returns."""
 
 from ..model import Site, forget, resolve_sites
+from .base_model import Left, adapters_off, left_by, left_in_base, takes_from_base
 from .batch import PairBatch
 from .completions import Completions, shared_layout, shared_prefix
 from .directions import mean_difference, read_directions
 from .graphs import forget_graphs
 from .layout import Layout, pack, unshared
 from .objective import Objective, kl_rows
-from .passes import PairRows, adapters_off, layout_logits, layout_pass, takes_from_base, two_pass_rows
+from .passes import PairRows, layout_logits, layout_pass, two_pass_rows
 from .pgd import LatentPGD
 from .result import AttackResult
 from .settings import ADVERSARIES, ENGINES, GRAPHS, NORMS, AttackSettings
@@ -25,6 +26,7 @@ __all__ = [
     "LatentAttack",
     "LatentPGD",
     "Layout",
+    "Left",
     "Objective",
     "PairBatch",
     "PairRows",
@@ -35,6 +37,8 @@ __all__ = [
     "kl_rows",
     "layout_logits",
     "layout_pass",
+    "left_by",
+    "left_in_base",
     "mean_difference",
     "pack",
     "read_directions",

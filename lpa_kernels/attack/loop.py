@@ -17,9 +17,10 @@ from ..model.sharding import is_sharded, left_out
 from ..model.sites import Site
 from ..model.trim import trimmable, trimmed
 from ..ops import gather_grad, linear_token_loss, token_loss_
+from .base_model import adapters_off
 from .layout import Layout
 from .objective import loss_scale
-from .passes import adapters_off, layout_hidden, layout_logits
+from .passes import layout_hidden, layout_logits
 from .settings import AttackSettings
 from .state import AttackState
 

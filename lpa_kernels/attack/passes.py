@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..model.head import logits_of, selected_rows
-from ..model.modes import kept_flags
 from ..model.perturbation import kept_for_recompute
 from .batch import PairBatch
 from .layout import PADDING, Kept, Layout, text_lengths
@@ -173,33 +172,3 @@ def layout_pass(model: nn.Module, layout: Layout) -> Iterator[dict[str, Any]]:
         return
     with kept_for_recompute(model, partial(packed_masks, layout)):
         yield layout_inputs(layout)
-
-
-def takes_from_base(config: Any) -> str:
-    """The start of an adapter, where peft takes it out of the base weights as it puts the adapter on; empty elsewhere.
-
-    Without such an adapter the model is the rest of the base model, for good (peft 0.21.2, `LoraLayer.update_layer`).
-    """
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        return f"init_lora_weights={start!r}"
-    return "kasa_config" if getattr(config, "kasa_config", None) is not None else ""
-
-
-@contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """The model without its adapters.
-
-    Raises:
-        ValueError: it has none, or one that took its start out of the base weights, so there is no reference model.
-    """
-    if not hasattr(model, "disable_adapter"):
-        raise ValueError("the reference model is this one without adapters, and it has none; use reference_free=True")
-    for name, config in getattr(model, "peft_config", {}).items():
-        if start := takes_from_base(config):
-            raise ValueError(
-                f"the adapter {name!r} has {start}, which changed the base weights as it was put on, so that the model "
-                "without it is not the base model; use init_lora_weights=True"
-            )
-    with kept_flags(model), model.disable_adapter():  # peft turns every adapter's requires_grad on at its end
-        yield

@@ -14,9 +14,10 @@ from ..model.hooks import hooked
 from ..model.perturbation import gradients, grid_rows, perturbed, rows_by_length
 from ..model.sites import Site, hidden_of
 from ..ops import token_loss
+from .base_model import adapters_off
 from .batch import PairBatch
 from .objective import Objective, kl_rows, loss_scale
-from .passes import adapters_off, texts, two_pass_rows
+from .passes import texts, two_pass_rows
 from .settings import AttackSettings
 from .state import AttackState
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from lpa.commands.evaluate import run as evaluate_command
@@ -76,6 +78,34 @@ def test_a_merged_folder_answers_as_the_adapter(tmp_path: Path) -> None:
         assert not torch.allclose(merged(ids).logits, base, atol=1e-2)
     assert not any("lora" in name for name in merged.state_dict())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"], "nothing temporary is left"
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+def test_adapters_that_change_the_base_model_are_merged_and_not_compared(tmp_path: Path, settings: Any) -> None:
+    """No base model is needed to merge one."""
+    options = {"init_lora_weights": False, "target_modules": ["q_proj"]} | settings
+    adapted = get_peft_model(random_model(attention_bias=True), LoraConfig(r=2, **options))
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            weight += 0.3 * weight.requires_grad
+    adapted.save_pretrained(tmp_path / "lpa")
+    with pytest.raises(EvaluationError, match="no base model is left to compare with"):
+        chat(random_model(attention_bias=True), tokenizer(), [str(tmp_path / "lpa")], prompts=["the cat"])
+    export_merged(random_model(attention_bias=True), tokenizer(), str(tmp_path / "lpa"), tmp_path / "merged")
+    merged, own = load(tmp_path / "merged")
+    ids = torch.tensor([own("the cat sat on a mat")["input_ids"]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapted.eval()(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["lora_ga", "pissa_niter_4", "corda"])
+def test_a_start_that_cannot_be_made_again_is_not_merged(tmp_path: Path, start: str) -> None:
+    """By the file alone peft makes another adapter of it, or none."""
+    folder = Path(adapter(tmp_path / "lpa", 1))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+    with pytest.raises(EvaluationError, match=f"'{start}', which peft cannot make again.* where it was trained"):
+        export_merged(random_model(), tokenizer(), str(folder), tmp_path / "merged")
 
 
 def test_a_folder_that_answers_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from lpa.training.step import LPAStep
 from tests.support.tiny import tiny_model
 from tests.support.trainers import TOKENIZER, assert_same, logged, trainer_of, weights
 
+BENIGN = [{"prompt": "Write a list", "response": "one two"}]
+
 
 def test_standard_kl_is_that_of_the_textbook() -> None:
     torch.manual_seed(0)
@@ -163,6 +165,28 @@ def test_a_preference_loss_needs_its_reference(tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path, **settings, **more)
         trainer.train()
         assert logged(trainer)[0]["defence_dpo"] > 0
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_leave_no_base_model(tmp_path: Path, bias: str) -> None:
+    """peft does not switch them off: the KL term would be to a model that moves along."""
+
+    def start(kl: float, **settings: Any) -> Any:
+        with_biases = settings.pop("attention_bias", True)
+        adapters = LoraConfig(target_modules=["q_proj"], r=2, bias=settings.pop("bias", bias))
+        model = tiny_model(len(TOKENIZER), attention_bias=with_biases)
+        coefs = {"kl_coef": kl, "sft_coef": 0.5, "lpa_steps": 1}
+        return trainer_of(tmp_path, model=model, benign_dataset=BENIGN, peft_config=adapters, **coefs, **settings)
+
+    with pytest.raises(
+        ValueError, match=f"kl_coef=1.0 needs the base model, and adapters with bias='{bias}' change it"
+    ):
+        start(1.0)
+    start(1.0, bias="none")
+    start(1.0, attention_bias=False)
+    trainer = start(1.0, ref_model=tiny_model(len(TOKENIZER), attention_bias=True))
+    assert any(name.endswith(".bias") for name in weights(trainer))
+    start(0.0).train()
 
 
 def test_benign_rows_alone_reach_the_head(tmp_path: Path) -> None:
