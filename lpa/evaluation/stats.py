@@ -160,8 +160,8 @@ def pairs_needed(margin: float, changing: float, claims: int = 1) -> int:
 
     Args:
         margin: as a share. changing: the share of pairs whose two outcomes differ.
-        claims: how many are still to be shown, by which `holm` multiplies the p of the next one: the quantile is then
-            that of 1 - 0.025 / claims.
+        claims: how many have no adjusted p below 0.05 yet, the test's own among them, by which `holm` multiplies the p
+            of the next one: the quantile is then that of 1 - 0.025 / claims.
 
     Raises:
         ValueError: a share is not between 0 and 1.

@@ -178,7 +178,9 @@ def _word(found: dict[str, Claim], added: float | None) -> str:
     if keeps.change <= -MARGIN:
         return "undecided, and dear so far"
     changing = min(0.99, max(keeps.changing, 1 / keeps.prompts))
-    needed = pairs_needed(MARGIN + min(0.0, keeps.change), changing, sum(not claim.shown for claim in found.values()))
+    # a small p takes no part of Holm's alpha, whichever way its change goes; this claim's own is still open
+    still_open = max(1, sum(claim.adjusted >= SIGNIFICANT for claim in found.values()))
+    needed = pairs_needed(MARGIN + min(0.0, keeps.change), changing, still_open)
     return f"undecided, it takes about {max(needed, keeps.prompts + 1)} benign requests"
 
 
