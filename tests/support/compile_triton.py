@@ -130,6 +130,15 @@ def source(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tupl
     return ASTSource(kernel, signature, constants, attributes), options
 
 
+def shared(call: Callable[[], object], target: str) -> int:
+    """Bytes of shared memory a program of the launches that `call` would make, the most of them."""
+    found = []
+    for kernel, args, keywords in recorded(call, TARGETS[target].warp_size):
+        specialised, options = source(kernel, args, keywords)
+        found.append(triton.compile(specialised, target=TARGETS[target], options=options).metadata.shared)
+    return max(found)
+
+
 def calls(width: int, vocabulary: int) -> dict[str, Callable[[], object]]:
     """The ops of an attack on a model of this shape in bf16, on tensors without memory."""
 

@@ -164,10 +164,10 @@ def _ranks(rank: int) -> int:
 
 
 def shared_bytes(rank: int, element_size: int) -> int:
-    """The shared memory of a program with LoRA: of the second factor the tile that is multiplied, and on CUDA the next
-    one, which is loaded meanwhile; the rows of the first product; and scratch."""
+    """No less than the shared memory of a program with LoRA, as Triton 3.7 compiles it: the tiles of both factors, on
+    CUDA the next ones too, which are loaded meanwhile, and scratch. Ranks that are no multiples of 16 take less."""
     tiles = 1 if torch.version.hip else 2
-    return (tiles * LORA_BLOCK + LORA_ROWS) * _ranks(rank) * element_size + LORA_SCRATCH
+    return tiles * (LORA_BLOCK + LORA_ROWS) * _ranks(rank) * element_size + LORA_SCRATCH
 
 
 def unsupported(x: Tensor, low: Tensor | None) -> str | None:

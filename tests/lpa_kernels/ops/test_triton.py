@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -215,11 +216,42 @@ def test_a_lora_that_does_not_fit_into_shared_memory_is_left_to_others(room, ran
     assert registry._table["add_norm", "triton"].unsupported(*case[:2], None, None, *case[4:]) is None
 
 
-def test_the_shared_memory_of_lora_is_not_guessed_too_low():
+EVERYWHERE = 32 << 10  # bytes, which a program has on every GPU: a bound below that refuses nothing
+ON_AMD = {name for name, target in compile_triton.TARGETS.items() if target.backend == "hip"}
+LORAS = {torch.bfloat16: (4, 16, 24, 64, 256), torch.float16: (64,), torch.float32: (4, 16, 24, 64, 128)}
+QUICK = {("sm_80", torch.float32, 16), ("gfx942", torch.bfloat16, 64)}
+
+
+def assert_bounds(compiled, target, rank, element_size, monkeypatch, least=0):
+    monkeypatch.setattr(torch.version, "hip", "7.0" if target in ON_AMD else None)
+    assert compiled <= norm.shared_bytes(rank, element_size) <= max(1.2 * compiled, least)
+
+
+def test_the_shared_memory_of_lora_is_not_guessed_too_low(monkeypatch):
     table = compile_triton.RECORD.read_text()
-    found = re.findall(r"norm of a site with LoRA: _add_norm +sm_\d+ +\d+ +\d+ +\d+ +(\d+)", table)
-    assert found
-    assert max(map(int, found)) <= norm.shared_bytes(64, 2) <= 1.2 * max(map(int, found))
+    found = re.findall(r"norm of a site with LoRA: _add_norm +(\w+) +\d+ +\d+ +\d+ +(\d+)", table)
+    assert {target for target, _ in found} == compile_triton.TARGETS.keys() - set(compile_triton.ON_REQUEST)
+    for target, compiled in found:
+        assert_bounds(int(compiled), target, 64, 2, monkeypatch)
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="nothing is compiled under the interpreter")
+@pytest.mark.parametrize(
+    ("target", "dtype", "rank"),
+    [
+        pytest.param(*case, id="-".join(map(str, case)), marks=[] if case in QUICK else pytest.mark.slow)
+        for case in (
+            (target, dtype, rank)
+            for target in sorted(compile_triton.TARGETS.keys() - set(compile_triton.ON_REQUEST))
+            for dtype, ranks in LORAS.items()
+            for rank in ranks
+        )
+    ],
+)
+def test_the_shared_memory_of_lora_is_bounded_by_what_is_compiled(target, dtype, rank, monkeypatch):
+    case = norm_case(64, 4096, dtype, rank=rank)
+    call = partial(norm.add_norm, *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in case))
+    assert_bounds(compile_triton.shared(call, target), target, rank, dtype.itemsize, monkeypatch, EVERYWHERE)
 
 
 @pytest.mark.gpu
