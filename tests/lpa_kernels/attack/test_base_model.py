@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LNTuningConfig, LoraConfig, OFTConfig, TrainableTokensConfig, VeraConfig, get_peft_model
 from torch import Tensor
 
-from lpa_kernels.attack import adapters_off, left_in_base
+from lpa_kernels.attack import adapters_off, left_in_base, takes_from_base
 from tests.support.models import DEVICE, tiny
 
 TOKENS = torch.arange(40, device=DEVICE)[None]
@@ -98,3 +99,78 @@ def test_what_an_adapter_leaves_in_the_base_model_is_known(name: str) -> None:
     else:
         with adapters_off(model):
             assert torch.allclose(logits(model), before, atol=1e-6)
+
+
+# ---- starts that peft takes out of the base weights ----------------------------------------------------------------
+
+
+def started_corda(model: Any) -> LoraConfig:
+    pytest.importorskip("attr")  # which peft.tuners.lora.corda imports and peft does not install
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    config = lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
+    tokens = torch.randint(0, 101, (1, 200), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    preprocess_corda(model, config, run_model=lambda: model(tokens))
+    return config
+
+
+def started_loftq(model: Any) -> LoraConfig:
+    for name in ("scipy", "bitsandbytes"):  # peft asks for them here alone
+        pytest.importorskip(name)
+    return lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
+
+
+def started_lora_ga(model: Any) -> LoraConfig:
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    config = lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+    with torch.enable_grad():
+        preprocess_loraga(model, config, torch.enable_grad()(lambda: model(TOKENS, labels=TOKENS).loss.backward()))
+    return config
+
+
+STARTS: dict[str, tuple[str, Callable[[Any], LoraConfig], str]] = {  # by name: what it needs of peft, and how it begins
+    "pissa": ("LoraConfig", lambda model: lora(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "pissa_niter": (
+        "LoraConfig", lambda model: lora(init_lora_weights="pissa_niter_2"), "init_lora_weights='pissa_niter_2'",
+    ),
+    "olora": ("LoraConfig", lambda model: lora(init_lora_weights="OLoRA"), "init_lora_weights='OLoRA'"),
+    "corda": ("LoraConfig", started_corda, "init_lora_weights='corda'"),
+    "loftq": ("LoftQConfig", started_loftq, "init_lora_weights='loftq'"),
+    "lora_ga": ("LoraGAConfig", started_lora_ga, "init_lora_weights='lora_ga'"),
+    "kasa": ("KasaConfig", lambda model: lora(kasa_config=peft.KasaConfig()), "kasa_config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_out_of_the_base_weights_is_refused(name: str) -> None:
+    needed, start, setting = STARTS[name]
+    if not hasattr(peft, needed):
+        pytest.skip(f"peft {peft.__version__} has no {needed}")
+    model = tiny("llama")
+    before = logits(model)
+    model = get_peft_model(model, start(model)).eval()
+    assert float((off(model) - before).abs().max()) > 1e-2, "peft itself would do"
+    assert takes_from_base(model.peft_config["default"]) == setting
+    with (
+        pytest.raises(
+            ValueError, match=re.escape(f"the adapter 'default' has {setting}, which changes the base weights")
+        ),
+        adapters_off(model),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica", "eva"])
+def test_a_start_beside_the_base_weights_is_taken(start: Any) -> None:
+    model = tiny("llama")
+    before = logits(model)
+    try:
+        config = lora(init_lora_weights=start)
+        model = get_peft_model(model, config).eval()
+    except ValueError as error:
+        pytest.skip(f"peft {peft.__version__} has no {start}: {error}")
+    assert torch.allclose(off(model), before, atol=1e-6)
+    assert not takes_from_base(config)
+    assert left_in_base(model) is None
