@@ -14,11 +14,11 @@ from torch import nn
 from lpa_kernels.attack import LatentPGD, shared_prefix
 from lpa_kernels.attack.probe import can_pack
 from lpa_kernels.model import forget, say_once
-from lpa_kernels.model.facts import NotYet, known, model_key, remembered
+from lpa_kernels.model.facts import NotYet, has_foreign_hooks, is_recorder, known, model_key, remembered
 from lpa_kernels.model.frozen import can_freeze
 from lpa_kernels.model.hooks import forwards, hooked
-from tests.support.batches import assert_same, llama, pairs, with_lora
-from tests.support.models import tiny
+from tests.support.batches import assert_same, attack_with, llama, pairs, with_lora
+from tests.support.models import DEVICE, tiny
 
 
 def test_a_fact_is_found_out_once_for_a_key() -> None:
@@ -262,3 +262,49 @@ def test_a_backward_hook_that_changes_gradients_is_seen_between_two_attacks() ->
     auto = LatentPGD(model, ["embedding"], **options).attack(batch)
     want = LatentPGD(model, ["embedding"], engine="reference", **options).attack(batch)
     assert_same(auto, want)
+
+
+class Doubles(nn.Module):
+    """A hook that is a module, and one that stands in another's place."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * (args[-1] if self.module is None else self.module(*args, **kwargs))
+
+
+@pytest.mark.parametrize("kind", ["function", "module", "forward pre-hook", "in the module's place"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_hook_of_a_user_is_seen_beside_the_recorders_of_transformers(kind: str, first: bool) -> None:
+    """output_hidden_states leaves a recorder on every block, which is no user's hook; one before or after it is."""
+    model, recorded = llama(), llama()
+    block = model.model.layers[1]
+
+    def record(model: Any = model) -> None:
+        with torch.no_grad():
+            model(torch.arange(8, device=DEVICE)[None], output_hidden_states=True)
+
+    def put() -> None:
+        if kind == "function":
+            block.register_forward_hook(lambda module, args, output: 2 * output)
+        elif kind == "module":
+            block.register_forward_hook(Doubles())
+        elif kind == "forward pre-hook":
+            block.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+        else:
+            model.model.layers[1] = Doubles(block)
+
+    (put if first else record)()
+    (record if first else put)()
+    assert any(map(is_recorder, block._forward_hooks.values())), "transformers has put no recorder there"
+    held = model.model.layers[1]
+    assert has_foreign_hooks(held) == (kind != "in the module's place")
+    record(recorded)
+    assert model_key(model) != model_key(recorded) == model_key(llama())
+    with pytest.raises(RuntimeError, match=r"engine='stack'"):
+        attack_with(model, pairs(), ["embedding"], "stack")
+    settings = {"epsilon": 0.1, "step_size": 0.02, "steps": 3}
+    want = attack_with(model, pairs(), ["embedding"], "reference", **settings)
+    assert_same(attack_with(model, pairs(), ["embedding"], "auto", **settings), want, losses=1e-5)
