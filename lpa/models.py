@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lpa_kernels.attack import takes_from_base
 from lpa_kernels.model import resolve_sites
 
 from . import assets
@@ -19,6 +20,8 @@ from .run_folder import ADAPTER, MODEL
 DEFAULT_MODEL = "smollm2-135m-instruct"
 GGUF_MODELS = {DEFAULT_MODEL: "SmolLM2-135M-Instruct.Q4_1.gguf"}
 _FLOAT32_BYTES = 540_000_000  # of the embedded model, dequantised
+# Starts of LoRA that peft 0.21.2 draws at random or takes from data anew when it loads what was saved
+_MADE_ONCE = tuple(f"init_lora_weights='{start}" for start in ("pissa_niter", "corda", "lora_ga"))
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx", "max_sequence_length")
 
 
@@ -173,20 +176,32 @@ def name_base(folder: Path) -> None:
 
 def _with_adapter(model: Any, tokenizer: Any, where: str, known: dict[str, Any]) -> tuple[Any, Any]:
     """The base model with an adapter to be trained on, and the adapter's own tokenizer where it has one."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import AutoTokenizer
 
     try:
+        start = made_once(PeftConfig.from_pretrained(where))
         adapted = PeftModel.from_pretrained(model, where, is_trainable=True, **known)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"the adapter {where} does not fit {model.config._name_or_path!r}: {one_line(error)}"
         ) from error
+    if start:
+        raise ModelError(
+            f"the adapter {where} has {start}, and peft makes another start when it loads that; merge it where it was "
+            "trained (merge_and_unload), and give that model"
+        )
     for held in adapted.peft_config.values():  # where peft finds its configuration; `name_base` gives an asset its name
         held.base_model_name_or_path = model.config._name_or_path
     if (Path(where) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(where)
     return adapted.eval(), tokenizer
+
+
+def made_once(config: Any) -> str:
+    """The start of an adapter that peft loads as another one than was saved (`_MADE_ONCE`); empty elsewhere."""
+    start = takes_from_base(config)
+    return start if start.startswith(_MADE_ONCE) else ""
 
 
 def context_length(model: Any) -> int | None:

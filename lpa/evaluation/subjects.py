@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lpa.messages import one_line
+from lpa.models import made_once
 from lpa.run_folder import ADAPTER, MODEL, checkpoint_folders, updates_of
 from lpa_kernels.attack import Left, left_by, left_in_base, takes_from_base
 from lpa_kernels.model import eval_mode, merged_adapters
 
 BASE = "base"
-# Starts of LoRA in peft 0.21.2: it saves some as a plain LoRA, and cannot make some again as it loads them.
+# Starts of LoRA that peft 0.21.2 can save as a plain LoRA
 _CONVERTED = tuple(f"init_lora_weights='{start}" for start in ("pissa", "olora", "corda", "lora_ga"))
-_MADE_ONCE = tuple(f"init_lora_weights='{start}" for start in ("pissa_niter", "corda", "lora_ga"))
 STEP = "step "  # before the updates in a checkpoint's name
 
 
@@ -260,7 +260,7 @@ def check_start(whose: str, config: Any, base: bool = True) -> None:
         EvaluationError: it took its start out of the base weights, or repeats layers.
     """
     left = left_by(config)
-    if left is not None and (base or left.setting.startswith(_MADE_ONCE)):
+    if left is not None and (base or made_once(config)):
         raise _no_base(whose, left, config, base)
 
 
@@ -269,7 +269,7 @@ def _no_base(whose: str, left: Left, config: Any, base: bool = True) -> Evaluati
     wrong = f"{left.what}, so that no base model is left to compare with"
     if not base:
         wrong = "peft cannot make again as it loads the adapter"
-    here = "where it was trained (merge_and_unload)" if left.setting.startswith(_MADE_ONCE) else "with lpa export"
+    here = "where it was trained (merge_and_unload)" if made_once(config) else "with lpa export"
     right = f"train one with {left.instead}"
     if _converts(config):
         right = "save it where it was trained as a plain LoRA, by save_pretrained's "

@@ -27,7 +27,7 @@ from ..data import (
 from ..data.collate import BENIGN_TOKENS
 from ..data.templates import PAIR_TOKENS
 from ..evaluation.directions import check_direction
-from ..models import check_head, check_sites, context_length, outline
+from ..models import check_head, check_sites, context_length, made_once, outline
 from ..quantization import is_quantized
 from .canaries import watched
 from .resuming import kept_setting
@@ -60,7 +60,8 @@ def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
 
     Raises:
         ValueError: a `peft_config` or settings of LoRA for a model that has adapters already, adapters that are not to
-            be trained, LoRA targets that the model has not, or attack_merge_adapters on a quantised model.
+            be trained or could not be loaded again, LoRA targets that the model has not, or attack_merge_adapters on a
+            quantised model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -69,6 +70,12 @@ def add_adapters(model: Any, config: LPAConfig, peft_config: Any = None) -> Any:
             "attack_merge_adapters=True, but the model is quantised, and merging would round the adapters away; "
             "use attack_merge_adapters=False"
         )
+    for adapter in model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]:
+        if start := made_once(adapter):
+            raise ValueError(
+                f"adapters with {start} cannot be trained here: peft makes another start when it loads what was saved, "
+                "so neither a resumed run nor the saved adapter would be this one; use init_lora_weights='pissa'"
+            )
     if isinstance(model, PeftModel):
         _check_adapters(model, config, peft_config)
         return model

@@ -126,6 +126,30 @@ def test_adapters_that_would_not_be_trained_raise(tmp_path: Path, base: str, ada
             trainer_of(tmp_path / "c", model=model, **settings)
 
 
+@pytest.mark.parametrize("start", ["pissa_niter_2", "lora_ga"])
+def test_adapters_that_peft_loads_as_others_are_not_trained(tmp_path: Path, base: str, start: str) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    if start == "lora_ga":  # needs gradients when it is put on
+        config.init_lora_weights = start
+    else:
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=start)
+        model = get_peft_model(load(base)[0], config)
+        with torch.no_grad():
+            trained = model(torch.arange(8)[None]).logits
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(load(base)[0], tmp_path / "adapter")
+        with torch.no_grad():
+            assert not torch.allclose(again(torch.arange(8)[None]).logits, trained, atol=1e-3), "peft loads it now"
+        with pytest.raises(ModelError, match=f"has init_lora_weights='{start}', and peft makes another start"):
+            load(tmp_path / "adapter")
+        with pytest.raises(ValueError, match=f"adapters with init_lora_weights='{start}' cannot be trained here"):
+            trainer_of(tmp_path / "b", model=model)
+    with pytest.raises(ValueError, match=f"adapters with init_lora_weights='{start}' cannot be trained here"):
+        trainer_of(tmp_path / "a", model=load(base)[0], peft_config=config)
+    trainer_of(tmp_path / "c", model=load(base)[0],
+               peft_config=LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))  # fmt: skip
+
+
 def test_a_configuration_that_cannot_be_saved_raises_before_step_1(tmp_path: Path) -> None:
     model = tiny_model(len(TOKENIZER))
     model.generation_config.temperature = 0.5  # without sampling: saving refuses it
