@@ -130,16 +130,19 @@ def main() -> None:
         return
     output.mkdir(parents=True, exist_ok=True)
     write_data(output / "data", budget.settings.sets)
-    named = runs(options.arms or budget.arms, budget.main, options.seeds or budget.seeds)
+    chosen = options.arms or budget.arms
+    named = runs(chosen, budget.main, options.seeds or budget.seeds)
     parts = [f"{arm}-{seed}" for arm, seed in named]
     print(estimate([BASE, *parts], budget, output, options), flush=True)
     start(BASE, output, options.jobs)  # the others take over what was measured of it
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda part: start(part, output, options.jobs), parts))
     command = shlex.join(["python", *sys.argv])
-    found = joined([BASE, *parts], budget, output, command)
-    scaled = f"published-2607 is scaled to the budget: {shlex.join(budget.published)}\n" if budget.published else ""
-    table = over_seeds(found) + "\n" + scaled + "\n" + attack_alone(found)
+    found = joined([BASE, *parts], budget, output, command, [] if options.no_ladder else ["ladder"])
+    notes = [attack_alone(found)]
+    if budget.published and "published-2607" in chosen:
+        notes.insert(0, f"published-2607 is scaled to the budget: {shlex.join(budget.published)}\n")
+    table = "\n".join([over_seeds(found), *filter(None, notes)])
     write_text(output / "arms.md", table)
     write_json(output / "results.json", record(found, command, output), nulls=True)
     print(table)
@@ -192,8 +195,8 @@ def measure(part: str, budget: Budget, output: Path, options: argparse.Namespace
     (folder / "done").touch()
 
 
-def joined(parts: Sequence[str], budget: Budget, output: Path, command: str) -> Evaluation:
-    """One evaluation of all parts, in the folder evaluation."""
+def joined(parts: Sequence[str], budget: Budget, output: Path, command: str, more: Sequence[str] = ()) -> Evaluation:
+    """One evaluation of all parts, in the folder evaluation; `more` suites than the budget's were measured."""
     folder = output / "evaluation"
     folder.mkdir(exist_ok=True)
     for name in (RECORDS, TEXTS):  # each part has the base model's lines too
@@ -202,7 +205,7 @@ def joined(parts: Sequence[str], budget: Budget, output: Path, command: str) -> 
         write_text(folder / name, "".join(f"{line}\n" for line in lines))
     infos = [json.loads((output / "parts" / part / RUN).read_text(encoding="utf-8")) for part in parts]
     info = infos[0] | {"commands": [command], "subjects": {k: v for own in infos for k, v in own["subjects"].items()}}
-    info |= {"settings": budget.settings.as_dict(), "suites": [*budget.suites, "ladder"]}
+    info |= {"settings": budget.settings.as_dict(), "suites": [*budget.suites, *more]}
     records, names = Records(folder), list(info["subjects"])
     harmful = [load_set(name, budget.settings.limit) for name in budget.settings.sets]
     rows = table_rows(records, names, info["suites"], budget.settings, harmful)

@@ -124,4 +124,5 @@ def test_parts_become_one_evaluation(compare: ModuleType, tmp_path: Path) -> Non
     assert found.value("base", "overrefusal", "not done", "benign") == 0
     assert found.value("lpa-0", "overrefusal", "not done", "benign") == 1
     assert found.info["commands"] == ["this"]
+    assert found.info["suites"] == [*budget.suites], "no ladder was climbed"
     assert len((tmp_path / "evaluation/texts.local.jsonl").read_text().splitlines()) == 1
