@@ -86,9 +86,8 @@ def test_weights_of_the_base_model_beside_an_adapter_change_nothing(tmp_path: Pa
     """As they were; peft saves the embeddings too where these have an adapter."""
     model, folder = with_biases(tmp_path / "same", 0.0, **settings)
     file = next((tmp_path / "same").glob("*.safetensors"))
-    save_file(
-        {name: weight.bfloat16() for name, weight in load_file(file).items()}, file
-    )  # loaded, it would round them
+    rounded = {name: weight.bfloat16() for name, weight in load_file(file).items()}
+    save_file(rounded, file)  # loaded, it would round the base model's
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     ids = torch.arange(8)[None]
     with torch.no_grad(), warnings.catch_warnings():

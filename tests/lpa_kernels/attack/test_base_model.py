@@ -125,8 +125,7 @@ def started_lora_ga(model: Any) -> LoraConfig:
     from peft.tuners.lora.loraga import preprocess_loraga
 
     config = lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
-    with torch.enable_grad():
-        preprocess_loraga(model, config, torch.enable_grad()(lambda: model(TOKENS, labels=TOKENS).loss.backward()))
+    preprocess_loraga(model, config, torch.enable_grad()(lambda: model(TOKENS, labels=TOKENS).loss.backward()))
     return config
 
 
